@@ -1,0 +1,150 @@
+"""Streams edits as micro-batches that never cross the border of an edit batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import datasets
+import lightning as L
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch.utils.data import DataLoader, Sampler
+
+from pmet_lightning.edits import Edit, RecordError, read_edits
+from pmet_lightning.language_model import load_tokenizer
+from pmet_lightning.tokens import LocationError, encode_prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """One micro-batch.
+
+    Attributes:
+        edits: What is optimised together.
+        edit_batch: Number of the edit batch it belongs to, from 0.
+        closes: Whether it is the last of its edit batch, so that the weights are written after it.
+    """
+
+    edits: tuple[Edit, ...]
+    edit_batch: int
+    closes: bool
+
+
+class MicroBatchSampler(Sampler[list[tuple[int, int, bool]]]):
+    """Indices of each micro-batch, with the number of its edit batch and whether it closes it."""
+
+    def __init__(self, count: int, edit_batch: int, micro_batch: int) -> None:
+        self.count, self.edit_batch, self.micro_batch = count, edit_batch, micro_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
+        for number, start in enumerate(range(0, self.count, self.edit_batch)):
+            stop = min(start + self.edit_batch, self.count)
+            for first in range(start, stop, self.micro_batch):
+                last = min(first + self.micro_batch, stop)
+                yield [(index, number, last == stop) for index in range(first, last)]
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.count, self.edit_batch)
+        return full * -(-self.edit_batch // self.micro_batch) + -(-rest // self.micro_batch)
+
+
+class _EditRows:
+    """A map-style data set whose items carry their place in the edit batches."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: tuple[int, int, bool]) -> tuple[Edit, int, bool]:
+        position, edit_batch, closes = index
+        return Edit.from_row(self.rows[position]), edit_batch, closes
+
+
+def _collate(items: Sequence[tuple[Edit, int, bool]]) -> EditBatch:
+    edits, numbers, closes = zip(*items, strict=True)
+    return EditBatch(tuple(edits), numbers[0], closes[0])
+
+
+class EditDataModule(L.LightningDataModule):
+    """Edits of a file or hub data set, checked before anything else starts.
+
+    Two sizes: an *edit batch* is written into the weights by one solve, a *micro-batch* is what is optimised
+    together in memory. Neither changes an edit's target vector.
+
+    Args:
+        path: Edits: a .json, .jsonl, .csv or .parquet file (COUNTERFACT, zsRE or flat records), a data set on
+            the hub, or the shipped 'atlas-records'.
+        tokenizer: Where the tokenizer comes from; linked to the model's name on the command line.
+        edit_batch: Edits written by one solve; null takes all of them.
+        micro_batch: Edits optimised together.
+        skip: Records left out at the beginning of the file.
+        limit: Most records used; null takes all.
+        split: Split of a hub data set.
+        evaluation_batch: Edits whose questions are evaluated together.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: str = "",
+        edit_batch: PositiveInt | None = None,  # type: ignore[valid-type]
+        micro_batch: PositiveInt = 64,  # type: ignore[valid-type]
+        skip: NonNegativeInt = 0,  # type: ignore[valid-type]
+        limit: PositiveInt | None = None,  # type: ignore[valid-type]
+        split: str = "train",
+        evaluation_batch: PositiveInt = 32,  # type: ignore[valid-type]
+    ) -> None:
+        super().__init__()
+        self.path, self.split = path, split
+        self.tokenizer_name = tokenizer
+        self.edit_batch, self.micro_batch = edit_batch, micro_batch
+        self.skip, self.limit = skip, limit
+        self.evaluation_batch = evaluation_batch
+        self.edits: list[Edit] = []
+        self._rows: datasets.Dataset | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read the edits and check each against the tokenizer.
+
+        Raises:
+            FileNotFoundError: If the file is not there.
+            RecordError: If a record is unusable; the message names it.
+        """
+        if self._rows is not None:
+            return
+        edits = read_edits(self.path, split=self.split, skip=self.skip, limit=self.limit)
+        self._check_tokens(edits)
+        self.edits = edits
+        self._rows = datasets.Dataset.from_list([edit.to_row() for edit in edits])
+        log.info("%d edits from %s", len(edits), self.path)
+
+    def _check_tokens(self, edits: Sequence[Edit]) -> None:
+        tokenizer = load_tokenizer(self.tokenizer_name)
+        for edit in edits:
+            try:
+                encode_prompt(tokenizer, edit.prompt, edit.subject, target=edit.target)
+            except LocationError as error:
+                raise RecordError(f"{edit.origin}: {error}") from error
+
+    def train_dataloader(self) -> DataLoader[EditBatch]:
+        """Micro-batches, one edit batch after the other."""
+        sampler = MicroBatchSampler(len(self.edits), self.edit_batch or len(self.edits), self.micro_batch)
+        return self._loader(sampler)
+
+    def val_dataloader(self) -> DataLoader[EditBatch]:
+        """All edits with their questions, for the scores before and after."""
+        return self._loader(MicroBatchSampler(len(self.edits), len(self.edits), self.evaluation_batch))
+
+    def test_dataloader(self) -> DataLoader[EditBatch]:
+        """The same as :meth:`val_dataloader`."""
+        return self.val_dataloader()
+
+    def _loader(self, sampler: MicroBatchSampler) -> DataLoader[EditBatch]:
+        if self._rows is None:
+            raise RuntimeError("EditDataModule.setup has not run; call it, or give the module to a Trainer")
+        return DataLoader(_EditRows(self._rows), batch_sampler=sampler, collate_fn=_collate)  # type: ignore

@@ -1,0 +1,122 @@
+"""From a file or a hub data set to checked edits.
+
+JSON and JSONL are parsed here, because only so can an error name the line; CSV, Parquet and the hub go
+through the ``datasets`` library, and so does everything once it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pmet_lightning.edits.records import Edit, RecordError, check_no_contradictions, parse_record
+from pmet_lightning.resources import locate
+
+
+def read_edits(path: str, *, split: str = "train", skip: int = 0, limit: int | None = None) -> list[Edit]:
+    """Read, check and return the edits of a file or a hub data set.
+
+    Args:
+        path: A local ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a shipped name, or a hub name.
+        split: Split of a hub data set.
+        skip: Records left out at the beginning.
+        limit: Most edits taken after that; all where ``None``.
+
+    Raises:
+        FileNotFoundError: If there is no such file or data set.
+        RecordError: If the file is empty or broken, or a record taken from it is unusable.
+    """
+    found = locate(path)
+    end = None if limit is None else skip + limit
+    edits = []
+    number = -1
+    for number, (origin, record) in enumerate(_records(found, path, split)):
+        if number >= skip and (end is None or number < end):
+            edits.append(parse_record(record, number, origin))
+    if not edits:
+        raise RecordError(
+            f"{path}: no records to edit ({number + 1} in the file, skip is {skip}, limit is {limit}); "
+            "expected at least one"
+        )
+    check_no_contradictions(edits)
+    return edits
+
+
+def _records(found: str, name: str, split: str) -> Iterator[tuple[str, Any]]:
+    """Pairs of origin and record."""
+    suffix = Path(found).suffix.lower()
+    if not Path(found).is_file():
+        if suffix in (".json", ".jsonl", ".csv", ".parquet") or Path(found).exists():
+            raise FileNotFoundError(
+                f"no edits file {name!r} (looked in {Path.cwd()}); set --data.path to a .json, .jsonl, .csv or "
+                ".parquet file or to a data set on the hub"
+            )
+        yield from _numbered(_hub_rows(found, split), name)
+    elif Path(found).stat().st_size == 0:
+        raise RecordError(f"{name}: the file is empty; expected a JSON list, JSON lines, CSV or Parquet")
+    elif suffix in (".json", ".jsonl"):
+        yield from _json_records(found, name)
+    elif suffix in (".csv", ".parquet"):
+        yield from _numbered(_table_rows(found, suffix[1:], name), name)
+    else:
+        raise RecordError(f"{name}: unknown ending {suffix!r}; expected .json, .jsonl, .csv or .parquet")
+
+
+def _numbered(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows):
+        yield f"{name}, record {number}", row
+
+
+def _json_records(found: str, name: str) -> Iterator[tuple[str, Any]]:
+    """A JSON list, or one JSON value a line, whatever the ending says."""
+    try:
+        text = Path(found).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{name}: not UTF-8 text ({error}); save the file as UTF-8") from error
+    if text.lstrip().startswith("["):
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _broken_json(name, error.lineno, error) from error
+        yield from _numbered(records, name)
+        return
+    number = 0
+    for line_number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise _broken_json(name, line_number, error) from error
+            yield f"{name}, record {number} (line {line_number})", record
+            number += 1
+
+
+def _broken_json(name: str, line: int, error: json.JSONDecodeError) -> RecordError:
+    return RecordError(
+        f"{name}, line {line}: broken JSON ({error.msg}, column {error.colno}); expected a list of records or "
+        "one record a line"
+    )
+
+
+def _table_rows(found: str, kind: str, name: str) -> Any:
+    import datasets
+
+    try:
+        reader = datasets.Dataset.from_csv if kind == "csv" else datasets.Dataset.from_parquet
+        return reader(found)
+    except Exception as error:  # pyarrow and pandas raise many kinds; all mean the file is not such a table
+        raise RecordError(f"{name}: cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+
+
+def _hub_rows(name: str, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split, streaming=True)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"no edits file {name!r} here, and the hub data set of that name cannot be read "
+            f"({str(error).splitlines()[0]}); set --data.path to a local file"
+        ) from error

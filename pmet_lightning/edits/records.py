@@ -1,0 +1,214 @@
+"""One edit, whatever file it came from, and the checks that every edit must pass before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+ProbeKind = Literal["efficacy", "generalisation", "specificity"]
+
+
+class RecordError(ValueError):
+    """A record that cannot become an edit: says where, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question asked before and after the edit.
+
+    Attributes:
+        kind: Which metric it belongs to.
+        prompt: Finished text.
+        answer: What counts as success.
+        rival: What the answer must be more probable than; without a rival the share of the answer's
+            tokens that are the argmax counts (EVALUATION.md: COUNTERFACT and zsRE).
+    """
+
+    kind: ProbeKind
+    prompt: str
+    answer: str
+    rival: str | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A fact to write: (subject s, prompt with one ``{}``, target o*), and how to judge it.
+
+    Attributes:
+        case_id: The record's own number, or its position.
+        prompt: Template with exactly one ``{}``.
+        subject: What stands for the ``{}``.
+        target: The new object o*.
+        target_true: The old object o_c, where the record names it.
+        probes: Questions for the evaluation.
+        origin: File and record, for messages.
+    """
+
+    case_id: str
+    prompt: str
+    subject: str
+    target: str
+    target_true: str | None = None
+    probes: tuple[Probe, ...] = field(default=(), repr=False)
+    origin: str = field(default="", repr=False)
+
+    @property
+    def question(self) -> str:
+        """The bare prompt with its subject."""
+        return self.prompt.replace("{}", self.subject, 1)
+
+    def identity(self) -> str:
+        """Hash of what the target vector depends on."""
+        text = json.dumps([self.prompt, self.subject, self.target], ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_row(self) -> dict[str, Any]:
+        """A flat row of a data set; :meth:`from_row` is the inverse."""
+        return asdict(self) | {"probes": json.dumps([asdict(probe) for probe in self.probes])}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Edit:
+        """The edit of a row of :meth:`to_row`."""
+        probes = tuple(Probe(**probe) for probe in json.loads(row["probes"]))
+        return cls(**{**row, "probes": probes})
+
+
+def parse_record(record: Any, number: int, origin: str) -> Edit:
+    """Read one record of any known format.
+
+    Args:
+        record: A mapping in COUNTERFACT's native form (``requested_rewrite``), zsRE's (``src``) or the flat
+            form (``prompt``, ``subject``, ``target_new``).
+        number: Position in the file, from 0.
+        origin: File and record, for messages.
+
+    Raises:
+        RecordError: If a field is missing or unusable.
+    """
+    if not isinstance(record, Mapping):
+        raise RecordError(f"{origin}: expected an object with named fields, got {type(record).__name__}")
+    fields = {name: value for name, value in record.items() if value is not None}
+    if "requested_rewrite" in fields:
+        return _from_counterfact(fields, number, origin)
+    if "src" in fields:
+        return _from_zsre(fields, number, origin)
+    return _from_flat(fields, number, origin)
+
+
+def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
+    rewrite = fields["requested_rewrite"]
+    if not isinstance(rewrite, Mapping):
+        raise RecordError(f"{origin}: 'requested_rewrite' is {type(rewrite).__name__}, expected an object")
+    target = _text(rewrite, "target_new", origin)
+    old = _text(rewrite, "target_true", origin) if rewrite.get("target_true") else None
+    subject = _text(rewrite, "subject", origin)
+    prompt = template_of(_text(rewrite, "prompt", origin), subject, origin)
+    probes = _rewrite_probes(prompt, subject, target, old, fields.get("paraphrase_prompts") or [])
+    if old is not None:
+        probes += [
+            Probe("specificity", text, old, target) for text in fields.get("neighborhood_prompts") or []
+        ]
+    return Edit(str(fields.get("case_id", number)), prompt, subject, target, old, tuple(probes), origin)
+
+
+def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
+    answers = fields.get("answers")
+    if not isinstance(answers, list) or not answers:
+        raise RecordError(
+            f"{origin}: 'answers' is {answers!r}, expected a list whose first entry is the target"
+        )
+    target = _text({"answers[0]": answers[0]}, "answers[0]", origin)
+    subject = _text(fields, "subject", origin)
+    prompt = template_of(_text(fields, "src", origin), subject, origin)
+    rephrased = [fields["rephrase"]] if fields.get("rephrase") else []
+    probes = _rewrite_probes(prompt, subject, target, None, rephrased)
+    if fields.get("loc") and fields.get("loc_ans"):
+        question = str(fields["loc"])
+        question = question if question.endswith("?") else question + "?"
+        probes.append(Probe("specificity", question, str(fields["loc_ans"])))
+    return Edit(str(fields.get("case_id", number)), prompt, subject, target, None, tuple(probes), origin)
+
+
+def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
+    subject = _text(fields, "subject", origin)
+    prompt = template_of(_text(fields, "prompt", origin), subject, origin)
+    target = _text(fields, "target_new" if "target_new" in fields else "target", origin)
+    old = _text(fields, "ground_truth", origin) if fields.get("ground_truth") else None
+    probes = _rewrite_probes(prompt, subject, target, old, _as_list(fields.get("rephrase_prompt")))
+    answers = _as_list(fields.get("locality_ground_truth"))
+    for text, answer in zip(_as_list(fields.get("locality_prompt")), answers, strict=False):
+        probes.append(Probe("specificity", text, answer, target if answer == old else None))
+    return Edit(str(fields.get("case_id", number)), prompt, subject, target, old, tuple(probes), origin)
+
+
+def _rewrite_probes(
+    prompt: str, subject: str, target: str, old: str | None, paraphrases: Sequence[str]
+) -> list[Probe]:
+    probes = [Probe("efficacy", prompt.replace("{}", subject, 1), target, old)]
+    return probes + [Probe("generalisation", str(text), target, old) for text in paraphrases]
+
+
+def _as_list(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def _text(fields: Mapping[str, Any], name: str, origin: str) -> str:
+    """A text field that is there and not blank; ``{"str": …}`` counts as text."""
+    if name not in fields:
+        raise RecordError(
+            f"{origin}: no field {name!r}; found {', '.join(map(repr, fields)) or 'nothing'}. Expected "
+            "COUNTERFACT records (requested_rewrite), zsRE records (src, subject, answers) or flat ones "
+            "(prompt, subject, target_new)."
+        )
+    value = fields[name]
+    value = value.get("str") if isinstance(value, Mapping) else value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # a CSV column of years reads as numbers
+    if not isinstance(value, str) or not value.strip():
+        raise RecordError(f"{origin}: the field {name!r} is {value!r}, expected a text that is not empty")
+    return value
+
+
+def template_of(prompt: str, subject: str, origin: str) -> str:
+    """The prompt with ``{}`` for the subject: as given, or put in place of the subject's last mention.
+
+    The last whole-word mention is taken, since that is where a causal model has read most before it.
+
+    Raises:
+        RecordError: If there is more than one ``{}``, or neither a ``{}`` nor the subject.
+    """
+    count = prompt.count("{}")
+    if count == 1:
+        return prompt
+    if count > 1:
+        raise RecordError(f"{origin}: the prompt {prompt!r} has {count} '{{}}', expected exactly one")
+    whole_words = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt))
+    start = whole_words[-1].start() if whole_words else prompt.rfind(subject)
+    if start < 0:
+        raise RecordError(
+            f"{origin}: the prompt {prompt!r} has no '{{}}' and does not contain the subject {subject!r}; "
+            "write '{}' where the subject stands"
+        )
+    return prompt[:start] + "{}" + prompt[start + len(subject) :]
+
+
+def check_no_contradictions(edits: Iterable[Edit]) -> None:
+    """Refuse two edits that give one question two answers: no weights can satisfy both.
+
+    Raises:
+        RecordError: Naming both records.
+    """
+    seen: dict[str, Edit] = {}
+    for edit in edits:
+        first = seen.setdefault(edit.question, edit)
+        if first.target.strip() != edit.target.strip():
+            raise RecordError(
+                f"{edit.origin} contradicts {first.origin}: {edit.question!r} shall be both "
+                f"{first.target!r} and {edit.target!r}; remove one of them"
+            )

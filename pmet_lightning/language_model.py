@@ -1,0 +1,137 @@
+"""The frozen language model: loading, a forward pass that keeps only the logits in use, a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pmet_lightning.resources import locate
+from pmet_lightning.tokens import RowBatch
+
+log = logging.getLogger(__name__)
+
+DtypeName = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+_CHUNK = 1 << 22  # elements hashed at a time
+
+
+def load_config(name: str) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and the hub does not know it or cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's fast tokenizer.
+
+    Raises:
+        FileNotFoundError: As :func:`load_config`.
+        ValueError: If the tokenizer has no fast version and so no character offsets.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, name)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer of {name!r} is a slow one without character offsets; expected a fast tokenizer "
+            "(tokenizer.json). Convert it with transformers' convert_slow_tokenizer and save it beside the model."
+        )
+    return tokenizer
+
+
+def load_model(name: str, dtype: DtypeName = "auto", attn_implementation: str | None = None) -> nn.Module:
+    """The causal language model, frozen and in eval mode.
+
+    Raises:
+        FileNotFoundError: As :func:`load_config`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    # Converting after loading keeps buffers (rotary tables) as computed from the file's own precision.
+    stored = "auto" if dtype in ("auto", "float64") else wanted
+    model = _from_pretrained(AutoModelForCausalLM, name, dtype=stored, **extra)
+    if dtype == "float64":
+        model = model.double()
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _from_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
+    """Load from a shipped folder, a local folder or the hub, with one error for all that can be missing."""
+    path = locate(name)
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except OSError as error:
+        where = "the folder has no model" if Path(path).exists() else "no such folder, and not on the hub"
+        raise FileNotFoundError(
+            f"cannot load {name!r} ({where}): {str(error).splitlines()[0]}. Set --model.model_name to a folder "
+            "made by save_pretrained, to a hub name, or to the shipped 'atlas'."
+        ) from error
+
+
+def label_logits(model: nn.Module, rows: RowBatch) -> Tensor:
+    """Logits at the label columns of each row only: the vocabulary head is most of a small model's work.
+
+    Returns:
+        Shape [R, K, V], in the model's dtype.
+    """
+    each_row = torch.arange(len(rows), device=rows.input_ids.device).unsqueeze(1)
+    if "logits_to_keep" not in _forward_parameters(model):
+        return model(**_inputs(model, rows)).logits[each_row, rows.label_columns]  # type: ignore[no-any-return]
+    columns = rows.label_columns.unique()
+    logits = model(**_inputs(model, rows), logits_to_keep=columns).logits
+    return logits[each_row, torch.searchsorted(columns, rows.label_columns)]  # type: ignore[no-any-return]
+
+
+def run_to(model: nn.Module, rows: RowBatch) -> None:
+    """Run the layers for the sake of hooks; there is no vocabulary head."""
+    body = model.base_model
+    body(**_inputs(body, rows))
+
+
+def _inputs(model: nn.Module, rows: RowBatch) -> dict[str, Any]:
+    """Inputs that the model takes; a family without position ids counts positions from the mask."""
+    inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}
+    if "position_ids" in _forward_parameters(model):
+        inputs["position_ids"] = rows.position_ids
+    return inputs
+
+
+def _forward_parameters(model: nn.Module) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of every weight's name, shape, dtype and bits: equal on every device, different after any edit.
+
+    Integer sums of the bits, weighted by position, are exact in any order, so they can be formed on the
+    model's own device at memory speed; the sums are then hashed.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{_checksum(tensor)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _checksum(tensor: Tensor) -> str:
+    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().contiguous().flatten().view(views[tensor.element_size()])
+    plain = weighted = 0
+    for start in range(0, bits.numel(), _CHUNK):
+        chunk = bits[start : start + _CHUNK].to(torch.int64)
+        position = torch.arange(start, start + chunk.numel(), device=chunk.device)
+        plain += int(chunk.sum())
+        weighted += int((chunk * (2 * position + 1)).sum())
+    return f"{plain % (1 << 64):x}:{weighted % (1 << 64):x}"

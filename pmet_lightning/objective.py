@@ -1,0 +1,76 @@
+"""The loss of the target vectors, its stop rule and the projection (METHOD.md, step 1): pure functions.
+
+Legend: B = edits, C = contexts, K = target tokens, V = vocabulary, F = features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pmet_lightning.tokens import IGNORE
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """How well the target is predicted.
+
+    Attributes:
+        nll: Mean over target tokens of -log p.
+        all_argmax: Whether every target token is the most probable one.
+        token_accuracy: Share of target tokens that are the most probable one.
+    """
+
+    nll: Tensor
+    all_argmax: Tensor
+    token_accuracy: Tensor
+
+
+def target_scores(logits_KV: Tensor, label_ids_K: Tensor) -> TargetScores:
+    """Score labels under teacher forcing.
+
+    Args:
+        logits_KV: Shape [..., K, V], any float dtype; computed in float32 at least.
+        label_ids_K: int64, shape [..., K], ``IGNORE`` behind the end of a shorter target.
+
+    Returns:
+        Scores of shape [...].
+    """
+    logits = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+    real = label_ids_K != IGNORE
+    labels = label_ids_K.clamp_min(0)
+    log_p = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+    count = real.sum(dim=-1)
+    hit = (logits.argmax(dim=-1) == labels) & real
+    return TargetScores(
+        nll=-(log_p * real).sum(dim=-1) / count,
+        all_argmax=(hit | ~real).all(dim=-1),
+        token_accuracy=hit.sum(dim=-1) / count,
+    )
+
+
+def kl_divergence(log_p_V: Tensor, log_q_V: Tensor) -> Tensor:
+    """Σ p · (log p − log q) over the vocabulary; p is the model with the deltas, q the clean one (choice 4).
+
+    Args:
+        log_p_V: Log-probabilities that weigh the sum, shape [..., V].
+        log_q_V: Log-probabilities compared with them, shape [..., V].
+
+    Returns:
+        Shape [...].
+    """
+    return (log_p_V.exp() * (log_p_V - log_q_V)).sum(dim=-1)
+
+
+def norm_penalty(delta_BF: Tensor, clean_BF: Tensor) -> Tensor:
+    """‖δ‖ / ‖clean‖² for each edit: not squared above, squared below (METHOD.md, choice 5); shape [B]."""
+    return delta_BF.norm(dim=-1) / clean_BF.norm(dim=-1).square()
+
+
+def project_to_ball(delta_BF: Tensor, radius_B: Tensor) -> Tensor:
+    """Scale each δ that is longer than its radius back onto it; shape [B, F]."""
+    norm = delta_BF.norm(dim=-1)
+    scale = torch.where(norm > radius_B, radius_B / norm, torch.ones_like(norm))
+    return delta_BF * scale.unsqueeze(-1)

@@ -1,0 +1,99 @@
+"""Context managers that record or add vectors at a module while a model runs; all hooks leave with them.
+
+Legend: R = rows, T = tokens, F = features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Exit(Exception):
+    """Leaves a forward pass whose remaining layers nobody needs."""
+
+
+class Recording:
+    """What a hook has seen in the last forward pass: ``values``, shape [R, F]."""
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The recorded values.
+
+        Raises:
+            RuntimeError: If the module did not run.
+        """
+        if self.values is None:
+            raise RuntimeError("the recorded module did not run in this forward pass")
+        return self.values
+
+
+def _at(tensor_RTF: Tensor, columns_R: Tensor) -> Tensor:
+    rows = torch.arange(tensor_RTF.shape[0], device=tensor_RTF.device)
+    return tensor_RTF[rows, columns_R]
+
+
+@contextmanager
+def record_input(module: nn.Module, columns_R: Tensor) -> Iterator[Recording]:
+    """Record the module's input (a key) at one column of each row."""
+    recording = Recording()
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        recording.values = _at(inputs[0], columns_R)
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield recording
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def record_and_add(
+    module: nn.Module, columns_R: Tensor, added_RF: Tensor | None = None
+) -> Iterator[Recording]:
+    """Record the module's output at one column of each row, and add a vector to it there.
+
+    Args:
+        module: A projection, or a layer, which may return a tuple with its output first.
+        columns_R: int64, shape [R].
+        added_RF: What is added after recording, shape [R, F]; the gradient reaches it.
+    """
+    recording = Recording()
+
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        whole = output[0] if isinstance(output, tuple) else output
+        recording.values = _at(whole, columns_R)
+        if added_RF is None:
+            return None
+        rows = torch.arange(whole.shape[0], device=whole.device)
+        changed = whole.index_put((rows, columns_R), added_RF.to(whole.dtype), accumulate=True)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield recording
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def stop_after(module: nn.Module) -> Iterator[None]:
+    """End the forward pass that runs inside as soon as the module has its output."""
+
+    def hook(*_: Any) -> None:
+        raise _Exit
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    except _Exit:
+        pass
+    finally:
+        handle.remove()

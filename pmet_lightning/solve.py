@@ -1,0 +1,93 @@
+"""The closed-form update of one weight (METHOD.md, step 3): pure functions, float64.
+
+Legend: N = edits, I = in-features (d_k), O = out-features (d).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pmet_lightning.architectures import SiteName
+
+log = logging.getLogger(__name__)
+
+SpreadRule = Literal["sqrt", "even"]
+Written = Literal["ffn", "attn+ffn"]
+
+# Ridges tried in turn, relative to the mean diagonal, when the system is not positive definite.
+_RIDGES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An update and how well it solves its system.
+
+    Attributes:
+        delta_OI: ΔW, float64, shape [O, I].
+        ridge: What was added to the diagonal to make the system positive definite (0 as a rule).
+        relative_error: ‖ΔW·A − E·Kᵀ‖ / ‖E·Kᵀ‖ of the linear system as it was solved.
+    """
+
+    delta_OI: Tensor
+    ridge: float
+    relative_error: float
+
+
+def written_sites(write: Written) -> tuple[SiteName, ...]:
+    """Sites whose weights are written, in the order of writing within a layer."""
+    return ("ffn",) if write == "ffn" else ("attn", "ffn")
+
+
+def share(layers_left: int, rule: SpreadRule) -> float:
+    """Part of the residual that one layer takes on, ``layers_left`` counting itself (PMET: 1/√n)."""
+    return 1 / math.sqrt(layers_left) if rule == "sqrt" else 1 / layers_left
+
+
+def solve_update(residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: float) -> Solution:
+    """ΔW = E Kᵀ (λ C + K Kᵀ)⁻¹ by a Cholesky factorisation in float64.
+
+    Args:
+        residual_NO: This layer's share of the residual of each edit, shape [N, O].
+        keys_NI: Keys, shape [N, I].
+        moment_II: Second moment C of keys over general text, a mean over tokens, shape [I, I].
+        lam: λ, in units of preserved keys.
+
+    Raises:
+        FloatingPointError: If an input or the result is not finite, or no small ridge makes the system
+            positive definite.
+    """
+    residual, keys, moment = (t.to(torch.float64) for t in (residual_NO, keys_NI, moment_II))
+    for name, tensor in (("residual", residual), ("keys", keys), ("second moment", moment)):
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"the {name} of the solve is not finite")
+    system_II = lam * moment + keys.T @ keys
+    right_IO = keys.T @ residual
+    factor, ridge = _factorise(system_II)
+    delta_IO = torch.cholesky_solve(right_IO, factor)
+    if not delta_IO.isfinite().all():
+        raise FloatingPointError("the update of the solve is not finite")
+    error = (system_II @ delta_IO + ridge * delta_IO - right_IO).norm() / right_IO.norm().clamp_min(1e-300)
+    return Solution(delta_IO.T.contiguous(), ridge, float(error))
+
+
+def _factorise(system_II: Tensor) -> tuple[Tensor, float]:
+    """Cholesky factor of the system, with the smallest ridge that makes one possible."""
+    scale = float(system_II.diagonal().mean())
+    for relative in _RIDGES:
+        ridge = relative * scale
+        shifted = system_II + ridge * torch.eye(len(system_II), dtype=torch.float64, device=system_II.device)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if int(failed) == 0 and bool(factor.isfinite().all()):
+            if ridge:
+                log.warning("λC + KKᵀ is singular (dead key dimensions): solved with a ridge of %.1e", ridge)
+            return factor, ridge
+    raise FloatingPointError(
+        f"λC + KKᵀ is not positive definite even with a ridge of {_RIDGES[-1]:g} of its mean diagonal; "
+        "collect the second moments over more text"
+    )

@@ -1,0 +1,82 @@
+"""What the target optimisation gives for each edit, and a store that keeps it for the next run.
+
+Legend: B = edits, F = model width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pmet_lightning.architectures import SiteName
+from pmet_lightning.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Target:
+    """One edit's target.
+
+    Attributes:
+        values: v* of each optimised site, shape [F], float32 (float64 for a float64 model), on the CPU.
+        record: Plain numbers for the ledger: steps, stop reason, loss parts, P(o*) before and after.
+    """
+
+    values: dict[SiteName, Tensor]
+    record: dict[str, Any]
+
+
+def stack(targets: Sequence[Target], site: SiteName) -> Tensor:
+    """Values of one site, shape [B, F]."""
+    return torch.stack([target.values[site] for target in targets])
+
+
+class TargetStore:
+    """A folder of targets, each under the hash of everything it depends on.
+
+    Args:
+        folder: Where; made when the first target is saved.
+        depends: Fingerprints and settings shared by all edits: model weights, tokenizer, contexts, hyper-parameters.
+    """
+
+    def __init__(self, folder: str | Path, depends: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self._base = json.dumps(depends, sort_keys=True, default=str)
+
+    def path(self, identity: str) -> Path:
+        """File of the edit with this :meth:`~pmet_lightning.edits.Edit.identity`."""
+        return (
+            self.folder / f"{hashlib.sha256((self._base + identity).encode()).hexdigest()[:32]}.safetensors"
+        )
+
+    def load(self, identity: str) -> Target | None:
+        """The stored target, or ``None``; an unreadable file counts as absent and is made anew."""
+        path = self.path(identity)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads(file.metadata()["record"])
+                return Target({name: file.get_tensor(name) for name in file.keys()}, record)  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError):
+            return None
+
+    def save(self, identity: str, target: Target) -> None:
+        """Store a target; a reader never sees half a file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values = {name: value.contiguous() for name, value in target.values.items()}
+        with atomic_path(self.path(identity)) as temporary:
+            save_file(values, temporary, metadata={"record": json.dumps(target.record)})
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of a fast tokenizer's whole definition."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]

@@ -1,0 +1,189 @@
+"""From text to padded token rows in which the subject's last token and the target are located.
+
+Everything here is found by character offsets of the *whole* text: tokens of joined pieces are not the
+joined pieces' tokens (leading spaces, BOS, merges across the joint), see METHOD.md, "Traps".
+Legend: R = rows, T = tokens of the longest row, K = tokens of the longest target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+PaddingSide = Literal["left", "right"]
+IGNORE = -100  # label of a position that is not part of a target
+
+
+class LocationError(ValueError):
+    """A subject or a target has no token of its own in the text it stands in."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One tokenised text.
+
+    Attributes:
+        ids: Token ids the model reads.
+        subject: Index in ``ids`` of the subject's last token, -1 for a text without a subject.
+        labels: Ids of the target; the logits at the last ``len(labels)`` positions predict them.
+    """
+
+    ids: list[int]
+    subject: int = -1
+    labels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows padded to one length.
+
+    Attributes:
+        input_ids: int64, shape [R, T].
+        attention_mask: int64, shape [R, T], 1 for real tokens.
+        position_ids: int64, shape [R, T], counted over real tokens so that they do not depend on padding.
+        subject: int64, shape [R], column of the subject's last token.
+        label_ids: int64, shape [R, K], ``IGNORE`` where a target is shorter than K.
+        label_columns: int64, shape [R, K], column whose logits predict that label; the row's last real
+            column where there is no label.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    subject: Tensor
+    label_ids: Tensor
+    label_columns: Tensor
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    def to(self, device: torch.device) -> RowBatch:
+        """The same rows on another device."""
+        return RowBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def select(self, rows: Tensor) -> RowBatch:
+        """The given rows (an index or a boolean mask, shape [R]), without columns nobody uses."""
+        picked = {name: value[rows] for name, value in vars(self).items()}
+        used = picked["attention_mask"].any(dim=0).nonzero().flatten()
+        first, last = int(used[0]), int(used[-1]) + 1
+        for name in ("input_ids", "attention_mask", "position_ids"):
+            picked[name] = picked[name][:, first:last]
+        picked["subject"] = picked["subject"] - first
+        picked["label_columns"] = picked["label_columns"] - first
+        return RowBatch(**picked)
+
+
+def with_leading_space(target: str) -> str:
+    """The target as it continues a prompt (METHOD.md, step 1, choice 1)."""
+    return target if target[:1].isspace() else " " + target
+
+
+def fill(template: str, text: str) -> tuple[str, int]:
+    """Put ``text`` in the first ``{}`` of ``template``; returns the whole and where ``text`` begins."""
+    head, _, tail = template.partition("{}")
+    return head + text + tail, len(head)
+
+
+def encode_prompt(
+    tokenizer: Any,
+    prompt: str,
+    subject: str | None = None,
+    *,
+    context: str = "{}",
+    target: str | None = None,
+    stop_at_subject: bool = False,
+) -> TokenRow:
+    """Tokenise ``context(prompt(subject)) + target`` as one text and locate subject and target in it.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer.
+        prompt: Prompt with one ``{}`` for the subject, or a finished text where ``subject`` is ``None``.
+        subject: The subject.
+        context: Text with one ``{}`` that the prompt is put into.
+        target: What the model shall say next; its last token is not part of the row's ids, since nothing
+            needs to be predicted from it.
+        stop_at_subject: Cut the row behind the subject's last token (a causal model sees no difference).
+
+    Raises:
+        LocationError: If the subject or the target has no token in the text.
+    """
+    text, subject_start = (prompt, 0) if subject is None else fill(prompt, subject)
+    text, prompt_start = fill(context, text)
+    full = text if target is None else text + with_leading_space(target)
+    ids, offsets = _tokenise(tokenizer, full)
+    position = -1
+    if subject is not None:
+        last_character = prompt_start + subject_start + len(subject.rstrip()) - 1
+        position = _last_token_covering(offsets, last_character)
+        if not subject.strip() or position < 0:
+            raise LocationError(f"the subject {subject!r} has no token of its own in {full!r}")
+    if stop_at_subject:
+        return TokenRow(ids[: position + 1], position)
+    if target is None:
+        return TokenRow(ids, position)
+    start = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(ids))
+    labels = tuple(ids[start:])
+    if not target.strip() or not labels or start == 0:
+        raise LocationError(f"the target {target!r} tokenises to nothing behind {text!r}")
+    return TokenRow(ids[:-1], position, labels)
+
+
+def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: PaddingSide = "left") -> RowBatch:
+    """Pad rows to one length; every index is shifted along, so left and right give the same numbers."""
+    width, most = max(len(row.ids) for row in rows), max(1, max(len(row.labels) for row in rows))
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    subject = torch.zeros(len(rows), dtype=torch.long)
+    label_ids = torch.full((len(rows), most), IGNORE, dtype=torch.long)
+    label_columns = torch.zeros_like(label_ids)
+    for r, row in enumerate(rows):
+        first = width - len(row.ids) if side == "left" else 0
+        end = first + len(row.ids)
+        input_ids[r, first:end] = torch.tensor(row.ids)
+        mask[r, first:end] = 1
+        subject[r] = first + row.subject
+        label_columns[r] = end - 1
+        if row.labels:
+            label_ids[r, : len(row.labels)] = torch.tensor(row.labels)
+            label_columns[r, : len(row.labels)] = torch.arange(end - len(row.labels), end)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return RowBatch(input_ids, mask, positions, subject, label_ids, label_columns)
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id to pad with; any will do, since padding is masked everywhere."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Split row indices into batches of similar length whose padded size stays within ``budget`` tokens."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _tokenise(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character offsets of a text, without special tokens that the tokenizer puts at its end."""
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, offsets = list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
+    special = encoded["special_tokens_mask"]
+    while ids and special[len(ids) - 1]:
+        ids.pop()
+    return ids, offsets[: len(ids)]
+
+
+def _last_token_covering(offsets: Sequence[tuple[int, int]], character: int) -> int:
+    """Index of the last token whose span holds the character (byte fallback: several may), or -1."""
+    covering = [i for i, (start, end) in enumerate(offsets) if start <= character < end]
+    return covering[-1] if covering else -1

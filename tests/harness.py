@@ -1,0 +1,173 @@
+"""Runs the editor on golden inputs, and on small ones of the tests' own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from pmet_lightning import EditDataModule, SecondMoments, TargetOptimizer, WeightSpread
+from pmet_lightning.language_model import fingerprint, load_model
+from pmet_lightning.moments import MomentKey, MomentStore
+from pmet_lightning.optimisation import TargetLoop
+from pmet_lightning.spread import SpreadReport
+
+
+class KeepReports(L.Callback):
+    """Keeps what every edit batch reported."""
+
+    def __init__(self) -> None:
+        self.reports: list[SpreadReport] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        spread = next(c for c in trainer.callbacks if isinstance(c, WeightSpread))
+        if spread.report is not None:
+            self.reports.append(spread.report)
+
+
+def quiet_trainer(callbacks: Sequence[L.Callback], folder: Path, **kwargs: Any) -> L.Trainer:
+    """A trainer that only runs."""
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "default_root_dir": folder,
+    }
+    return L.Trainer(callbacks=list(callbacks), **(options | kwargs))
+
+
+def store_moments(folder: Path, moments: dict[tuple[str, int], torch.Tensor], model_hash: str) -> str:
+    """Write given second moments where SecondMoments(given=…) finds them."""
+    store = MomentStore(folder)
+    for place, moment in moments.items():
+        store.save(place, moment, 1, MomentKey(model_hash, "", "", 1, 1))
+    return str(folder)
+
+
+def edit(
+    module: TargetOptimizer,
+    records: list[dict[str, Any]],
+    moments: dict[tuple[str, int], torch.Tensor],
+    folder: Path,
+    *,
+    lam: float,
+    rule: str = "sqrt",
+    write: str = "ffn",
+    **data: Any,
+) -> tuple[WeightSpread, list[SpreadReport]]:
+    """Edit records through module, data module and callback in a Lightning trainer."""
+    path = folder / "records.json"
+    path.write_text(json.dumps(records))
+    reference = load_model(module.model_name, module.dtype_name, module.attn_implementation)
+    given = store_moments(folder / "moments", moments, fingerprint(reference))
+    spread, keep = WeightSpread(lam=lam, rule=rule, write=write), KeepReports()
+    trainer = quiet_trainer([SecondMoments("", given=given, write=write), spread, keep], folder)
+    trainer.fit(module, EditDataModule(str(path), tokenizer=module.model_name, **data))
+    return spread, keep.reports
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden set of one architecture."""
+
+    folder: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class GoldenRun:
+    """What ours computed beside what is expected."""
+
+    meta: dict[str, Any]
+    npz: Any
+    report: SpreadReport
+    deltas: dict[str, torch.Tensor]
+    histories: list[list[dict[str, float]]]
+
+    def expected_target(self, i: int, site: str) -> np.ndarray:
+        names = {"attn": "attn", "ffn": "mlp", "hidden": "hidden"}
+        for key in (f"z/{i}/target_{names[site]}", f"z/{i}/target", f"z/{i}/target_h"):
+            if key in self.npz.files:
+                return self.npz[key]
+        raise KeyError([k for k in self.npz.files if k.startswith(f"z/{i}/")])
+
+    def expected_layer(self, site: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        template = self.meta["hparams"]["mlp_module_tmp" if site == "ffn" else "attn_module_tmp"]
+        base = f"layer/{layer}/{template}/"
+        return self.npz[base + "ks"], self.npz[base + "cur_zs"]
+
+
+def golden_module(case: Case, **changed: Any) -> tuple[TargetOptimizer, dict[str, Any]]:
+    """The module with a golden set's settings."""
+    meta = json.loads((case.folder / "meta.json").read_text())
+    settings = meta["sets"][case.name]
+    hp = settings["hparams"]
+    memit = case.name.startswith("memit")
+    module = TargetOptimizer(
+        **{
+            "model_name": str(case.folder / "model"),
+            "layers": hp["layers"],
+            "optimise": "hidden" if memit else "attn+ffn",
+            "steps": hp["v_num_grad_steps"],
+            "optimizer": partial(torch.optim.Adam, lr=hp["v_lr"]),
+            "clamp": hp["clamp_norm_factor"],
+            "nll_factor": hp.get("nll_loss_factor", 1.0),
+            "kl_factor": hp["kl_factor"],
+            "norm_factor": hp["v_weight_decay"],
+            "contexts": [c for group in meta["context_templates"] for c in group],
+            "dtype": settings["dtype"],
+            "attn_implementation": "eager",
+            **changed,
+        }
+    )
+    return module, meta
+
+
+def golden_moments(case: Case, hp: dict[str, Any]) -> dict[tuple[str, int], torch.Tensor]:
+    cov = np.load(case.folder / "cov.npz")
+    moments = {}
+    for layer in hp["layers"]:
+        for site, template in (("ffn", hp["mlp_module_tmp"]), ("attn", hp["attn_module_tmp"])):
+            moments[site, layer] = torch.from_numpy(cov[template.format(layer)])
+    return moments
+
+
+def run_golden(case: Case, folder: Path, **data: Any) -> GoldenRun:
+    """Edit the golden requests as one edit batch."""
+    module, meta = golden_module(case)
+    settings = meta["sets"][case.name]
+    histories: list[list[dict[str, float]]] = []
+    results = TargetLoop.results
+
+    def keep_history(self: TargetLoop, **kwargs: Any) -> Any:
+        histories.extend(self.history)
+        return results(self, **kwargs)
+
+    TargetLoop.results = keep_history  # type: ignore[method-assign]
+    try:
+        spread, reports = edit(
+            module,
+            [{"case_id": r["case_id"], "requested_rewrite": r} for r in meta["requests"]],
+            golden_moments(case, settings["hparams"]),
+            folder,
+            lam=settings["hparams"]["mom2_update_weight"],
+            rule="even" if case.name.startswith("memit") else "sqrt",
+            write="attn+ffn" if "both" in case.name else "ffn",
+            **data,
+        )
+    finally:
+        TargetLoop.results = results  # type: ignore[method-assign]
+    npz = np.load(case.folder / f"{case.name}.npz")
+    return GoldenRun(settings, npz, reports[0], spread.deltas, histories)
