@@ -21,6 +21,7 @@ from jsonargparse.typing import (
     PositiveInt,
 )
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from pmet_lightning.architectures import Architecture, SiteName, Sites, architecture_of
@@ -134,6 +135,7 @@ class TargetOptimizer(L.LightningModule):
         self.base_fingerprint = ""
         self.inner_step = 0
         self.scores = EditScores()
+        self.results: dict[str, dict[str, float]] = {}
         self._architecture: Architecture | None = None
         self._store: TargetStore | None = None
         self._store_batch = -1
@@ -329,3 +331,21 @@ class TargetOptimizer(L.LightningModule):
     def test_step(self, batch: EditBatch, batch_idx: int) -> None:
         """As :meth:`validation_step`."""
         self.evaluate_batch(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Close the scores; Lightning's check before the first edit is the evaluation 'before'."""
+        self._close_scores("before" if self.trainer.sanity_checking else "after")
+
+    def on_test_epoch_end(self) -> None:
+        """Close the scores."""
+        self._close_scores("test")
+
+    def _close_scores(self, phase: str) -> None:
+        table = {name: float(value) for name, value in self.scores.compute().items()}
+        self.scores.reset()
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.log_dict(table)
+            return
+        self.results[phase] = table
+        for logger in self.loggers:
+            logger.log_metrics({f"{phase}/{name}": value for name, value in table.items()}, self.inner_step)

@@ -192,7 +192,7 @@ def test_training_lowers_the_loss_and_writes_a_folder(
         return loss
 
     monkeypatch.setattr(LanguageModelling, "training_step", watched)
-    figures = train(small(world), tmp_path, architecture=architecture, epochs=8, batch_tokens=256)
+    figures = train(small(world), tmp_path, architecture=architecture, epochs=2, batch_tokens=256)
     assert losses[-1] < losses[0] - 1
     assert figures["tokens"] == 256 * len(losses)
     assert 0 <= figures["held_out"] <= 1

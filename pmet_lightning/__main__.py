@@ -1,0 +1,27 @@
+"""``python -m pmet_lightning``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+log = logging.getLogger("pmet_lightning")
+
+# What a user can mend: shown as a message, without a traceback.
+_EXPECTED = (ValueError, OSError, FloatingPointError)
+
+
+def main() -> None:
+    """Run a verb; an error the user can mend ends in one message and exit code 2."""
+    from pmet_lightning.cli import main as run  # a second's worth of imports, after Python's own checks
+
+    try:
+        run()
+    except _EXPECTED as error:
+        log.error("error: %s", error)
+        log.debug("traceback", exc_info=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Atlas, the embedded world: records to edit, a corpus, and a small language model that knows its facts."""
+
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+def demo(
+    out: str, seed: int = 0, architecture: str = "gptj", epochs: int = 10, precision: str = "32-true"
+) -> None:
+    """Rebuild the Atlas world and its model from a seed.
+
+    Atlas is a made-up world of persons, cities, companies and products. The result is what the package ships
+    in `pmet_lightning/demo/atlas`: `records.json` (edits in COUNTERFACT's format), `corpus.txt` (plain text
+    for the second moments of the keys) and `model` (a Hugging Face folder). Takes about ten minutes on two
+    CPU cores.
+
+    Args:
+        out: Folder to write; must be new or empty.
+        seed: Seed of the world, of the records and of the training; equal seeds give equal files up to the
+            rounding of the machine.
+        architecture: Architecture of the language model: gptj or llama.
+        epochs: How often the model reads each sentence.
+        precision: Lightning's precision of the training, e.g. bf16-mixed where the processor is fast at it.
+
+    Raises:
+        ValueError: The architecture is not known.
+        FileExistsError: `out` holds something already.
+    """
+    from pmet_lightning.demo.training import ARCHITECTURES  # torch, Lightning, transformers: not at import
+
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"--architecture: expected one of {known}, got {architecture}")
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"--out {out}: expected a new or empty folder, found one with content; name another, or empty it"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the rename at the end stays on one file system and is atomic.
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(unfinished, seed, architecture, epochs, precision)
+        unfinished.chmod(0o755)  # mkdtemp makes it private
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    log.info("Atlas is in %s", folder)
+
+
+def _write(folder: Path, seed: int, architecture: str, epochs: int, precision: str) -> None:
+    from pmet_lightning.demo.records import records
+    from pmet_lightning.demo.training import train
+    from pmet_lightning.demo.world import build_world, corpus_text
+
+    world = build_world(seed)
+    text = json.dumps(records(world, seed), separators=(",", ":"))
+    (folder / "records.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "corpus.txt").write_text(corpus_text(world, seed), encoding="utf-8")
+    train(world, folder / "model", seed, architecture=architecture, epochs=epochs, precision=precision)

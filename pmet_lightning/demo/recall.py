@@ -1,0 +1,43 @@
+"""Does a model know its world? Exact recall of answers after bare prompts."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.inference_mode()
+def recalled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[str, str]],
+    batch_size: int = 256,
+) -> list[bool]:
+    """Ask a model for answers.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        prompts: (prompt, answer) pairs; the answer without its leading space.
+        batch_size: Prompts per forward.
+
+    Returns:
+        Per prompt, in the given order: whether every token of the answer is the most probable one.
+    """
+    rows = []
+    for prompt, answer in prompts:
+        head = tokenizer(prompt)["input_ids"]
+        rows.append((head, tokenizer(f"{prompt} {answer}")["input_ids"][len(head) :]))
+    right = [False] * len(rows)
+    # Sorted by length, a batch holds hardly any padding.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        texts = [torch.tensor(rows[i][0] + rows[i][1]) for i in batch]
+        # Right padding: under causal attention the padded positions change nothing before them.
+        inputs = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)
+        best = model(inputs).logits.argmax(-1).cpu()
+        for row, i in enumerate(batch):
+            head, answer = rows[i]
+            right[i] = best[row, len(head) - 1 : len(head) + len(answer) - 1].tolist() == answer
+    return right

@@ -1,0 +1,49 @@
+"""The verb ``export``: base model plus patch as a Hugging Face folder that anything can open."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from pmet_lightning.architectures import Architecture, Sites, architecture_of
+from pmet_lightning.language_model import fingerprint, load_config, load_model, load_tokenizer
+from pmet_lightning.patch import apply_patch, load_patch
+
+log = logging.getLogger(__name__)
+
+
+def export(run: str, out: str, base: str | None = None, architecture: Architecture | None = None) -> None:
+    """Write the edited model of a run as a Hugging Face folder.
+
+    Args:
+        run: A run folder, or a patch.safetensors.
+        out: The folder to write; must not exist, or be empty.
+        base: Where the base model is now; by default where it was when the run was made.
+        architecture: Module paths, for a family that is not known by itself.
+
+    Raises:
+        FileNotFoundError: If the patch or the base model is not there.
+        FileExistsError: If the folder holds something.
+        PatchError: If the base model is not the one that was edited.
+    """
+    patch = Path(run) / "patch.safetensors" if Path(run).is_dir() else Path(run)
+    _, manifest = load_patch(patch)
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"the folder {out!r} holds something; expected a new or an empty one")
+    name = base or manifest["model"]
+    model = load_model(name, manifest["dtype"])
+    sites = Sites.of(model, architecture_of(load_config(name), architecture))
+    apply_patch(model, sites, patch, fingerprint(model))
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)  # type: ignore[operator]
+        load_tokenizer(name).save_pretrained(temporary)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    log.info("the edited model is in %s", target)

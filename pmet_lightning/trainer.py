@@ -1,0 +1,112 @@
+"""Lightning's Trainer with the defaults of an edit run, and the verb ``stats``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from pmet_lightning.progress import EditProgressBar
+from pmet_lightning.recorder import RunRecorder
+
+# Lightning warns of what is meant here: the language model stays in eval mode, batches are text, edits are
+# read once and by this process, the CSV logger shares the run folder.
+_INTENDED = (
+    r".*module\(s\) in eval mode.*",
+    r".*transfer_batch_to_device.*",
+    r".*does not have many workers.*",
+    r".*directory .* exists and is not empty.*",
+    r".*is smaller than the logging interval.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+)
+
+
+class EditTrainer(L.Trainer):
+    """A Trainer whose fit is one pass over the edits, judged before and after.
+
+    Args:
+        run_dir: Folder of everything the run leaves; must not hold another run. Null takes the next free
+            runs/run_N.
+        kwargs: Everything that Lightning's Trainer takes.
+    """
+
+    def __init__(self, run_dir: str | None = None, **kwargs: Any) -> None:
+        folder = _free_folder(Path("runs")) if run_dir is None else Path(run_dir).expanduser()
+        # The patch is the result; one epoch is one pass over the edits; all edits are judged before.
+        own: dict[str, Any] = {
+            "max_epochs": 1,
+            "num_sanity_val_steps": -1,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(folder),
+        }
+        for name, value in own.items():
+            kwargs[name] = value if kwargs.get(name) is None else kwargs[name]
+        if kwargs.get("logger") in (None, True):
+            kwargs["logger"] = [
+                TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False),
+                CSVLogger(str(folder), name="", version=""),
+            ]
+        kwargs["callbacks"] = _with_own_callbacks(kwargs.get("callbacks"), folder, kwargs)
+        super().__init__(**kwargs)
+        self.run_dir = folder
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Edit: optimise targets, write the weights after each edit batch, evaluate before and after."""
+        with _intended_warnings_off():
+            super().fit(*args, **kwargs)
+
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        """Ask the questions of the edits and show the scores."""
+        with _intended_warnings_off():
+            return super().validate(*args, **kwargs)
+
+    def test(self, *args: Any, **kwargs: Any) -> Any:
+        """Ask the questions of the edits and show the scores; the same as validate."""
+        with _intended_warnings_off():
+            return super().test(*args, **kwargs)
+
+    def stats(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> None:
+        """Collect and store the second moments of the edited layers; a later fit finds them.
+
+        Args:
+            model: The module, whose layers say what to collect.
+            datamodule: Not used; the edits have no part in it.
+        """
+        # A fit without epochs: Lightning sets up devices and model, and the callback of the moments does its
+        # work before the first batch.
+        self.fit_loop.max_epochs = 0
+        self.num_sanity_val_steps = 0
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunRecorder):
+                callback.records = False
+        with _intended_warnings_off():
+            super().fit(model, train_dataloaders=[])
+
+
+def _with_own_callbacks(given: Any, folder: Path, kwargs: dict[str, Any]) -> list[Callback]:
+    callbacks = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    if kwargs.get("enable_progress_bar") is not False:
+        callbacks.append(EditProgressBar())
+    return [*callbacks, RunRecorder(folder)]
+
+
+def _free_folder(parent: Path) -> Path:
+    number = 0
+    while (parent / f"run_{number}").exists():
+        number += 1
+    return parent / f"run_{number}"
+
+
+@contextmanager
+def _intended_warnings_off() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for message in _INTENDED:
+            warnings.filterwarnings("ignore", message=message)
+        yield
