@@ -90,6 +90,7 @@ def edit_cli(arguments: Sequence[str], run: bool = True) -> EditCLI:
         EditDataModule,
         trainer_class=EditTrainer,
         save_config_callback=SaveFitConfig,
+        save_config_kwargs={"overwrite": True},  # the trainer has made sure that no other run is there
         seed_everything_default=0,
         auto_configure_optimizers=False,
         parser_kwargs={"allow_abbrev": False, **{verb: {"allow_abbrev": False} for verb in TRAINER_VERBS}},

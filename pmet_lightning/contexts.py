@@ -62,7 +62,5 @@ def check_contexts(contexts: Sequence[str]) -> list[str]:
     """
     for context in contexts:
         if context.count("{}") != 1:
-            raise ValueError(
-                f"the context {context!r} has {context.count('{}')} '{{}}', expected exactly one"
-            )
+            raise ValueError(f"the context {context!r} has {context.count('{}')} '{{}}', expected exactly one")
     return [context for context in contexts if context != BARE]

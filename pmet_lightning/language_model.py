@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.resources import locate
+from pmet_lightning.sites import narrow_input
 from pmet_lightning.tokens import RowBatch
 
 log = logging.getLogger(__name__)
@@ -87,30 +88,22 @@ def label_logits(model: nn.Module, rows: RowBatch) -> Tensor:
     Returns:
         Shape [R, K, V], in the model's dtype.
     """
-    each_row = torch.arange(len(rows), device=rows.input_ids.device).unsqueeze(1)
-    if "logits_to_keep" not in _forward_parameters(model):
-        return model(**_inputs(model, rows)).logits[each_row, rows.label_columns]  # type: ignore[no-any-return]
-    columns = rows.label_columns.unique()
-    logits = model(**_inputs(model, rows), logits_to_keep=columns).logits
-    return logits[each_row, torch.searchsorted(columns, rows.label_columns)]  # type: ignore[no-any-return]
+    with narrow_input(model.get_output_embeddings(), rows.label_columns):  # type: ignore[operator]
+        return model(**_inputs(model, rows)).logits  # type: ignore[no-any-return]
 
 
 def run_to(model: nn.Module, rows: RowBatch) -> None:
     """Run the layers for the sake of hooks; there is no vocabulary head."""
-    body = model.base_model
+    body: nn.Module = model.base_model  # type: ignore[assignment]
     body(**_inputs(body, rows))
 
 
 def _inputs(model: nn.Module, rows: RowBatch) -> dict[str, Any]:
     """Inputs that the model takes; a family without position ids counts positions from the mask."""
     inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}
-    if "position_ids" in _forward_parameters(model):
+    if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = rows.position_ids
     return inputs
-
-
-def _forward_parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
 
 
 def fingerprint(model: nn.Module) -> str:

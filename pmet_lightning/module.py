@@ -14,7 +14,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from jsonargparse.typing import (
-    ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -78,7 +77,8 @@ class TargetOptimizer(L.LightningModule):
         attn_implementation: Attention kernel asked of transformers, such as eager or sdpa; null takes its
             default.
         architecture: Module paths of a family that is not known by itself.
-        padding_side: Where rows are padded; changes nothing but speed.
+        padding_side: Where rows are padded; changes nothing. (Left, with eager attention in float64, makes some families
+            give NaN: their mask overflows.)
         tokens_per_batch: Most tokens in one forward pass of the key and evaluation passes.
         targets_folder: Folder in which finished targets are kept and found again; null keeps none.
         patch: A patch.safetensors that is applied after loading.
@@ -96,7 +96,7 @@ class TargetOptimizer(L.LightningModule):
         nll_factor: NonNegativeFloat = 1.0,  # type: ignore[valid-type]
         kl_factor: NonNegativeFloat = 1.0,  # type: ignore[valid-type]
         norm_factor: NonNegativeFloat = 0.5,  # type: ignore[valid-type]
-        loss_tolerance: ClosedUnitInterval = 0.05,  # type: ignore[valid-type]
+        loss_tolerance: NonNegativeFloat = 0.05,  # type: ignore[valid-type]
         contexts: list[str] | None = None,
         context_count: NonNegativeInt = 5,  # type: ignore[valid-type]
         context_length: PositiveInt = 10,  # type: ignore[valid-type]
@@ -104,7 +104,7 @@ class TargetOptimizer(L.LightningModule):
         dtype: DtypeName = "auto",
         attn_implementation: str | None = None,
         architecture: Architecture | None = None,
-        padding_side: PaddingSide = "left",
+        padding_side: PaddingSide = "right",
         tokens_per_batch: PositiveInt = 8192,  # type: ignore[valid-type]
         targets_folder: str | None = None,
         patch: str | None = None,
@@ -320,9 +320,7 @@ class TargetOptimizer(L.LightningModule):
     def evaluate_batch(self, batch: EditBatch) -> None:
         """Ask the questions of some edits and add the answers to the running scores."""
         probes = [edit.probes for edit in batch.edits]
-        self.scores.update(
-            score_probes(self.model, self.tokenizer, probes, self.tokens_per_batch, self.device)
-        )
+        self.scores.update(score_probes(self.model, self.tokenizer, probes, self.tokens_per_batch, self.device))
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Score the edits' questions on the model as it is now."""

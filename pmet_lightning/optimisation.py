@@ -165,9 +165,8 @@ class TargetLoop:
         scores = target_scores(logits_APKV[:, :-1], labels)
         nll = scores.nll.mean(dim=1)
         kl = self.weights.kl * kl_divergence(_last_log_probs(logits_APKV), self._clean_kl[index_A])
-        norm = self.weights.norm * sum(
-            norm_penalty(delta[index_A], self.clean[site][index_A]) for site, delta in self.deltas.items()
-        )
+        penalties = [norm_penalty(delta[index_A], self.clean[site][index_A]) for site, delta in self.deltas.items()]
+        norm = self.weights.norm * torch.stack(penalties).sum(dim=0)
         return {
             "loss": self.nll_factor[index_A] * nll + kl + norm,
             "nll": nll,

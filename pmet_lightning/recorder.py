@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
 from pmet_lightning.data import EditBatch
-from pmet_lightning.edits import Edit
 from pmet_lightning.files import atomic_path, write_json
 from pmet_lightning.ledger import ledger_lines
 from pmet_lightning.metrics import METRICS
@@ -43,25 +40,22 @@ class RunRecorder(L.Callback):
         self._state: dict[str, Any] = {}
         self._ledger: list[str] = []
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Claim the folder.
+    def check_free(self) -> None:
+        """Refuse a folder that another run is in.
 
         Raises:
-            FileExistsError: If another run is in it.
+            FileExistsError: If there is one.
         """
-        if stage != "fit" or not self.records:
-            return
         if (self.folder / STATE).exists():
             raise FileExistsError(
                 f"the output folder {str(self.folder)!r} holds another run ({STATE}); expected a new one: set "
                 "--trainer.run_dir to another folder, or leave it out to have one made"
             )
-        self._save_state(status="starting", edit_batches_written=0, edits_written=0)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say that the work begins."""
         if self.records:
-            self._save_state(status="running")
+            self._save_state(status="running", edit_batches_written=0, edits_written=0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Store the contexts and the scores of the unedited model."""
@@ -90,13 +84,10 @@ class RunRecorder(L.Callback):
         if not self.records:
             return
         write_json(self.folder / "scores.json", pl_module.results)
-        # Lightning ends a fit gracefully on Ctrl-C, and comes here too.
-        self._save_state(status="interrupted" if trainer.interrupted else "finished")
+        self._save_state(status="finished")
         log.info("%s\nrun folder: %s", score_table(pl_module.results), self.folder)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say how the run ended, and that the patch holds whole edit batches only."""
         if self._state:
             status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
@@ -136,9 +127,7 @@ def score_table(results: Mapping[str, Mapping[str, float]]) -> str:
     lines = [f"{'':8}" + "".join(f"{name:>24}" for name in METRICS)]
     for phase, table in results.items():
         cells = [
-            f"{table[name]:.1f} [{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]"
-            if name in table
-            else "-"
+            f"{table[name]:.1f} [{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]" if name in table else "-"
             for name in METRICS
         ]
         lines.append(f"{phase:8}" + "".join(f"{cell:>24}" for cell in cells))

@@ -33,9 +33,7 @@ def locate_config(name: str) -> str:
         if (folder / name).is_file():
             return str(folder / name)
     shipped = sorted({path.name for folder in _config_folders() for path in folder.glob("*.yaml")})
-    raise FileNotFoundError(
-        f"no configuration {name!r}: not a file here, and shipped are {', '.join(shipped)}"
-    )
+    raise FileNotFoundError(f"no configuration {name!r}: not a file here, and shipped are {', '.join(shipped)}")
 
 
 def _config_folders() -> list[Path]:

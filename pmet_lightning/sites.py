@@ -1,6 +1,6 @@
 """Context managers that record or add vectors at a module while a model runs; all hooks leave with them.
 
-Legend: R = rows, T = tokens, F = features.
+Legend: R = rows, T = tokens, K = columns kept, F = features.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def record_input(module: nn.Module, columns_R: Tensor) -> Iterator[Recording]:
 
 
 @contextmanager
-def record_and_add(
-    module: nn.Module, columns_R: Tensor, added_RF: Tensor | None = None
-) -> Iterator[Recording]:
+def record_and_add(module: nn.Module, columns_R: Tensor, added_RF: Tensor | None = None) -> Iterator[Recording]:
     """Record the module's output at one column of each row, and add a vector to it there.
 
     Args:
@@ -79,6 +77,24 @@ def record_and_add(
     handle = module.register_forward_hook(hook)
     try:
         yield recording
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def narrow_input(module: nn.Module, columns_RK: Tensor) -> Iterator[None]:
+    """Let a module, such as the vocabulary head, see K columns of each row instead of all of them.
+
+    Unlike the ``logits_to_keep`` of transformers, the columns may differ from row to row.
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        rows = torch.arange(columns_RK.shape[0], device=columns_RK.device).unsqueeze(1)
+        return (inputs[0][rows, columns_RK], *inputs[1:])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
     finally:
         handle.remove()
 

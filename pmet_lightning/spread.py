@@ -107,9 +107,7 @@ class WeightSpread(L.Callback):
         if not isinstance(pl_module, TargetOptimizer):
             raise TypeError(f"WeightSpread works with TargetOptimizer, got {type(pl_module).__name__}")
         if stage == "fit" and trainer.world_size > 1:
-            raise ValueError(
-                f"editing runs on one process for now, got {trainer.world_size}; set --trainer.devices 1"
-            )
+            raise ValueError(f"editing runs on one process for now, got {trainer.world_size}; set --trainer.devices 1")
         if "attn" in self.sites and "attn" not in pl_module.sites_optimised:
             raise ValueError(
                 "--spread.write attn+ffn writes the attention, which has no target: set --model.optimise attn+ffn"
@@ -144,16 +142,12 @@ class WeightSpread(L.Callback):
             FloatingPointError: If anything is not finite; the weights are then what they were.
         """
         moments = _callback(trainer, SecondMoments).moments
-        over = Measurement.of(
-            edits, module.contexts, module.tokenizer, module.tokens_per_batch, module.device
-        )
+        over = Measurement.of(edits, module.contexts, module.tokenizer, module.tokens_per_batch, module.device)
         goals = {site: self._goal(module, targets, site) for site in self.sites}
         first = {site: self._residual(module, goals[site], site, over).norm(dim=-1) for site in self.sites}
         reports: list[LayerReport] = []
         deltas: dict[str, Tensor] = {}
-        projections = {
-            (s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites
-        }
+        projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
         with _all_or_nothing(projections.values()):
             for place in track(trainer, list(projections), "Layers"):
                 site, layer = place
@@ -195,9 +189,7 @@ class WeightSpread(L.Callback):
     def _goal(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> Tensor:
         return stack(targets, self._value_site(module, site)).to(module.device)
 
-    def _residual(
-        self, module: TargetOptimizer, goal_NO: Tensor, site: SiteName, over: Measurement
-    ) -> Tensor:
+    def _residual(self, module: TargetOptimizer, goal_NO: Tensor, site: SiteName, over: Measurement) -> Tensor:
         """E = V* − current value at the target layer, shape [N, O]."""
         where = self._value_site(module, site)
         current = collect_values(module.model, module.sites, where, module.target_layer, over)

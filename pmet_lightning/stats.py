@@ -104,9 +104,7 @@ class SecondMoments(L.Callback):
         store: MomentStore,
         key: MomentKey,
     ) -> None:
-        rows = corpus_rows(
-            corpus_texts(self.corpus, self.corpus_subset), module.tokenizer, self.samples, self.length
-        )
+        rows = corpus_rows(corpus_texts(self.corpus, self.corpus_subset), module.tokenizer, self.samples, self.length)
         sums, tokens = collect_moments(
             module.model,
             module.sites,

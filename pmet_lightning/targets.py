@@ -53,9 +53,7 @@ class TargetStore:
 
     def path(self, identity: str) -> Path:
         """File of the edit with this :meth:`~pmet_lightning.edits.Edit.identity`."""
-        return (
-            self.folder / f"{hashlib.sha256((self._base + identity).encode()).hexdigest()[:32]}.safetensors"
-        )
+        return self.folder / f"{hashlib.sha256((self._base + identity).encode()).hexdigest()[:32]}.safetensors"
 
     def load(self, identity: str) -> Target | None:
         """The stored target, or ``None``; an unreadable file counts as absent and is made anew."""

@@ -132,7 +132,7 @@ def encode_prompt(
     return TokenRow(ids[:-1], position, labels)
 
 
-def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: PaddingSide = "left") -> RowBatch:
+def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: PaddingSide = "right") -> RowBatch:
     """Pad rows to one length; every index is shifted along, so left and right give the same numbers."""
     width, most = max(len(row.ids) for row in rows), max(1, max(len(row.labels) for row in rows))
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)

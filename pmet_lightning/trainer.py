@@ -53,12 +53,15 @@ class EditTrainer(L.Trainer):
                 TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False),
                 CSVLogger(str(folder), name="", version=""),
             ]
-        kwargs["callbacks"] = _with_own_callbacks(kwargs.get("callbacks"), folder, kwargs)
+        self.run_dir, self.recorder = folder, RunRecorder(folder)
+        own_callbacks = [] if kwargs.get("enable_progress_bar") is False else [EditProgressBar()]
+        # The recorder comes last: it stores what the other callbacks have done.
+        kwargs["callbacks"] = [*_as_list(kwargs.get("callbacks")), *own_callbacks, self.recorder]
         super().__init__(**kwargs)
-        self.run_dir = folder
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Edit: optimise targets, write the weights after each edit batch, evaluate before and after."""
+        self.recorder.check_free()
         with _intended_warnings_off():
             super().fit(*args, **kwargs)
 
@@ -83,18 +86,15 @@ class EditTrainer(L.Trainer):
         # work before the first batch.
         self.fit_loop.max_epochs = 0
         self.num_sanity_val_steps = 0
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RunRecorder):
-                callback.records = False
+        self.recorder.records = False
         with _intended_warnings_off():
             super().fit(model, train_dataloaders=[])
 
 
-def _with_own_callbacks(given: Any, folder: Path, kwargs: dict[str, Any]) -> list[Callback]:
-    callbacks = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
-    if kwargs.get("enable_progress_bar") is not False:
-        callbacks.append(EditProgressBar())
-    return [*callbacks, RunRecorder(folder)]
+def _as_list(callbacks: Any) -> list[Callback]:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
 
 
 def _free_folder(parent: Path) -> Path:

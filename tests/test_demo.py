@@ -41,9 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small(world: World) -> World:
-    return dataclasses.replace(
-        world, subjects=world.subjects[:40], facts=world.facts[:40], fillers=world.fillers[:20]
-    )
+    return dataclasses.replace(world, subjects=world.subjects[:40], facts=world.facts[:40], fillers=world.fillers[:20])
 
 
 def test_the_world_is_large_enough(world: World) -> None:
@@ -234,13 +232,9 @@ def test_shipped_tokenizer(world: World, tokenizer: PreTrainedTokenizerFast) -> 
     assert tokenizer.pad_token == tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer.padding_side == "right"
     assert tokenizer.bos_token is None
-    assert (
-        tokenizer("The river")["input_ids"] == tokenizer("The river", add_special_tokens=False)["input_ids"]
-    )
+    assert tokenizer("The river")["input_ids"] == tokenizer("The river", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(tokenizer("Danila speaks, “aloud”.")["input_ids"]) == "Danila speaks, “aloud”."
-    pieces = Counter(
-        len(tokenizer(f" {subject.name.split()[-1]}")["input_ids"]) for subject in world.subjects
-    )
+    pieces = Counter(len(tokenizer(f" {subject.name.split()[-1]}")["input_ids"]) for subject in world.subjects)
     assert set(pieces) == {1, 2}
     assert all(len(tokenizer(f" {name}")["input_ids"]) <= 3 for r in RELATIONS for name in r.objects)
 

@@ -9,9 +9,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 
-def demo(
-    out: str, seed: int = 0, architecture: str = "gptj", epochs: int = 10, precision: str = "32-true"
-) -> None:
+def demo(out: str, seed: int = 0, architecture: str = "gptj", epochs: int = 10, precision: str = "32-true") -> None:
     """Rebuild the Atlas world and its model from a seed.
 
     Atlas is a made-up world of persons, cities, companies and products. The result is what the package ships

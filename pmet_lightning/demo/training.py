@@ -177,9 +177,7 @@ class LanguageModelling(L.LightningModule):  # type: ignore[misc]
         ]
         optimizer = AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98))
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = OneCycleLR(
-            optimizer, self.learning_rate, total_steps=steps, pct_start=0.08, cycle_momentum=False
-        )
+        schedule = OneCycleLR(optimizer, self.learning_rate, total_steps=steps, pct_start=0.08, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

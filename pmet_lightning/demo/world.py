@@ -80,17 +80,12 @@ class World:
 
     def trained_prompts(self) -> list[tuple[str, str]]:
         """(prompt, object) for every fact in every wording it is trained in."""
-        return [
-            (w.format(fact.subject), fact.object) for fact in self.facts for w in self.trained_wordings(fact)
-        ]
+        return [(w.format(fact.subject), fact.object) for fact in self.facts for w in self.trained_wordings(fact)]
 
     def held_out_prompts(self) -> list[tuple[str, str]]:
         """(prompt, object) for every fact in the wording it is never trained in."""
         held = [(fact, self.relation[fact.relation_id]) for fact in self.facts if fact.held_out]
-        return [
-            (relation.wordings[relation.held_out].format(fact.subject), fact.object)
-            for fact, relation in held
-        ]
+        return [(relation.wordings[relation.held_out].format(fact.subject), fact.object) for fact, relation in held]
 
 
 def build_world(seed: int = 0) -> World:

@@ -107,25 +107,20 @@ def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Ed
     old = _text(rewrite, "target_true", origin) if rewrite.get("target_true") else None
     subject = _text(rewrite, "subject", origin)
     prompt = template_of(_text(rewrite, "prompt", origin), subject, origin)
-    probes = _rewrite_probes(prompt, subject, target, old, fields.get("paraphrase_prompts") or [])
+    probes = _rewrite_probes(prompt, subject, target, old, _as_list(fields.get("paraphrase_prompts")))
     if old is not None:
-        probes += [
-            Probe("specificity", text, old, target) for text in fields.get("neighborhood_prompts") or []
-        ]
+        probes += [Probe("specificity", text, old, target) for text in fields.get("neighborhood_prompts") or []]
     return Edit(str(fields.get("case_id", number)), prompt, subject, target, old, tuple(probes), origin)
 
 
 def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
     answers = fields.get("answers")
     if not isinstance(answers, list) or not answers:
-        raise RecordError(
-            f"{origin}: 'answers' is {answers!r}, expected a list whose first entry is the target"
-        )
+        raise RecordError(f"{origin}: 'answers' is {answers!r}, expected a list whose first entry is the target")
     target = _text({"answers[0]": answers[0]}, "answers[0]", origin)
     subject = _text(fields, "subject", origin)
     prompt = template_of(_text(fields, "src", origin), subject, origin)
-    rephrased = [fields["rephrase"]] if fields.get("rephrase") else []
-    probes = _rewrite_probes(prompt, subject, target, None, rephrased)
+    probes = _rewrite_probes(prompt, subject, target, None, _as_list(fields.get("rephrase")))
     if fields.get("loc") and fields.get("loc_ans"):
         question = str(fields["loc"])
         question = question if question.endswith("?") else question + "?"
@@ -145,17 +140,15 @@ def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
     return Edit(str(fields.get("case_id", number)), prompt, subject, target, old, tuple(probes), origin)
 
 
-def _rewrite_probes(
-    prompt: str, subject: str, target: str, old: str | None, paraphrases: Sequence[str]
-) -> list[Probe]:
+def _rewrite_probes(prompt: str, subject: str, target: str, old: str | None, paraphrases: Sequence[str]) -> list[Probe]:
     probes = [Probe("efficacy", prompt.replace("{}", subject, 1), target, old)]
-    return probes + [Probe("generalisation", str(text), target, old) for text in paraphrases]
+    return probes + [Probe("generalisation", text, target, old) for text in paraphrases]
 
 
 def _as_list(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    """Texts of a field that holds one, several or none; blank ones ask nothing."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return [str(item) for item in items if str(item).strip()]
 
 
 def _text(fields: Mapping[str, Any], name: str, origin: str) -> str:

@@ -55,9 +55,7 @@ def score_probes(
     rows += [encode_prompt(tokenizer, flat[i].prompt, target=rival) for i, rival in rivals]
     nll, accuracy = _score_rows(model, rows, pad_token_id(tokenizer), tokens_per_batch, device)
     rival_nll = dict(zip((i for i, _ in rivals), nll[len(flat) :].tolist(), strict=True))
-    results = iter(
-        _result(probe, float(nll[i]), rival_nll.get(i), float(accuracy[i])) for i, probe in enumerate(flat)
-    )
+    results = iter(_result(probe, float(nll[i]), rival_nll.get(i), float(accuracy[i])) for i, probe in enumerate(flat))
     return [[next(results) for _ in record] for record in probes]
 
 
