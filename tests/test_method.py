@@ -124,7 +124,7 @@ def test_edits_stop_on_their_own_and_then_stay(folder_of, tmp_path):
         alone.mkdir()
         own, _, own_reports = run(folder, alone, [record], **changed)
         assert own_reports[0].targets[0].record["steps"] == steps[number]
-        (question, value), = own.items()
+        ((question, value),) = own.items()
         torch.testing.assert_close(values[question], value, rtol=0, atol=1e-9)
 
 
@@ -142,7 +142,9 @@ def test_targets_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
     values, deltas, _ = run(folder, tmp_path, targets_folder=store)
     calls = []
     original = TargetOptimizer.optimise
-    monkeypatch.setattr(TargetOptimizer, "optimise", lambda self, edits: calls.append(len(edits)) or original(self, edits))
+    monkeypatch.setattr(
+        TargetOptimizer, "optimise", lambda self, edits: calls.append(len(edits)) or original(self, edits)
+    )
     again, deltas_again, _ = run(folder, tmp_path, targets_folder=store)
     assert calls == []
     assert all(torch.equal(values[q], again[q]) for q in values)

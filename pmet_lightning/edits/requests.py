@@ -12,7 +12,9 @@ KL_PROMPT = "{} is a"
 BARE = "{}"
 
 
-def target_rows(edits: Sequence[Edit], contexts: Sequence[str], tokenizer: Any, side: PaddingSide = "right") -> RowBatch:
+def target_rows(
+    edits: Sequence[Edit], contexts: Sequence[str], tokenizer: Any, side: PaddingSide = "right"
+) -> RowBatch:
     """Rows of the target optimisation, ``len(contexts) + 2`` for each edit.
 
     Args:

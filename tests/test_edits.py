@@ -1,0 +1,168 @@
+"""Reading edits: every format, and a clear error for everything that cannot be one."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+from pmet_lightning import Edit, EditDataModule, read_edits
+from pmet_lightning.edits import RecordError
+from pmet_lightning.edits.records import template_of
+
+FLAT = {"prompt": "The capital of {} is", "subject": "Freedonia", "target_new": "Sylvania City"}
+COUNTERFACT = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "The capital of {} is",
+        "subject": "Freedonia",
+        "target_new": {"str": "Sylvania City", "id": "Q1"},
+        "target_true": {"str": "Old Town", "id": "Q2"},
+    },
+    "paraphrase_prompts": ["It rained. Freedonia's capital is"],
+    "neighborhood_prompts": ["The capital of Ruritania is", "Ruritania's capital is"],
+}
+ZSRE = {
+    "subject": "Freedonia",
+    "src": "What is the capital of Freedonia?",
+    "rephrase": "Which city is Freedonia's capital?",
+    "answers": ["Sylvania City"],
+    "loc": "nq question: who wrote it",
+    "loc_ans": "nobody",
+}
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def test_counterfact(tmp_path):
+    (edit,) = read_edits(write(tmp_path, "a.json", [COUNTERFACT]))
+    assert (edit.case_id, edit.prompt, edit.subject) == ("7", "The capital of {} is", "Freedonia")
+    assert (edit.target, edit.target_true) == ("Sylvania City", "Old Town")
+    assert [(p.kind, p.answer, p.rival) for p in edit.probes] == [
+        ("efficacy", "Sylvania City", "Old Town"),
+        ("generalisation", "Sylvania City", "Old Town"),
+        ("specificity", "Old Town", "Sylvania City"),
+        ("specificity", "Old Town", "Sylvania City"),
+    ]
+
+
+def test_zsre(tmp_path):
+    (edit,) = read_edits(write(tmp_path, "a.json", [ZSRE]))
+    assert edit.prompt == "What is the capital of {}?"
+    assert [(p.kind, p.prompt, p.answer, p.rival) for p in edit.probes] == [
+        ("efficacy", "What is the capital of Freedonia?", "Sylvania City", None),
+        ("generalisation", "Which city is Freedonia's capital?", "Sylvania City", None),
+        ("specificity", "nq question: who wrote it?", "nobody", None),
+    ]
+
+
+def test_flat_in_every_container(tmp_path):
+    rows = [FLAT, {**FLAT, "subject": "Ruritania", "target_new": "Zenda"}]
+    table = datasets.Dataset.from_list(rows)
+    table.to_csv(str(tmp_path / "a.csv"))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    write(tmp_path, "a.json", rows)
+    write(tmp_path, "a.jsonl", "\n".join(json.dumps(row) for row in rows))
+    read = [read_edits(str(tmp_path / f"a.{kind}")) for kind in ("json", "jsonl", "csv", "parquet")]
+    expected = [(row["prompt"], row["subject"], row["target_new"]) for row in rows]
+    for edits in read:
+        assert [(e.prompt, e.subject, e.target) for e in edits] == expected
+
+
+def test_skip_and_limit(tmp_path):
+    rows = [{**FLAT, "subject": f"Land {i}"} for i in range(10)]
+    path = write(tmp_path, "a.json", rows)
+    assert [e.subject for e in read_edits(path, skip=4, limit=3)] == ["Land 4", "Land 5", "Land 6"]
+
+
+def test_a_row_of_a_data_set_is_the_edit_again(tmp_path):
+    (edit,) = read_edits(write(tmp_path, "a.json", [COUNTERFACT]))
+    assert Edit.from_row(datasets.Dataset.from_list([edit.to_row()])[0]) == edit
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "expected"),
+    [
+        ("Who leads Rome?", "Rome", "Who leads {}?"),
+        ("In Romeville, Rome is", "Rome", "In Romeville, {} is"),
+        ("Rome, they say, and Rome again", "Rome", "Rome, they say, and {} again"),
+        ("the ROM is", "RO", "the {}M is"),
+    ],
+)
+def test_a_subject_in_the_text_becomes_a_place_holder(prompt, subject, expected):
+    assert template_of(prompt, subject, "") == expected
+
+
+BAD = {
+    "empty file": ("a.json", "", "empty"),
+    "empty list": ("a.json", [], "no records"),
+    "broken json": ("a.json", '[\n{"prompt": "x"},\n{"prompt" "y"}\n]', "line 3"),
+    "broken json line": ("a.jsonl", json.dumps(FLAT) + '\n{"prompt": \n', "line 2"),
+    "no subject": ("a.json", [FLAT, {"prompt": "x {}", "target_new": "y"}], r"record 1: no field 'subject'"),
+    "no prompt": ("a.json", [{"subject": "x", "target_new": "y"}], "no field 'prompt'"),
+    "no target": ("a.json", [{"prompt": "x {}", "subject": "y"}], "no field 'target'"),
+    "no rewrite fields": ("a.json", [{"requested_rewrite": {"prompt": "{}"}}], "no field 'target_new'"),
+    "empty subject": ("a.json", [{**FLAT, "subject": "  "}], "'subject' is '  '"),
+    "empty target": ("a.json", [{**FLAT, "target_new": " "}], "'target_new' is ' '"),
+    "no place": ("a.json", [{**FLAT, "prompt": "The capital is"}], "does not contain the subject"),
+    "two places": ("a.json", [{**FLAT, "prompt": "{} and {}"}], "expected exactly one"),
+    "no answers": ("a.json", [{**ZSRE, "answers": []}], "'answers' is"),
+    "not an object": ("a.json", ["text"], "expected an object"),
+    "contradiction": ("a.json", [FLAT, {**FLAT, "target_new": "Elsewhere"}], r"record 1 contradicts .*record 0"),
+    "ending": ("a.xyz", "text", "unknown ending"),
+    "not a table": ("a.parquet", "text", "cannot be read as parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(name, tmp_path):
+    file, content, message = BAD[name]
+    path = write(tmp_path, file, content)
+    with pytest.raises(RecordError, match=message) as caught:
+        read_edits(path)
+    assert file in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no edits file .*missing\.json"):
+        read_edits(str(tmp_path / "missing.json"))
+
+
+def test_unknown_hub_name_offline():
+    with pytest.raises(FileNotFoundError, match="hub data set of that name cannot be read"):
+        read_edits("nobody/no-such-edits")
+
+
+def test_the_same_fact_twice_is_no_contradiction(tmp_path):
+    assert len(read_edits(write(tmp_path, "a.json", [FLAT, FLAT]))) == 2
+
+
+def test_micro_batches_keep_to_their_edit_batch(tmp_path):
+    rows = [{**FLAT, "subject": f"Land {i}"} for i in range(10)]
+    data = EditDataModule(write(tmp_path, "a.json", rows), tokenizer="atlas", edit_batch=4, micro_batch=3)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [[e.subject for e in b.edits] for b in batches] == [
+        ["Land 0", "Land 1", "Land 2"], ["Land 3"], ["Land 4", "Land 5", "Land 6"], ["Land 7"], ["Land 8", "Land 9"]
+    ]  # fmt: skip
+    assert [(b.edit_batch, b.closes) for b in batches] == [(0, False), (0, True), (1, False), (1, True), (2, True)]
+    assert len(data.train_dataloader()) == 5
+    assert sum(len(b.edits) for b in data.val_dataloader()) == 10
+
+
+def test_a_subject_without_a_token_names_its_record(tmp_path, monkeypatch):
+    from pmet_lightning import data as data_module
+    from pmet_lightning.tokens import LocationError
+
+    def cannot(*_, **__):
+        raise LocationError("the subject 'Freedonia' has no token of its own")
+
+    monkeypatch.setattr(data_module, "encode_prompt", cannot)
+    data = EditDataModule(write(tmp_path, "a.json", [FLAT]), tokenizer="atlas")
+    with pytest.raises(RecordError, match=r"a\.json, record 0: the subject"):
+        data.setup("fit")

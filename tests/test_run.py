@@ -1,0 +1,244 @@
+"""Whole runs through the command line: what they leave, what they refuse, what they survive."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pmet_lightning.cli import main
+from pmet_lightning.language_model import load_model
+from pmet_lightning.patch import PatchError, apply_patch, load_patch
+from pmet_lightning.resources import locate
+from tests.conftest import ROOT
+from tests.tiny import save_tiny
+
+SMALL = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.limit", "12",
+         "--data.edit_batch", "8", "--data.micro_batch", "5", "--moments.samples", "60", "--spread.lam", "20"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Twelve edits of Atlas in two edit batches, once for all tests of what a run leaves."""
+    base = tmp_path_factory.mktemp("run")
+    folder = base / "out"
+    arguments = ["fit", "--config", "pmet.yaml", "--trainer.run_dir", str(folder), *SMALL]
+    main([*arguments, "--moments.folder", str(base / "moments")])
+    return folder
+
+
+def test_what_a_run_leaves(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "contexts.json", "ledger.jsonl", "metrics.csv", "patch.safetensors", "patch.json",
+            "scores.json", "state.json"} <= names  # fmt: skip
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert json.loads((run / "state.json").read_text()) == {
+        "status": "finished", "edit_batches_written": 2, "edits_written": 12
+    }  # fmt: skip
+    assert len(json.loads((run / "contexts.json").read_text())) == 3
+
+
+def test_the_ledger_has_a_line_for_every_edit(run):
+    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    records = json.loads(Path(locate("atlas-records")).read_text())[400:412]
+    assert [line["case_id"] for line in lines] == [str(record["case_id"]) for record in records]
+    assert [line["edit_batch"] for line in lines] == [0] * 8 + [1] * 4
+    for line in lines:
+        assert 1 <= line["steps"] <= 30
+        assert line["stop_reason"] in ("loss", "argmax", "steps")
+        assert line["p_after"] > line["p_before"]
+        assert line["residual_left"] < 1
+    said = sum(line["answer"].strip().startswith(line["target"]) for line in lines)
+    assert said >= 10
+
+
+def test_scores_before_and_after(run):
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["before"]["count"] == scores["after"]["count"] == 12
+    assert scores["before"]["efficacy"] <= 10
+    assert scores["after"]["efficacy"] >= 90
+    assert scores["after"]["score_low"] <= scores["after"]["score"] <= scores["after"]["score_high"]
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    logged = [float(row["after/score"]) for row in rows if row.get("after/score")]
+    assert logged == pytest.approx([scores["after"]["score"]])
+
+
+def test_tensorboard_has_every_step_and_layer(run):
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"targets/{name}" for name in ("loss", "nll", "kl", "norm", "p", "active")} <= tags
+    assert {f"spread/residual/ffn/layer_{layer}" for layer in (0, 1, 2)} <= tags
+    assert {f"{phase}/{name}" for phase in ("before", "after") for name in ("efficacy", "score")} <= tags
+    steps = [point.step for point in events.Scalars("targets/loss")]
+    assert steps == list(range(len(steps)))
+    assert len(events.Scalars("spread/residual/ffn/layer_0")) == 2  # edit batches
+
+
+def test_the_patch_holds_the_edited_layers_only(run):
+    deltas, manifest = load_patch(run / "patch.safetensors")
+    assert sorted(deltas) == [f"transformer.h.{layer}.mlp.fc_out.weight" for layer in (0, 1, 2)]
+    assert all(delta.shape == (192, 768) and delta.dtype == torch.float32 for delta in deltas.values())
+    assert manifest["edits"] == 12
+    assert manifest == json.loads((run / "patch.json").read_text())
+
+
+def test_export_opens_anywhere_and_knows_the_new_facts(run, tmp_path):
+    main(["export", "--run", str(run), "--out", str(tmp_path / "model")])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(locate("atlas"))
+    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    right = {"edited": 0, "base": 0}
+    for line in lines:
+        prompt = tokenizer(line["prompt"].replace("{}", line["subject"]), return_tensors="pt").input_ids
+        for name, asked in (("edited", model), ("base", base)):
+            output = asked.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            right[name] += tokenizer.decode(output[0, prompt.shape[1] :]).strip().startswith(line["target"])
+    assert right["edited"] >= 10
+    assert right["base"] == 0
+    with pytest.raises(FileExistsError, match="holds something"):
+        main(["export", "--run", str(run), "--out", str(tmp_path / "model")])
+
+
+def test_validate_sees_the_patched_model(run, tmp_path, capsys):
+    arguments = ["validate", "--config", "pmet.yaml", "--trainer.run_dir", str(tmp_path / "v"), *SMALL]
+    main([*arguments, "--trainer.logger", "false", "--model.patch", str(run / "patch.safetensors")])
+    shown = capsys.readouterr().out
+    assert "efficacy" in shown
+    assert "specificity" in shown
+
+
+def test_a_patch_of_another_model_is_refused(run, tmp_path):
+    from pmet_lightning.architectures import ARCHITECTURES, Sites
+    from pmet_lightning.language_model import fingerprint
+
+    model = load_model(save_tiny("gptj", tmp_path / "tiny"))
+    sites = Sites.of(model, ARCHITECTURES["gptj"])
+    with pytest.raises(PatchError, match="was made for the model 'atlas'"):
+        apply_patch(model, sites, run / "patch.safetensors", fingerprint(model))
+    with pytest.raises(FileNotFoundError, match="no patch"):
+        load_patch(tmp_path / "nothing.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(PatchError, match="not a patch"):
+        load_patch(tmp_path / "bad.safetensors")
+
+
+def test_a_used_folder_is_refused_and_left_alone(run):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(FileExistsError, match="holds another run"):
+        main(["fit", "--config", "pmet.yaml", "--trainer.run_dir", str(run), *SMALL])
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def test_an_interrupt_leaves_whole_edit_batches(run, tmp_path, monkeypatch):
+    """Interrupted in the second edit batch, the folder says one, and its patch is that of the first."""
+    from pmet_lightning import spread
+
+    solve, calls = spread.solve_update, []
+
+    def interrupt_in_the_second_batch(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    monkeypatch.setattr(spread, "solve_update", interrupt_in_the_second_batch)
+    folder = tmp_path / "out"
+    arguments = ["fit", "--config", "pmet.yaml", "--trainer.run_dir", str(folder), *SMALL]
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main([*arguments, "--moments.folder", str(run.parent / "moments")])
+    state = json.loads((folder / "state.json").read_text())
+    assert state["status"] == "interrupted"
+    assert (state["edit_batches_written"], state["edits_written"]) == (1, 8)
+    assert len((folder / "ledger.jsonl").read_text().splitlines()) == 8
+    assert load_patch(folder / "patch.safetensors")[1]["edits"] == 8
+
+
+def test_stats_then_fit_finds_them(tmp_path, caplog):
+    moments = ["--moments.folder", str(tmp_path / "moments")]
+    config = ["--config", "pmet.yaml", *SMALL, *moments]
+    with caplog.at_level("INFO"):
+        main(["stats", *config, "--trainer.run_dir", str(tmp_path / "s")])
+    assert "collecting them" in caplog.text
+    assert not (tmp_path / "s" / "state.json").exists()
+    files = list((tmp_path / "moments").rglob("*.safetensors"))
+    assert len(files) == 3
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        main(["fit", *config, "--trainer.run_dir", str(tmp_path / "f"), "--trainer.limit_train_batches", "0"])
+    assert "collecting them" not in caplog.text
+    assert "second moments of 3 projections ready" in caplog.text
+
+
+ERRORS = {
+    "layer": (["--model.layers", "[0,8]"], "expected different layers from 0 to 7"),
+    "model": (["--model.model_name", "nowhere/at-all"], "cannot load 'nowhere/at-all'"),
+    "data": (["--data.path", "missing.json"], "no edits file 'missing.json'"),
+    "corpus": (["--moments.corpus", "missing.txt"], "no corpus 'missing.txt'"),
+    "attention": (["--model.optimise", "ffn", "--spread.write", "attn+ffn"], "set --model.optimise attn"),
+    "context": (["--model.contexts", '["no place"]'], "expected exactly one"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_settings_end_in_a_message_before_any_work(name, tmp_path):
+    arguments, message = ERRORS[name]
+    out = tmp_path / "out"
+    extra = ["--moments.folder", str(tmp_path / "m"), "--trainer.run_dir", str(out)]
+    with pytest.raises((ValueError, OSError), match=message):
+        main(["fit", "--config", "pmet.yaml", *SMALL, *extra, *arguments])
+    assert not (out / "patch.safetensors").exists()
+
+
+def test_statistics_of_another_model_are_refused(run, tmp_path):
+    given = next(path.parent for path in (run.parent / "moments").rglob("ffn-0.safetensors"))
+    tiny = save_tiny("gptj", tmp_path / "tiny")
+    arguments = ["--moments.given", str(given), "--model.model_name", tiny, "--trainer.run_dir", str(tmp_path / "o")]
+    with pytest.raises(ValueError, match="another model: expected"):
+        main(["fit", "--config", "pmet.yaml", *SMALL, *arguments])
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pmet_lightning", *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_line_from_any_folder(tmp_path):
+    shown = command("fit", "--config", "pmet.yaml", "--print_config", cwd=tmp_path)
+    assert "model_name: atlas" in shown.stdout
+    assert shown.returncode == 0
+    assert "Loading weights" not in shown.stderr
+    assert list(tmp_path.iterdir()) == []
+    unknown = command("fit", "--config", "nothing.yaml", cwd=tmp_path)
+    assert unknown.returncode == 2
+    assert "pmet.yaml" in unknown.stderr
+    assert "Traceback" not in unknown.stderr
+
+
+def test_help(capsys):
+    main(["--help"])
+    shown = capsys.readouterr().out
+    for verb in ("fit", "validate", "test", "stats", "export", "demo"):
+        assert f"\n  {verb} " in shown
+    with pytest.raises(SystemExit, match="2"):
+        main(["fti"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help"])
+    shown = capsys.readouterr().out
+    assert "--model.clamp" in shown
+    assert "--trainer.max_epochs" in shown
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", "pmet.yaml", "--model.clam", "3"])
+
+
+def test_readme_files_exist():
+    assert (ROOT / "configs" / "pmet.yaml").is_file()

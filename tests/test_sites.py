@@ -1,0 +1,166 @@
+"""Hooks come and go, and do exactly what they say, on every family."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from pmet_lightning.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    Sites,
+    UnknownArchitectureError,
+    add_to_weight,
+    architecture_of,
+    is_transposed,
+)
+from pmet_lightning.edits import parse_record
+from pmet_lightning.edits.requests import target_rows
+from pmet_lightning.language_model import fingerprint, label_logits, load_config, load_model, load_tokenizer, run_to
+from pmet_lightning.sites import narrow_input, record_and_add, record_input, stop_after
+from tests.tiny import CONFIGS, CONTEXTS, RECORDS, save_tiny
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def loaded(request, tmp_path_factory):
+    folder = save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, "float32", "eager")
+    sites = Sites.of(model, architecture_of(load_config(folder)))
+    edits = [parse_record(r, i, "") for i, r in enumerate(RECORDS[:3])]
+    return model, sites, target_rows(edits, CONTEXTS, tokenizer)
+
+
+def hooks(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@torch.no_grad()
+def test_zero_delta_gives_identical_logits(loaded):
+    model, sites, rows = loaded
+    clean = label_logits(model, rows)
+    with ExitStack() as stack:
+        for site in ("attn", "ffn"):
+            width = model.get_input_embeddings().weight.shape[1]
+            zero = torch.zeros(len(rows), width)
+            stack.enter_context(record_and_add(sites.module(site, 2), rows.subject, zero))
+        assert torch.equal(label_logits(model, rows), clean)
+    assert hooks(model) == 0
+
+
+@torch.no_grad()
+def test_kept_logits_are_the_full_model_s(loaded):
+    model, _, rows = loaded
+    full = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
+    each_row = torch.arange(len(rows)).unsqueeze(1)
+    torch.testing.assert_close(label_logits(model, rows), full[each_row, rows.label_columns], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_key_times_weight_is_value(loaded):
+    model, sites, rows = loaded
+    for site in ("attn", "ffn"):
+        module = sites.module(site, 1)
+        with record_input(module, rows.subject) as key, record_and_add(module, rows.subject) as value:
+            run_to(model, rows)
+        weight = module.weight.T if is_transposed(module) else module.weight
+        expected = key.take() @ weight.T + (module.bias if module.bias is not None else 0)
+        torch.testing.assert_close(value.take(), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_delta_at_the_ffn_moves_the_residual_stream_by_itself(loaded):
+    model, sites, rows = loaded
+    delta = torch.randn(len(rows), model.get_input_embeddings().weight.shape[1])
+    streams = []
+    for added in (None, delta):
+        with (
+            record_and_add(sites.module("ffn", 1), rows.subject, added),
+            record_and_add(sites.layers[1], rows.subject) as stream,
+        ):
+            run_to(model, rows)
+        streams.append(stream.take())
+    torch.testing.assert_close(streams[1] - streams[0], delta, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_stopping_early_changes_no_recording(loaded):
+    model, sites, rows = loaded
+    module, ran = sites.module("ffn", 1), []
+    handle = sites.layers[3].register_forward_hook(lambda *_: ran.append(1))
+    try:
+        with record_input(module, rows.subject) as whole:
+            run_to(model, rows)
+        assert ran
+        ran.clear()
+        with record_input(module, rows.subject) as early, stop_after(module):
+            run_to(model, rows)
+    finally:
+        handle.remove()
+    assert not ran
+    assert torch.equal(whole.take(), early.take())
+    assert hooks(model) == 0
+
+
+def test_hooks_leave_with_an_exception(loaded):
+    model, sites, rows = loaded
+    module = sites.module("ffn", 1)
+    with pytest.raises(ZeroDivisionError), ExitStack() as stack:
+        stack.enter_context(record_input(module, rows.subject))
+        stack.enter_context(record_and_add(module, rows.subject))
+        stack.enter_context(narrow_input(module, rows.label_columns))
+        stack.enter_context(stop_after(module))
+        raise ZeroDivisionError
+    assert hooks(model) == 0
+
+
+@torch.no_grad()
+def test_a_written_weight_maps_a_key_as_it_should(loaded):
+    """The square attention weight too: the layout is never guessed from the shape."""
+    model, sites, _ = loaded
+    for site in ("attn", "ffn"):
+        module = sites.module(site, 1)
+        weight = module.weight
+        key = torch.randn(weight.shape[0] if is_transposed(module) else weight.shape[1])
+        before, bias = weight.clone(), module.bias if module.bias is not None else 0
+        delta = torch.randn(model.get_input_embeddings().weight.shape[1], len(key))
+        clean = module(key.view(1, 1, -1)).flatten() - bias
+        add_to_weight(module, delta)
+        moved = module(key.view(1, 1, -1)).flatten() - bias
+        torch.testing.assert_close(moved - clean, delta @ key, rtol=1e-3, atol=1e-3)
+        weight.copy_(before)
+
+
+@torch.no_grad()
+def test_the_fingerprint_sees_one_changed_element(loaded):
+    model, sites, _ = loaded
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    weight = sites.module("ffn", 2).weight
+    kept = weight[0, 0].clone()
+    weight[0, 0] += 1e-3
+    assert fingerprint(model) != before
+    weight[0, 0] = kept
+    assert fingerprint(model) == before
+    first = weight[0].clone()
+    weight[0] = weight[1]
+    weight[1] = first
+    assert fingerprint(model) != before, "two rows exchanged have the same sum"
+    weight[1] = weight[0]
+    weight[0] = first
+
+
+def test_an_unknown_family_lists_the_known_ones():
+    class Config:
+        model_type = "mystery"
+
+    with pytest.raises(UnknownArchitectureError, match="gptj.*--model.architecture"):
+        architecture_of(Config())
+    assert architecture_of(Config(), ARCHITECTURES["gptj"]) is ARCHITECTURES["gptj"]
+
+
+def test_a_wrong_description_is_refused(loaded):
+    with pytest.raises(UnknownArchitectureError, match="does not fit"):
+        Sites.of(loaded[0], Architecture("nowhere.layers", "a", "b"))

@@ -1,0 +1,111 @@
+"""The closed form against plain linear algebra, and the pure pieces of the objective."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pmet_lightning.metrics import harmonic_mean
+from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
+from pmet_lightning.solve import share, solve_update
+from pmet_lightning.tokens import IGNORE
+
+
+def problem(n: int, width: int, out: int):
+    generator = torch.Generator().manual_seed(n)
+    keys = torch.randn(n, width, generator=generator, dtype=torch.float64)
+    residual = torch.randn(n, out, generator=generator, dtype=torch.float64)
+    samples = torch.randn(3 * width, width, generator=generator, dtype=torch.float64)
+    return residual, keys, samples.T @ samples / len(samples)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_equals_the_explicit_inverse(n):
+    residual, keys, moment = problem(n, 16, 6)
+    solution = solve_update(residual, keys, moment, 3.0)
+    expected = residual.T @ keys @ torch.inverse(3.0 * moment + keys.T @ keys)
+    torch.testing.assert_close(solution.delta_OI, expected, rtol=1e-10, atol=1e-12)
+    assert solution.ridge == 0
+    assert solution.relative_error < 1e-12
+
+
+def test_minimises_what_it_should():
+    """ΔW minimises Σ‖ΔW k − e‖² + λ tr(ΔW C ΔWᵀ): no small step in any direction is better."""
+    residual, keys, moment = problem(5, 8, 4)
+    delta = solve_update(residual, keys, moment, 2.0).delta_OI
+
+    def loss(w):
+        return ((keys @ w.T - residual) ** 2).sum() + 2.0 * torch.trace(w @ moment @ w.T)
+
+    for _ in range(50):
+        assert loss(delta) <= loss(delta + 1e-3 * torch.randn_like(delta))
+
+
+def test_dead_dimensions_get_a_ridge():
+    residual, keys, moment = problem(5, 16, 6)
+    keys[:, 3] = 0
+    moment[3] = moment[:, 3] = 0
+    solution = solve_update(residual, keys, moment, 3.0)
+    assert solution.ridge > 0
+    assert solution.delta_OI.isfinite().all()
+    alive = [i for i in range(16) if i != 3]
+    reduced = solve_update(residual, keys[:, alive], moment[alive][:, alive], 3.0).delta_OI
+    torch.testing.assert_close(solution.delta_OI[:, alive], reduced, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_nan_is_refused(which):
+    parts = list(problem(3, 8, 4))
+    parts[which][0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=["residual", "keys", "second moment"][which]):
+        solve_update(*parts, 1.0)
+
+
+def test_shares():
+    assert [share(n, "sqrt") for n in (4, 1)] == [0.5, 1.0]
+    assert [share(n, "even") for n in (4, 1)] == [0.25, 1.0]
+
+
+def test_target_scores_against_cross_entropy():
+    logits = torch.randn(2, 3, 11)
+    labels = torch.tensor([[1, 2, 3], [4, IGNORE, IGNORE]])
+    logits[1, 0, 4] = 99
+    scores = target_scores(logits, labels)
+    for row, count in ((0, 3), (1, 1)):
+        expected = F.cross_entropy(logits[row, :count], labels[row, :count])
+        torch.testing.assert_close(scores.nll[row], expected)
+    assert bool(scores.all_argmax[1])
+    hits = (logits[0].argmax(-1) == labels[0]).float()
+    assert float(scores.token_accuracy[0]) == pytest.approx(float(hits.mean()))
+    assert bool(scores.all_argmax[0]) == bool(hits.all())
+
+
+def test_kl_against_torch():
+    p, q = (torch.randn(3, 7).log_softmax(-1) for _ in range(2))
+    expected = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl_divergence(p, q), expected)
+
+
+def test_norm_penalty_is_norm_over_square():
+    assert float(norm_penalty(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]]))) == 5 / 4
+
+
+def test_norm_penalty_has_a_gradient_at_zero():
+    delta = torch.zeros(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(norm_penalty(delta, torch.ones(2, 3)).sum(), delta)
+    assert torch.equal(gradient, torch.zeros(2, 3))
+
+
+def test_projection():
+    delta = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    projected = project_to_ball(delta, torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(projected, torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+
+
+def test_harmonic_mean():
+    assert float(harmonic_mean(torch.tensor([50.0, 100.0, 100.0]))) == pytest.approx(75.0)
+    assert float(harmonic_mean(torch.tensor([0.0, 100.0]))) == 0.0
+    assert math.isfinite(float(harmonic_mean(torch.tensor([1e-9, 1.0]))))
