@@ -30,7 +30,7 @@ def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
             "target_true": edit.target_true,
             **target.record,
             "residual_left": report.residual_left[i],
-            "p_written": scores[i][0].magnitude,
+            "p_prompt_after": scores[i][0].magnitude,
             "answer": answers[i],
         }
         lines.append(json.dumps(line, ensure_ascii=False))

@@ -77,8 +77,8 @@ class TargetOptimizer(L.LightningModule):
         attn_implementation: Attention kernel asked of transformers, such as eager or sdpa; null takes its
             default.
         architecture: Module paths of a family that is not known by itself.
-        padding_side: Where rows are padded; changes nothing. (Left, with eager attention in float64, makes some families
-            give NaN: their mask overflows.)
+        padding_side: Where rows are padded; changes nothing. (Left, with eager attention in float64, makes some
+            families give NaN: their mask overflows.)
         tokens_per_batch: Most tokens in one forward pass of the key and evaluation passes.
         targets_folder: Folder in which finished targets are kept and found again; null keeps none.
         patch: A patch.safetensors that is applied after loading.

@@ -138,6 +138,7 @@ class TargetLoop:
                 "steps": self.steps[i],
                 "stop_reason": self.reasons[i],
                 **{name: final[name] for name in ("loss", "nll", "kl", "norm")},
+                "p_prompt_before": history[0]["p_prompt"],
                 "p_before": history[0]["p"],
                 "p_after": final["p"],
                 **{f"delta_{site}": norms[site][i] for site in self.deltas},
@@ -173,6 +174,7 @@ class TargetLoop:
             "kl": kl,
             "norm": norm,
             "p": (-scores.nll).exp().mean(dim=1),
+            "p_prompt": (-scores.nll[:, 0]).exp(),
             "all_argmax": scores.all_argmax.all(dim=1),
         }
 

@@ -10,6 +10,8 @@ _PACKAGE = Path(__file__).parent
 _SHIPPED = {
     "atlas": "demo/atlas/model",
     "atlas-records": "demo/atlas/records.json",
+    "atlas-tuning": "demo/atlas/tuning.json",
+    "atlas-spare": "demo/atlas/spare.json",
     "atlas-corpus": "demo/atlas/corpus.txt",
 }
 

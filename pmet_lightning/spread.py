@@ -17,7 +17,7 @@ import torch
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor, nn
 
-from pmet_lightning.architectures import SiteName, add_to_weight
+from pmet_lightning.architectures import SiteName, add_to_weight, in_features
 from pmet_lightning.data import EditBatch
 from pmet_lightning.edits import Edit
 from pmet_lightning.keys import Measurement, collect_keys, collect_values
@@ -28,6 +28,8 @@ from pmet_lightning.stats import SecondMoments
 from pmet_lightning.targets import Target, stack
 
 log = logging.getLogger(__name__)
+
+PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class WeightSpread(L.Callback):
         """
         moments = _callback(trainer, SecondMoments).moments
         over = Measurement.of(edits, module.contexts, module.tokenizer, module.tokens_per_batch, module.device)
+        _warn_of_overload(module, len(edits))
         goals = {site: self._goal(module, targets, site) for site in self.sites}
         first = {site: self._residual(module, goals[site], site, over).norm(dim=-1) for site in self.sites}
         reports: list[LayerReport] = []
@@ -214,6 +217,17 @@ class WeightSpread(L.Callback):
                     },
                     edit_batch,
                 )
+
+
+def _warn_of_overload(module: TargetOptimizer, count: int) -> None:
+    """Say so when a batch asks more of the weights than they can hold."""
+    width = in_features(module.sites.module("ffn", module.target_layer))
+    if count > PUBLISHED_LOAD * width:
+        log.warning(
+            "%d edits in one edit batch are %.2f of the %d key dimensions (published: up to %.2f): they will "
+            "disturb each other; raise --spread.lam, or make --data.edit_batch smaller",
+            count, count / width, width, PUBLISHED_LOAD,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -216,7 +216,9 @@ def test_a_demo_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_shipped_files_are_those_of_seed_zero(world: World, edits: list[dict[str, Any]]) -> None:
-    assert json.loads((SHIPPED / "records.json").read_text(encoding="utf-8")) == edits
+    for name, part in demo_package.PARTS.items():
+        assert json.loads((SHIPPED / f"{name}.json").read_text(encoding="utf-8")) == edits[part]
+    assert sum(len(edits[part]) for part in demo_package.PARTS.values()) == len(edits)
     corpus = (SHIPPED / "corpus.txt").read_text(encoding="utf-8")
     assert corpus == corpus_text(world)
     assert 200_000 < len(corpus) <= 400_000
@@ -266,7 +268,7 @@ def test_recall_is_not_always_true(world: World, tokenizer: PreTrainedTokenizerF
 def test_demo_rebuilds_what_ships(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         demo(str(tmp_path / "atlas"))
-    for name in ("records.json", "corpus.txt", "model/tokenizer.json"):
+    for name in ("records.json", "tuning.json", "spare.json", "corpus.txt", "model/tokenizer.json"):
         assert (tmp_path / "atlas" / name).read_bytes() == (SHIPPED / name).read_bytes()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "atlas" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "atlas" / "model")

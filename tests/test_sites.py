@@ -107,12 +107,15 @@ def test_stopping_early_changes_no_recording(loaded):
 def test_hooks_leave_with_an_exception(loaded):
     model, sites, rows = loaded
     module = sites.module("ffn", 1)
-    with pytest.raises(ZeroDivisionError), ExitStack() as stack:
-        stack.enter_context(record_input(module, rows.subject))
-        stack.enter_context(record_and_add(module, rows.subject))
-        stack.enter_context(narrow_input(module, rows.label_columns))
-        stack.enter_context(stop_after(module))
-        raise ZeroDivisionError
+    managers = (
+        record_input(module, rows.subject),
+        record_and_add(module, rows.subject),
+        narrow_input(module, rows.label_columns),
+        stop_after(module),
+    )
+    for manager in managers:
+        with pytest.raises(ZeroDivisionError), manager:
+            raise ZeroDivisionError
     assert hooks(model) == 0
 
 

@@ -8,13 +8,17 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+# Settings are chosen on one part of the records and reported on another.
+PARTS = {"tuning": slice(0, 400), "records": slice(400, 600), "spare": slice(600, None)}
+
 
 def demo(out: str, seed: int = 0, architecture: str = "gptj", epochs: int = 10, precision: str = "32-true") -> None:
     """Rebuild the Atlas world and its model from a seed.
 
     Atlas is a made-up world of persons, cities, companies and products. The result is what the package ships
-    in `pmet_lightning/demo/atlas`: `records.json` (edits in COUNTERFACT's format), `corpus.txt` (plain text
-    for the second moments of the keys) and `model` (a Hugging Face folder). Takes about ten minutes on two
+    in `pmet_lightning/demo/atlas`: edits in COUNTERFACT's format (`tuning.json`, on which settings are chosen,
+    `records.json`, on which they are judged, and `spare.json`), `corpus.txt` (plain text for the second moments
+    of the keys) and `model` (a Hugging Face folder). Takes about ten minutes on two
     CPU cores.
 
     Args:
@@ -57,7 +61,9 @@ def _write(folder: Path, seed: int, architecture: str, epochs: int, precision: s
     from pmet_lightning.demo.world import build_world, corpus_text
 
     world = build_world(seed)
-    text = json.dumps(records(world, seed), separators=(",", ":"))
-    (folder / "records.json").write_text(text + "\n", encoding="utf-8")
+    everything = records(world, seed)
+    for name, part in PARTS.items():
+        text = json.dumps(everything[part], separators=(",", ":"))
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     (folder / "corpus.txt").write_text(corpus_text(world, seed), encoding="utf-8")
     train(world, folder / "model", seed, architecture=architecture, epochs=epochs, precision=precision)
