@@ -15,7 +15,8 @@ def test_the_target_becomes_more_probable(shared, tmp_path, name, count, caplog)
         "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu",
         "--trainer.enable_progress_bar", "false",
         "--model.model_name", str(shared / "data/models/stories260K"), "--model.layers", "[1,2,3]",
-        "--data.path", str(shared / "data" / name), "--moments.corpus", str(shared / "data/wikitext2_valid.raw"), "--moments.folder", str(tmp_path / "moments"),
+        "--data.path", str(shared / "data" / name), "--moments.folder", str(tmp_path / "moments"),
+        "--moments.corpus", str(shared / "data/wikitext2_valid.raw"),
     ])  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     assert len(lines) == count

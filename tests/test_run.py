@@ -20,8 +20,10 @@ from pmet_lightning.resources import locate
 from tests.conftest import ROOT
 from tests.tiny import save_tiny
 
-SMALL = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.limit", "12",
-         "--data.edit_batch", "8", "--data.micro_batch", "5", "--moments.samples", "60", "--spread.lam", "20"]  # fmt: skip
+SMALL = [
+    "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.limit", "12",
+    "--data.edit_batch", "8", "--data.micro_batch", "5", "--moments.samples", "60", "--spread.lam", "20",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
