@@ -1,0 +1,36 @@
+"""The README's table of equations, its configurations and its length cannot rot."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_equation_is_where_the_table_says():
+    table = README.split("## The equations")[1].split("##")[0]
+    names = re.findall(r"\| `([\w.]+)` \|", table)
+    assert len(names) >= 10
+    source = "\n".join(path.read_text() for path in (ROOT / "pmet_lightning").rglob("*.py"))
+    for name in names:
+        for part in name.split("."):
+            assert re.search(rf"(def|class) {part}\b", source), name
+
+
+def test_every_file_of_the_tree_exists():
+    tree = README.split("## Files")[1].split("```")[1]
+    for name in re.findall(r"[\w]+\.py", tree):
+        assert (ROOT / "pmet_lightning" / name).is_file(), name
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_ci_runs_the_readme_s_test_command():
+    command = re.search(r"^pip install .*pytest$", README, re.MULTILINE)
+    assert command
+    assert subprocess.run(["grep", "-c", "README.md", str(ROOT / ".ci" / "run")], check=True).returncode == 0
