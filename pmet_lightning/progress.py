@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 Item = TypeVar("Item")
+Found = TypeVar("Found", bound=L.Callback)
 
 
 class EditProgressBar(TQDMProgressBar):
@@ -50,3 +51,8 @@ def track(trainer: L.Trainer, items: Sequence[Item], description: str) -> Iterab
     """The items, behind a progress bar if the trainer shows any."""
     bar = trainer.progress_bar_callback
     return bar.track(items, description) if isinstance(bar, EditProgressBar) else items
+
+
+def find_callback(trainer: L.Trainer, kind: type[Found]) -> Found | None:
+    """The trainer's first callback of a kind."""
+    return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]

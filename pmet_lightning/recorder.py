@@ -17,6 +17,7 @@ from pmet_lightning.ledger import ledger_lines
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.patch import save_patch
+from pmet_lightning.progress import find_callback
 from pmet_lightning.spread import WeightSpread
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class RunRecorder(L.Callback):
     ) -> None:
         """After an edit batch is written: patch, ledger, state, in this order."""
         assert isinstance(pl_module, TargetOptimizer)
-        spread = _find_spread(trainer)
+        spread = find_callback(trainer, WeightSpread)
         if spread is None or spread.report is None:
             return
         report = spread.report
@@ -116,10 +117,6 @@ class RunRecorder(L.Callback):
             "versions": {name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version()},
         }
-
-
-def _find_spread(trainer: L.Trainer) -> WeightSpread | None:
-    return next((c for c in trainer.callbacks if isinstance(c, WeightSpread)), None)  # type: ignore[attr-defined]
 
 
 def score_table(results: Mapping[str, Mapping[str, float]]) -> str:

@@ -22,7 +22,7 @@ from pmet_lightning.data import EditBatch
 from pmet_lightning.edits import Edit
 from pmet_lightning.keys import Measurement, collect_keys, collect_values
 from pmet_lightning.module import TargetOptimizer
-from pmet_lightning.progress import track
+from pmet_lightning.progress import find_callback, track
 from pmet_lightning.solve import SpreadRule, Written, share, solve_update, written_sites
 from pmet_lightning.stats import SecondMoments
 from pmet_lightning.targets import Target, stack
@@ -143,7 +143,10 @@ class WeightSpread(L.Callback):
         Raises:
             FloatingPointError: If anything is not finite; the weights are then what they were.
         """
-        moments = _callback(trainer, SecondMoments).moments
+        second_moments = find_callback(trainer, SecondMoments)
+        if second_moments is None:
+            raise RuntimeError("WeightSpread needs the callback SecondMoments beside it in the Trainer")
+        moments = second_moments.moments
         over = Measurement.of(edits, module.contexts, module.tokenizer, module.tokens_per_batch, module.device)
         _warn_of_overload(module, len(edits))
         goals = {site: self._goal(module, targets, site) for site in self.sites}
@@ -243,10 +246,3 @@ def _all_or_nothing(projections: Any) -> Iterator[None]:
         for projection, weight in kept:
             projection.weight.data.copy_(weight)  # type: ignore[operator,union-attr]
         raise
-
-
-def _callback(trainer: L.Trainer, kind: type[SecondMoments]) -> SecondMoments:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, kind):
-            return callback
-    raise RuntimeError(f"WeightSpread needs the callback {kind.__name__} beside it in the Trainer")
