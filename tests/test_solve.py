@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,6 +13,7 @@ from pmet_lightning.metrics import harmonic_mean
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
 from pmet_lightning.solve import share, solve_update
 from pmet_lightning.tokens import IGNORE
+from tests.conftest import ROOT
 
 
 def problem(n: int, width: int, out: int):
@@ -109,3 +111,28 @@ def test_harmonic_mean():
     assert float(harmonic_mean(torch.tensor([50.0, 100.0, 100.0]))) == pytest.approx(75.0)
     assert float(harmonic_mean(torch.tensor([0.0, 100.0]))) == 0.0
     assert math.isfinite(float(harmonic_mean(torch.tensor([1e-9, 1.0]))))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """What the authors' program computed at the lowest of three layers of a tiny GPT-2, float64 (8 requests)."""
+    with np.load(ROOT / "tests/golden/closed_form.npz") as numbers:
+        return {name: torch.from_numpy(numbers[name]) for name in numbers.files}
+
+
+@pytest.mark.parametrize(("method", "rule"), [("pmet", "sqrt"), ("memit", "even")])
+def test_golden_update(golden, method, rule):
+    keys = golden[f"{method}/keys"]
+    width = keys.shape[1]
+    moment = torch.zeros(width, width)
+    moment[tuple(torch.tril_indices(width, width))] = golden["moment_lower"]
+    moment = moment + moment.tril(-1).T
+    residual = share(3, rule) * golden[f"{method}/residual"]
+    delta = solve_update(residual, keys, moment, float(golden["lam"])).delta_OI
+    assert (delta - golden[f"{method}/delta"]).norm() <= 1e-10 * golden[f"{method}/delta"].norm()
+
+
+@pytest.mark.parametrize("i", range(8))
+def test_golden_norm_term(golden, i):
+    found = norm_penalty(golden[f"penalty/{i}/delta"], golden[f"penalty/{i}/clean"]).sum()
+    torch.testing.assert_close(golden["norm_factor"] * found, golden[f"penalty/{i}/wd"], rtol=1e-12, atol=0)
