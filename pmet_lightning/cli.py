@@ -53,6 +53,7 @@ class EditCLI(LightningCLI):
         parser.add_lightning_class_args(SecondMoments, "moments")
         parser.add_lightning_class_args(WeightSpread, "spread")
         parser.link_arguments("model.model_name", "data.tokenizer")
+        parser.link_arguments("model.chat", "data.chat")
         parser.link_arguments("spread.write", "moments.write")
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from pmet_lightning.edits import Edit, RecordError, read_edits
 from pmet_lightning.language_model import load_tokenizer
-from pmet_lightning.tokens import LocationError, encode_prompt
+from pmet_lightning.tokens import LocationError, PromptEncoder
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class EditDataModule(L.LightningDataModule):
         limit: Most records used; null takes all.
         split: Split of a hub data set.
         evaluation_batch: Edits whose questions are evaluated together.
+        chat: Whether prompts are a user's messages in a chat; linked to the module's on the command line.
     """
 
     def __init__(
@@ -98,10 +99,11 @@ class EditDataModule(L.LightningDataModule):
         limit: PositiveInt | None = None,  # type: ignore[valid-type]
         split: str = "train",
         evaluation_batch: PositiveInt = 32,  # type: ignore[valid-type]
+        chat: bool = False,
     ) -> None:
         super().__init__()
         self.path, self.split = path, split
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name, self.chat = tokenizer, chat
         self.edit_batch, self.micro_batch = edit_batch, micro_batch
         self.skip, self.limit = skip, limit
         self.evaluation_batch = evaluation_batch
@@ -124,10 +126,10 @@ class EditDataModule(L.LightningDataModule):
         log.info("%d edits from %s", len(edits), self.path)
 
     def _check_tokens(self, edits: Sequence[Edit]) -> None:
-        tokenizer = load_tokenizer(self.tokenizer_name)
+        encoder = PromptEncoder.of(load_tokenizer(self.tokenizer_name), self.chat)
         for edit in edits:
             try:
-                encode_prompt(tokenizer, edit.prompt, edit.subject, target=edit.target)
+                encoder.encode(edit.prompt, edit.subject, target=edit.target)
             except LocationError as error:
                 raise RecordError(f"{edit.origin}: {error}") from error
 

@@ -6,14 +6,22 @@ import logging
 import shutil
 from pathlib import Path
 
+import torch
+
 from pmet_lightning.architectures import Architecture, Sites, architecture_of
-from pmet_lightning.language_model import fingerprint, load_config, load_model, load_tokenizer
+from pmet_lightning.language_model import DtypeName, fingerprint, load_config, load_model, load_tokenizer
 from pmet_lightning.patch import apply_patch, load_patch
 
 log = logging.getLogger(__name__)
 
 
-def export(run: str, out: str, base: str | None = None, architecture: Architecture | None = None) -> None:
+def export(
+    run: str,
+    out: str,
+    base: str | None = None,
+    architecture: Architecture | None = None,
+    dtype: DtypeName = "auto",
+) -> None:
     """Write the edited model of a run as a Hugging Face folder.
 
     Args:
@@ -21,6 +29,7 @@ def export(run: str, out: str, base: str | None = None, architecture: Architectu
         out: The folder to write; must not exist, or be empty.
         base: Where the base model is now; by default where it was when the run was made.
         architecture: Module paths, for a family that is not known by itself.
+        dtype: Precision of the folder; 'auto' keeps the model's, in which an edit may be rounded.
 
     Raises:
         FileNotFoundError: If the patch or the base model is not there.
@@ -35,7 +44,10 @@ def export(run: str, out: str, base: str | None = None, architecture: Architectu
     name = base or manifest["model"]
     model = load_model(name, manifest["dtype"])
     sites = Sites.of(model, architecture_of(load_config(name), architecture))
-    apply_patch(model, sites, patch, fingerprint(model))
+    base_fingerprint = fingerprint(model)  # of the weights in the precision they were edited in
+    if dtype != "auto":
+        model = model.to(getattr(torch, dtype))
+    apply_patch(model, sites, patch, base_fingerprint)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -17,7 +17,7 @@ from pmet_lightning.edits import Edit
 from pmet_lightning.edits.requests import BARE, key_row
 from pmet_lightning.language_model import run_to
 from pmet_lightning.sites import record_and_add, record_input, stop_after
-from pmet_lightning.tokens import TokenRow, by_token_budget, pad_rows, pad_token_id
+from pmet_lightning.tokens import PromptEncoder, TokenRow, by_token_budget, pad_rows
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Measurement:
         cls,
         edits: Sequence[Edit],
         contexts: Sequence[str],
-        tokenizer: Any,
+        encoder: PromptEncoder,
         tokens_per_batch: int,
         device: torch.device,
     ) -> Measurement:
         """Tokenise an edit batch once for all layers."""
-        rows = [key_row(edit, context, tokenizer) for context in (BARE, *contexts) for edit in edits]
-        return cls(rows, len(edits), pad_token_id(tokenizer), tokens_per_batch, device)
+        rows = [key_row(edit, context, encoder) for context in (BARE, *contexts) for edit in edits]
+        return cls(rows, len(edits), encoder.pad_id, tokens_per_batch, device)
 
 
 def collect_keys(model: nn.Module, sites: Sites, site: SiteName, layer: int, over: Measurement) -> Tensor:
@@ -68,9 +68,8 @@ def collect_keys(model: nn.Module, sites: Sites, site: SiteName, layer: int, ove
 
 def collect_values(model: nn.Module, sites: Sites, site: SiteName, layer: int, over: Measurement) -> Tensor:
     """The current output of a site at the subject's last token of each bare prompt, shape [N, F]."""
-    width = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
     module = sites.module(site, layer)
-    return _collect(model, module, over.rows[: over.count], over, record_and_add, width)
+    return _collect(model, module, over.rows[: over.count], over, record_and_add, sites.width)
 
 
 @torch.no_grad()

@@ -33,21 +33,14 @@ def load_config(name: str) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The model's fast tokenizer.
+    """The model's tokenizer, the fast one where there are two.
 
     Raises:
         FileNotFoundError: As :func:`load_config`.
-        ValueError: If the tokenizer has no fast version and so no character offsets.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, name)
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer of {name!r} is a slow one without character offsets; expected a fast tokenizer "
-            "(tokenizer.json). Convert it with transformers' convert_slow_tokenizer and save it beside the model."
-        )
-    return tokenizer
+    return _from_pretrained(AutoTokenizer, name)
 
 
 def load_model(name: str, dtype: DtypeName = "auto", attn_implementation: str | None = None) -> nn.Module:

@@ -11,13 +11,13 @@ from pmet_lightning.edits.records import Probe
 from pmet_lightning.metrics import score_probes
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.spread import SpreadReport
-from pmet_lightning.tokens import by_token_budget, encode_prompt, pad_rows, pad_token_id
+from pmet_lightning.tokens import by_token_budget, pad_rows
 
 
 def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
     """JSON lines of one edit batch, measured on the model just written."""
     asked = [[Probe("efficacy", edit.question, edit.target)] for edit in report.edits]
-    scores = score_probes(module.model, module.tokenizer, asked, module.tokens_per_batch, module.device)
+    scores = score_probes(module.model, module.encoder, asked, module.tokens_per_batch, module.device)
     answers = greedy_answers(module, [edit.question for edit in report.edits])
     lines = []
     for i, (edit, target) in enumerate(zip(report.edits, report.targets, strict=True)):
@@ -40,8 +40,8 @@ def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
 @torch.no_grad()
 def greedy_answers(module: TargetOptimizer, prompts: list[str], new_tokens: int = 8) -> list[str]:
     """What the model says next, greedily, after each prompt."""
-    rows = [encode_prompt(module.tokenizer, prompt) for prompt in prompts]
-    pad_id = pad_token_id(module.tokenizer)
+    rows = [module.encoder.encode(prompt) for prompt in prompts]
+    pad_id = module.encoder.pad_id
     answers = [""] * len(rows)
     for indices in by_token_budget([len(row.ids) + new_tokens for row in rows], module.tokens_per_batch):
         batch = pad_rows([rows[i] for i in indices], pad_id, "left").to(module.device)
@@ -53,5 +53,5 @@ def greedy_answers(module: TargetOptimizer, prompts: list[str], new_tokens: int 
             pad_token_id=pad_id,
         )
         for i, ids in zip(indices, output[:, batch.input_ids.shape[1] :], strict=True):
-            answers[i] = module.tokenizer.decode(ids, skip_special_tokens=True)
+            answers[i] = module.encoder.decode(ids.tolist())
     return answers

@@ -23,7 +23,15 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from pmet_lightning.architectures import Architecture, SiteName, Sites, architecture_of
+from pmet_lightning.architectures import (
+    Architecture,
+    SiteName,
+    Sites,
+    advised_layers,
+    architecture_of,
+    depth_of,
+    keep_in_float32,
+)
 from pmet_lightning.contexts import check_contexts, sample_contexts
 from pmet_lightning.data import EditBatch
 from pmet_lightning.edits import Edit
@@ -38,13 +46,14 @@ from pmet_lightning.language_model import (
 from pmet_lightning.metrics import EditScores, score_probes
 from pmet_lightning.optimisation import LossWeights, TargetLoop
 from pmet_lightning.patch import apply_patch
-from pmet_lightning.targets import Target, TargetStore, tokenizer_fingerprint
-from pmet_lightning.tokens import PaddingSide
+from pmet_lightning.targets import Target, TargetStore
+from pmet_lightning.tokens import PaddingSide, PromptEncoder
 
 log = logging.getLogger(__name__)
 
 Optimised = Literal["attn+ffn", "ffn", "hidden"]
 TargetValue = Literal["stored", "realised"]
+_WRITABLE: tuple[SiteName, ...] = ("attn", "ffn")
 _SITES: dict[Optimised, tuple[SiteName, ...]] = {
     "attn+ffn": ("attn", "ffn"),
     "ffn": ("ffn",),
@@ -57,7 +66,8 @@ class TargetOptimizer(L.LightningModule):
 
     Args:
         model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
-        layers: Layers whose weights are edited; the last of them is where the targets live.
+        layers: Layers whose weights are edited; the last of them is where the targets live. 'auto' picks a range by
+            the model's depth and says which.
         optimise: What gets a delta: attention and FFN output (PMET), FFN output only, or the layer's output
             (MEMIT).
         target_value: v* as 'stored' by the reference (clean output plus delta) or as 'realised' by the model
@@ -81,13 +91,17 @@ class TargetOptimizer(L.LightningModule):
             families give NaN: their mask overflows.)
         tokens_per_batch: Most tokens in one forward pass of the key and evaluation passes.
         targets_folder: Folder in which finished targets are kept and found again; null keeps none.
+        chat: Whether prompts are a user's messages in the tokenizer's chat template, and targets the beginning of
+            the assistant's answer.
+        keep_float32: Whether the output projections of the edited layers of a half-precision model are held in
+            float32, so that no part of an edit is rounded away here (``export --dtype float32`` keeps it in a folder).
         patch: A patch.safetensors that is applied after loading.
     """
 
     def __init__(
         self,
         model_name: str,
-        layers: list[NonNegativeInt],  # type: ignore[valid-type]
+        layers: list[NonNegativeInt] | Literal["auto"] = "auto",  # type: ignore[valid-type]
         optimise: Optimised = "attn+ffn",
         target_value: TargetValue = "stored",
         steps: PositiveInt = 30,  # type: ignore[valid-type]
@@ -107,13 +121,16 @@ class TargetOptimizer(L.LightningModule):
         padding_side: PaddingSide = "right",
         tokens_per_batch: PositiveInt = 8192,  # type: ignore[valid-type]
         targets_folder: str | None = None,
+        chat: bool = False,
+        keep_float32: bool = False,
         patch: str | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # the language model is no part of a checkpoint
         self.model_name = model_name
-        self.layers = sorted(int(layer) for layer in layers)
+        self.layers_wanted: list[int] | None = None if layers == "auto" else sorted(map(int, layers))
+        self.layers = self.layers_wanted or []  # final after setup
         self.sites_optimised = _SITES[optimise]
         self.target_value = target_value
         self.steps, self.clamp, self.loss_tolerance = steps, clamp, loss_tolerance
@@ -126,12 +143,14 @@ class TargetOptimizer(L.LightningModule):
         self.padding_side: PaddingSide = padding_side
         self.tokens_per_batch = tokens_per_batch
         self.targets_folder, self.patch = targets_folder, patch
+        self.chat, self.keep_float32 = chat, keep_float32
 
         # Their width is not known before the model is: configure_model gives them their shape.
         self.deltas = nn.ParameterDict({site: nn.Parameter(torch.zeros(0)) for site in self.sites_optimised})
         self.contexts: list[str] = []
         self.lm: nn.Module | None = None
         self.tokenizer: Any = None
+        self.encoder: PromptEncoder = PromptEncoder(None)
         self.base_fingerprint = ""
         self.inner_step = 0
         self.scores = EditScores()
@@ -146,7 +165,10 @@ class TargetOptimizer(L.LightningModule):
         """Check the layers and the family by the configuration alone, before any weight is read."""
         config = load_config(self.model_name)
         self._architecture = architecture_of(config, self.architecture_override)
-        depth = int(config.num_hidden_layers)
+        depth = depth_of(config)
+        if self.layers_wanted is None:
+            self.layers = advised_layers(depth)
+            log.info("--model.layers auto: layers %s of %d, by depth alone", self.layers, depth)
         outside = [layer for layer in self.layers if layer >= depth]
         if outside or not self.layers or len(set(self.layers)) < len(self.layers):
             raise ValueError(
@@ -155,6 +177,7 @@ class TargetOptimizer(L.LightningModule):
             )
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model_name)
+            self.encoder = PromptEncoder.of(self.tokenizer, self.chat)
 
     def configure_model(self) -> None:
         """Load the language model, once."""
@@ -163,6 +186,10 @@ class TargetOptimizer(L.LightningModule):
         assert self._architecture is not None, "setup runs before configure_model"
         self.lm = load_model(self.model_name, self.dtype_name, self.attn_implementation)
         self.base_fingerprint = fingerprint(self.lm)
+        if self.keep_float32 and self.lm.dtype in (torch.bfloat16, torch.float16):
+            for layer in self.layers:
+                for site in _WRITABLE:
+                    keep_in_float32(self.sites.module(site, layer))
         if self.patch is not None:
             apply_patch(self.lm, Sites.of(self.lm, self._architecture), self.patch, self.base_fingerprint)
         for delta in self.deltas.values():
@@ -184,7 +211,7 @@ class TargetOptimizer(L.LightningModule):
     @property
     def width(self) -> int:
         """F, the width of the residual stream."""
-        return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+        return self.sites.width
 
     @property
     def delta_dtype(self) -> torch.dtype:
@@ -259,7 +286,7 @@ class TargetOptimizer(L.LightningModule):
         Raises:
             FloatingPointError: If a loss is not finite; the message names the edit.
         """
-        rows = target_rows(edits, self.contexts, self.tokenizer, self.padding_side).to(self.device)
+        rows = target_rows(edits, self.contexts, self.encoder, self.padding_side).to(self.device)
         optimizer = self.optimizers()
         optimizer.optimizer.state.clear()  # type: ignore[union-attr]
         for delta in self.deltas.values():
@@ -300,7 +327,7 @@ class TargetOptimizer(L.LightningModule):
                 self.targets_folder,
                 {
                     "model": fingerprint(self.model),
-                    "tokenizer": tokenizer_fingerprint(self.tokenizer),
+                    "tokenizer": self.encoder.fingerprint(),
                     "contexts": self.contexts,
                     "layer": self.target_layer,
                     "sites": self.sites_optimised,
@@ -320,7 +347,7 @@ class TargetOptimizer(L.LightningModule):
     def evaluate_batch(self, batch: EditBatch) -> None:
         """Ask the questions of some edits and add the answers to the running scores."""
         probes = [edit.probes for edit in batch.edits]
-        self.scores.update(score_probes(self.model, self.tokenizer, probes, self.tokens_per_batch, self.device))
+        self.scores.update(score_probes(self.model, self.encoder, probes, self.tokens_per_batch, self.device))
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Score the edits' questions on the model as it is now."""

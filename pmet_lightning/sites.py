@@ -34,9 +34,14 @@ class Recording:
         return self.values
 
 
-def _at(tensor_RTF: Tensor, columns_R: Tensor) -> Tensor:
-    rows = torch.arange(tensor_RTF.shape[0], device=tensor_RTF.device)
-    return tensor_RTF[rows, columns_R]
+def _by_row(tensor: Tensor, columns_R: Tensor) -> Tensor:
+    """The tensor as [R, T, F]; some families (OPT) flatten rows and tokens around their FFN."""
+    return tensor if tensor.dim() == 3 else tensor.unflatten(0, (len(columns_R), -1))
+
+
+def _at(tensor: Tensor, columns_R: Tensor) -> Tensor:
+    rows = torch.arange(len(columns_R), device=tensor.device)
+    return _by_row(tensor, columns_R)[rows, columns_R]
 
 
 @contextmanager
@@ -70,8 +75,9 @@ def record_and_add(module: nn.Module, columns_R: Tensor, added_RF: Tensor | None
         recording.values = _at(whole, columns_R)
         if added_RF is None:
             return None
-        rows = torch.arange(whole.shape[0], device=whole.device)
-        changed = whole.index_put((rows, columns_R), added_RF.to(whole.dtype), accumulate=True)
+        rows = torch.arange(len(columns_R), device=whole.device)
+        changed = _by_row(whole, columns_R).index_put((rows, columns_R), added_RF.to(whole.dtype), accumulate=True)
+        changed = changed.view_as(whole)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = module.register_forward_hook(hook)

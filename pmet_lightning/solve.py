@@ -18,7 +18,7 @@ from pmet_lightning.architectures import SiteName
 log = logging.getLogger(__name__)
 
 SpreadRule = Literal["sqrt", "even"]
-Written = Literal["ffn", "attn+ffn"]
+WriteChoice = Literal["ffn", "attn+ffn"]
 
 # Ridges tried in turn, relative to the mean diagonal, when the system is not positive definite.
 _RIDGES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)
@@ -39,7 +39,7 @@ class Solution:
     relative_error: float
 
 
-def written_sites(write: Written) -> tuple[SiteName, ...]:
+def written_sites(write: WriteChoice) -> tuple[SiteName, ...]:
     """Sites whose weights are written, in the order of writing within a layer."""
     return ("ffn",) if write == "ffn" else ("attn", "ffn")
 

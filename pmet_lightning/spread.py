@@ -17,18 +17,20 @@ import torch
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor, nn
 
-from pmet_lightning.architectures import SiteName, add_to_weight, in_features
+from pmet_lightning.architectures import SiteName, Written, add_to_weight, in_features
 from pmet_lightning.data import EditBatch
 from pmet_lightning.edits import Edit
 from pmet_lightning.keys import Measurement, collect_keys, collect_values
 from pmet_lightning.module import TargetOptimizer
+from pmet_lightning.postnorm import pull_back
 from pmet_lightning.progress import find_callback, track
-from pmet_lightning.solve import SpreadRule, Written, share, solve_update, written_sites
+from pmet_lightning.solve import SpreadRule, WriteChoice, share, solve_update, written_sites
 from pmet_lightning.stats import SecondMoments
 from pmet_lightning.targets import Target, stack
 
 log = logging.getLogger(__name__)
 
+MUCH_ROUNDING = 0.5  # of ‖ΔW‖
 PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
 
 
@@ -45,6 +47,7 @@ class LayerReport:
         norm_ratio: ‖ΔW‖ / ‖W‖.
         ridge: Ridge of the solve.
         relative_error: Relative error of the linear system.
+        written: How much of ΔW the stored weight has.
     """
 
     site: SiteName
@@ -55,6 +58,7 @@ class LayerReport:
     norm_ratio: float
     ridge: float
     relative_error: float
+    written: Written
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class WeightSpread(L.Callback):
         self,
         lam: PositiveFloat = 6000.0,  # type: ignore[valid-type]
         rule: SpreadRule = "sqrt",
-        write: Written = "ffn",
+        write: WriteChoice = "ffn",
     ) -> None:
         self.lam, self.rule = float(lam), rule
         self.sites = written_sites(write)
@@ -147,10 +151,10 @@ class WeightSpread(L.Callback):
         if second_moments is None:
             raise RuntimeError("WeightSpread needs the callback SecondMoments beside it in the Trainer")
         moments = second_moments.moments
-        over = Measurement.of(edits, module.contexts, module.tokenizer, module.tokens_per_batch, module.device)
+        over = Measurement.of(edits, module.contexts, module.encoder, module.tokens_per_batch, module.device)
         _warn_of_overload(module, len(edits))
         goals = {site: self._goal(module, targets, site) for site in self.sites}
-        first = {site: self._residual(module, goals[site], site, over).norm(dim=-1) for site in self.sites}
+        first = {site: self._values(module, goals[site], site, over)[1].norm(dim=-1) for site in self.sites}
         reports: list[LayerReport] = []
         deltas: dict[str, Tensor] = {}
         projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
@@ -159,28 +163,33 @@ class WeightSpread(L.Callback):
                 site, layer = place
                 layers_left = len(module.layers) - module.layers.index(layer)
                 keys = collect_keys(module.model, module.sites, site, layer, over)
-                residual = self._residual(module, goals[site], site, over)
-                moment = moments[place].to(module.device)
-                solution = solve_update(residual * share(layers_left, self.rule), keys, moment, self.lam)
+                values, residual = self._values(module, goals[site], site, over)
+                wanted = residual * share(layers_left, self.rule)
+                norm = module.sites.norm(site, layer)
+                if norm is not None:
+                    here = collect_values(module.model, module.sites, site, layer, over)
+                    wanted = pull_back(norm, here, wanted)
+                solution = solve_update(wanted, keys, moments[place].to(module.device), self.lam)
                 delta = solution.delta_OI.to(module.delta_dtype)
                 weight = projections[place].weight
                 assert isinstance(weight, Tensor)
                 ratio = float(delta.norm() / weight.to(delta.dtype).norm())
-                add_to_weight(projections[place], delta)
+                written = add_to_weight(projections[place], delta)
                 deltas[module.sites.weight_name(site, layer)] = delta.cpu()
                 reports.append(
                     LayerReport(
                         site,
                         layer,
                         keys.cpu(),
-                        (goals[site] - residual).cpu(),
+                        values.cpu(),
                         float((residual.norm(dim=-1) / first[site]).nanmean()),
                         ratio,
                         solution.ridge,
                         solution.relative_error,
+                        written,
                     )
                 )
-            left = self._residual(module, goals["ffn"], "ffn", over).norm(dim=-1) / first["ffn"]
+            left = self._values(module, goals["ffn"], "ffn", over)[1].norm(dim=-1) / first["ffn"]
         for name, delta in deltas.items():
             self.deltas[name] = self.deltas[name] + delta if name in self.deltas else delta
         self._log_layers(trainer, reports, edit_batch)
@@ -195,28 +204,41 @@ class WeightSpread(L.Callback):
     def _goal(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> Tensor:
         return stack(targets, self._value_site(module, site)).to(module.device)
 
-    def _residual(self, module: TargetOptimizer, goal_NO: Tensor, site: SiteName, over: Measurement) -> Tensor:
-        """E = V* − current value at the target layer, shape [N, O]."""
+    def _values(
+        self, module: TargetOptimizer, goal_NO: Tensor, site: SiteName, over: Measurement
+    ) -> tuple[Tensor, Tensor]:
+        """Current values at the target layer, and what they lack in the residual stream, shape [N, O] each.
+
+        That is V* − value; where the layer norms the value before adding it, norm(V*) − norm(value).
+        """
         where = self._value_site(module, site)
-        current = collect_values(module.model, module.sites, where, module.target_layer, over)
-        return goal_NO.to(current.dtype) - current
+        values = collect_values(module.model, module.sites, where, module.target_layer, over)
+        goals = goal_NO.to(values.dtype)
+        norm = module.sites.norm(where, module.target_layer)
+        return values, goals - values if norm is None else norm(goals) - norm(values)
 
     def _log_layers(self, trainer: L.Trainer, reports: Sequence[LayerReport], edit_batch: int) -> None:
         for report in reports:
             place = f"{report.site}/layer_{report.layer}"
             log.info(
-                "edit batch %d: wrote %s, residual before %.3f, |dW|/|W| %.4f",
-                edit_batch,
-                place,
-                report.residual,
-                report.norm_ratio,
-            )
+                "edit batch %d: wrote %s, residual before %.3f, |dW|/|W| %.4f, of dW stored %.1f %%",
+                edit_batch, place, report.residual, report.norm_ratio, 100 * report.written.kept,
+            )  # fmt: skip
+            if report.written.rounding > MUCH_ROUNDING:
+                log.warning(
+                    "%s: rounding to the weight's precision changed dW by %.0f %% of its norm (%.0f %% of the entries "
+                    "moved); set --model.keep_float32 true, or load the model with --model.dtype float32",
+                    place, 100 * report.written.rounding, 100 * report.written.changed,
+                )  # fmt: skip
             for logger in trainer.loggers:
                 logger.log_metrics(
                     {
                         f"spread/residual/{place}": report.residual,
                         f"spread/norm_ratio/{place}": report.norm_ratio,
                         f"spread/solve_error/{place}": report.relative_error,
+                        f"spread/kept/{place}": report.written.kept,
+                        f"spread/changed/{place}": report.written.changed,
+                        f"spread/rounding/{place}": report.written.rounding,
                     },
                     edit_batch,
                 )

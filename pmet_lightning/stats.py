@@ -22,9 +22,8 @@ from pmet_lightning.moments import (
     corpus_texts,
 )
 from pmet_lightning.progress import track
-from pmet_lightning.solve import Written, written_sites
-from pmet_lightning.targets import tokenizer_fingerprint
-from pmet_lightning.tokens import pad_token_id
+from pmet_lightning.solve import WriteChoice, written_sites
+from pmet_lightning.tokens import PromptEncoder
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class SecondMoments(L.Callback):
         length: PositiveInt = 256,  # type: ignore[valid-type]
         folder: str = "~/.cache/pmet_lightning/moments",
         given: str | None = None,
-        write: Written = "ffn",
+        write: WriteChoice = "ffn",
     ) -> None:
         self.corpus, self.corpus_subset = corpus, corpus_subset
         self.samples, self.length = samples, length
@@ -90,7 +89,7 @@ class SecondMoments(L.Callback):
         corpus = "" if self.given else corpus_fingerprint(self.corpus, self.corpus_subset)
         return MomentKey(
             module.base_fingerprint,
-            tokenizer_fingerprint(module.tokenizer),
+            PromptEncoder(module.tokenizer).fingerprint(),  # the corpus is plain text even for a chat
             corpus,
             self.samples,
             self.length,
@@ -110,7 +109,7 @@ class SecondMoments(L.Callback):
             module.sites,
             places,
             rows,
-            pad_id=pad_token_id(module.tokenizer),
+            pad_id=module.encoder.pad_id,
             tokens_per_batch=module.tokens_per_batch,
             device=module.device,
             progress=partial(track, trainer, description="Second moments"),

@@ -73,8 +73,3 @@ class TargetStore:
         values = {name: value.contiguous() for name, value in target.values.items()}
         with atomic_path(self.path(identity)) as temporary:
             save_file(values, temporary, metadata={"record": json.dumps(target.record)})
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of a fast tokenizer's whole definition."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]

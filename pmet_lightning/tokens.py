@@ -7,6 +7,7 @@ Legend: R = rows, T = tokens of the longest row, K = tokens of the longest targe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 
 PaddingSide = Literal["left", "right"]
 IGNORE = -100  # label of a position that is not part of a target
+_HALF_CHARACTER = "\ufffd"  # what decoding gives for bytes that are no whole character yet
 
 
 class LocationError(ValueError):
@@ -88,48 +90,98 @@ def fill(template: str, text: str) -> tuple[str, int]:
     return head + text + tail, len(head)
 
 
-def encode_prompt(
-    tokenizer: Any,
-    prompt: str,
-    subject: str | None = None,
-    *,
-    context: str = "{}",
-    target: str | None = None,
-    stop_at_subject: bool = False,
-) -> TokenRow:
-    """Tokenise ``context(prompt(subject)) + target`` as one text and locate subject and target in it.
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Makes token rows of prompts, with or without a chat template around them.
 
-    Args:
-        tokenizer: A fast Hugging Face tokenizer.
-        prompt: Prompt with one ``{}`` for the subject, or a finished text where ``subject`` is ``None``.
-        subject: The subject.
-        context: Text with one ``{}`` that the prompt is put into.
-        target: What the model shall say next; its last token is not part of the row's ids, since nothing
-            needs to be predicted from it.
-        stop_at_subject: Cut the row behind the subject's last token (a causal model sees no difference).
-
-    Raises:
-        LocationError: If the subject or the target has no token in the text.
+    Attributes:
+        tokenizer: A Hugging Face tokenizer, fast or slow.
+        chat: What the chat template puts before and behind a user's message, the latter up to the assistant's first
+            character; ``None`` for plain text.
     """
-    text, subject_start = (prompt, 0) if subject is None else fill(prompt, subject)
-    text, prompt_start = fill(context, text)
-    full = text if target is None else text + with_leading_space(target)
-    ids, offsets = _tokenise(tokenizer, full)
-    position = -1
-    if subject is not None:
-        last_character = prompt_start + subject_start + len(subject.rstrip()) - 1
-        position = _last_token_covering(offsets, last_character)
-        if not subject.strip() or position < 0:
-            raise LocationError(f"the subject {subject!r} has no token of its own in {full!r}")
-    if stop_at_subject:
-        return TokenRow(ids[: position + 1], position)
-    if target is None:
-        return TokenRow(ids, position)
-    start = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(ids))
-    labels = tuple(ids[start:])
-    if not target.strip() or not labels or start == 0:
-        raise LocationError(f"the target {target!r} tokenises to nothing behind {text!r}")
-    return TokenRow(ids[:-1], position, labels)
+
+    tokenizer: Any
+    chat: tuple[str, str] | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, chat: bool = False) -> PromptEncoder:
+        """An encoder of a tokenizer, with its own chat template if asked for.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template, or one that changes the message.
+        """
+        return cls(tokenizer, _chat_frame(tokenizer) if chat else None)
+
+    @property
+    def pad_id(self) -> int:
+        """The id to pad with; any will do, since padding is masked everywhere."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides how a text becomes tokens."""
+        if self.tokenizer.is_fast:
+            definition = self.tokenizer.backend_tokenizer.to_str()
+        else:
+            definition = repr([type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())])
+        return hashlib.sha256(f"{definition}{self.chat}".encode()).hexdigest()[:16]
+
+    def encode(
+        self,
+        prompt: str,
+        subject: str | None = None,
+        *,
+        context: str = "{}",
+        target: str | None = None,
+        stop_at_subject: bool = False,
+    ) -> TokenRow:
+        """Tokenise ``context(prompt(subject)) + target`` as one text and locate subject and target in it.
+
+        In a chat the user's message is ``context(prompt(subject))`` and the target begins the assistant's.
+
+        Args:
+            prompt: Prompt with one ``{}`` for the subject, or a finished text where ``subject`` is ``None``.
+            subject: The subject.
+            context: Text with one ``{}`` that the prompt is put into.
+            target: What the model shall say next; its last token is not part of the row's ids, since nothing
+                needs to be predicted from it.
+            stop_at_subject: Cut the row behind the subject's last token (a causal model sees no difference).
+
+        Raises:
+            LocationError: If the subject or the target has no token in the text.
+        """
+        text, subject_start = (prompt, 0) if subject is None else fill(prompt, subject)
+        text, prompt_start = fill(context, text)
+        if self.chat is not None:
+            head, tail = self.chat
+            text, prompt_start = head + text + tail, prompt_start + len(head)
+        full = text if target is None else text + self._answer(target)
+        ids, offsets = _tokenise(self.tokenizer, full, special=self.chat is None)
+        position = -1
+        if subject is not None:
+            last_character = prompt_start + subject_start + len(subject.rstrip()) - 1
+            position = _last_token_covering(offsets, last_character)
+            if not subject.strip() or position < 0:
+                raise LocationError(f"the subject {subject!r} has no token of its own in {full!r}")
+        if stop_at_subject:
+            return TokenRow(ids[: position + 1], position)
+        if target is None:
+            return TokenRow(ids, position)
+        start = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(ids))
+        labels = tuple(ids[start:])
+        if not target.strip() or not labels or start == 0:
+            raise LocationError(f"the target {target!r} tokenises to nothing behind {text!r}")
+        return TokenRow(ids[:-1], position, labels)
+
+    def _answer(self, target: str) -> str:
+        """The target as it follows the prompt; a chat template has its own space, if any."""
+        return with_leading_space(target) if self.chat is None else target.lstrip()
 
 
 def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: PaddingSide = "right") -> RowBatch:
@@ -154,14 +206,6 @@ def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: PaddingSide = "right")
     return RowBatch(input_ids, mask, positions, subject, label_ids, label_columns)
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """The id to pad with; any will do, since padding is masked everywhere."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
-
-
 def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Split row indices into batches of similar length whose padded size stays within ``budget`` tokens."""
     batches: list[list[int]] = []
@@ -173,14 +217,67 @@ def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def _tokenise(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character offsets of a text, without special tokens that the tokenizer puts at its end."""
-    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, offsets = list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
-    special = encoded["special_tokens_mask"]
-    while ids and special[len(ids) - 1]:
+def _chat_frame(tokenizer: Any) -> tuple[str, str]:
+    """What the tokenizer's chat template puts around a user's message, up to the assistant's first character."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("--model.chat true needs a tokenizer with a chat template, this one has none; leave it false")
+    question, answer = "QUESTION-OF-THE-USER", "ANSWER-OF-THE-ASSISTANT"
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    head, _, rest = text.partition(question)
+    tail, found, _ = rest.partition(answer)
+    if not found:
+        raise ValueError(f"the chat template does not put a question and its answer into the text: it gives {text!r}")
+    return head, tail
+
+
+def _tokenise(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character offsets of a text, without special tokens that the tokenizer puts at its end.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        text: The text.
+        special: Whether the tokenizer adds tokens of its own (a chat template has written them itself).
+    """
+    fast = tokenizer.is_fast
+    encoded = tokenizer(
+        text, add_special_tokens=special, return_offsets_mapping=fast, return_special_tokens_mask=special
+    )
+    ids = list(encoded["input_ids"])
+    own = encoded["special_tokens_mask"] if special else [0] * len(ids)
+    offsets = [tuple(pair) for pair in encoded["offset_mapping"]] if fast else offsets_by_decoding(tokenizer, text, ids)
+    while ids and own[len(ids) - 1]:
         ids.pop()
     return ids, offsets[: len(ids)]
+
+
+def offsets_by_decoding(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Character offsets of the tokens of a slow tokenizer: how much of the text the first i of them decode to.
+
+    Every token that has a part of a character (byte fallback) covers it, as with a fast tokenizer; tokens that decode
+    to nothing, such as BOS, have an empty span.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        text: The text.
+        ids: Its ids.
+
+    Raises:
+        LocationError: If the tokenizer does not reproduce the text, such as one that changes it to lower case.
+    """
+    indent = len(text) - len(text.lstrip())
+    spans, done = [], 0  # characters that are whole so far
+    for i in range(1, len(ids) + 1):
+        decoded = str(tokenizer.decode(ids[:i], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        whole = decoded.rstrip(_HALF_CHARACTER).lstrip()
+        before, done = done, indent + len(whole) if whole else 0
+        spans.append((before, done + (1 if decoded.endswith(_HALF_CHARACTER) else 0)))
+    if not ids or decoded.strip() != text.strip():
+        raise LocationError(
+            f"the slow tokenizer does not give {text!r} back, so that nothing can be located in it; expected a fast "
+            "tokenizer (tokenizer.json) in the model's folder"
+        )
+    return spans
 
 
 def _last_token_covering(offsets: Sequence[tuple[int, int]], character: int) -> int:

@@ -1,12 +1,15 @@
 """The method written out plainly from METHOD.md: one edit at a time, whole model, explicit inverse.
 
-The slow, obvious twin that the editor is compared with; it shares no code with it but the data classes.
+The slow, obvious twin that the editor is compared with; it shares no code with it but the data classes and, for the
+families that norm what they add, ``pull_back``, which has a twin of its own.
 """
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+
+from pmet_lightning.postnorm import pull_back
 
 
 def locate(tokenizer, text: str, end: int) -> int:
@@ -31,12 +34,12 @@ def plain_target(model, tokenizer, attn, ffn, edit, contexts, *, steps, lr, clam
     place = {"index": 0}
 
     def hook_for(name):
-        def hook(_, __, output):
+        def hook(_, __, output):  # [1, T, F], or [T, F] in OPT
             if name not in clean:
-                clean[name] = output[0, place["index"]].detach().clone()
+                clean[name] = output.reshape(-1, output.shape[-1])[place["index"]].detach().clone()
                 deltas[name] = torch.zeros_like(clean[name], requires_grad=True)
             added = torch.zeros_like(output)
-            added[0, place["index"]] = 1
+            added[..., place["index"], :] = 1
             return output + added * deltas[name]
 
         return hook
@@ -82,15 +85,20 @@ def plain_record(model, tokenizer, module, edit, context, *, output: bool):
     head = context.split("{}")[0] + edit.prompt.split("{}")[0] + edit.subject
     text = context.replace("{}", edit.prompt.replace("{}", edit.subject))
     index, seen = locate(tokenizer, text, len(head)), []
-    handle = module.register_forward_hook(lambda _, i, o: seen.append((o if output else i[0])[0, index].clone()))
+    handle = module.register_forward_hook(
+        lambda _, i, o: seen.append((o if output else i[0])[..., index, :].flatten().clone())
+    )
     with torch.no_grad():
         model(torch.tensor([tokenizer(text)["input_ids"]]))
     handle.remove()
     return seen[0]
 
 
-def plain_spread(model, tokenizer, projections, edits, targets, contexts, moments, lam):
-    """Write the edits into the model; returns ΔW [out, in] of each layer, lowest first."""
+def plain_spread(model, tokenizer, projections, edits, targets, contexts, moments, lam, norms=None):
+    """Write the edits into the model; returns ΔW [out, in] of each layer, lowest first.
+
+    ``norms``: what stands between each projection and the residual stream, in families that have it.
+    """
     updates = []
     for i, projection in enumerate(projections):
         keys = []
@@ -100,8 +108,13 @@ def plain_spread(model, tokenizer, projections, edits, targets, contexts, moment
             keys.append((bare + sum(others) / len(others)) / 2)
         k = torch.stack(keys, dim=1).double()
         now = [plain_record(model, tokenizer, projections[-1], edit, "{}", output=True) for edit in edits]
-        residual = (torch.stack(targets, dim=1) - torch.stack(now, dim=1)).double()
-        share = residual / (len(projections) - i) ** 0.5
+        goal, value = torch.stack(targets), torch.stack(now)
+        if norms:
+            wanted = (norms[-1](goal) - norms[-1](value)) / (len(projections) - i) ** 0.5
+            here = [plain_record(model, tokenizer, projection, edit, "{}", output=True) for edit in edits]
+            share = pull_back(norms[i], torch.stack(here), wanted).T
+        else:
+            share = (goal - value).T.double() / (len(projections) - i) ** 0.5
         update = share @ k.T @ torch.inverse(lam * moments[i].double() + k @ k.T)
         weight = projection.weight
         transposed = type(projection).__name__ == "Conv1D"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import yaml
 
-from pmet_lightning.cli import edit_cli
+from pmet_lightning.architectures import ARCHITECTURES, advised_layers
+from pmet_lightning.cli import edit_cli, main
 from tests.conftest import ROOT
+from tests.tiny import RECORDS, save_tiny
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -52,3 +55,53 @@ def test_published_settings(model, data):
              written["spread"]["lam"], written["moments"]["samples"])  # fmt: skip
     assert found == PUBLISHED[model]
     assert (m["steps"], m["nll_factor"], m["norm_factor"], written["spread"]["rule"]) == (30, 1.0, 0.5, "sqrt")
+
+
+# Model type and depth of what each configuration is for, from the models' own configurations.
+MODELS = {
+    "gpt-j-6b-counterfact": ("gptj", 28),
+    "gpt-neox-20b-counterfact": ("gpt_neox", 44),
+    "llama-2-7b": ("llama", 32),
+    "llama-3-8b": ("llama", 32),
+    "qwen2.5-7b": ("qwen2", 28),
+    "qwen3-8b": ("qwen3", 36),
+    "mistral-7b": ("mistral", 32),
+    "gemma-2-9b": ("gemma2", 42),
+    "phi-2": ("phi", 32),
+    "pythia-6.9b": ("gpt_neox", 32),
+    "gpt2-xl": ("gpt2", 48),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_suit_the_model(name):
+    written = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    family, depth = MODELS[name]
+    layers = written["model"]["layers"]
+    assert family in ARCHITECTURES
+    assert max(layers) < depth / 2
+    if "by depth" in (ROOT / "configs" / f"{name}.yaml").read_text():
+        assert layers == advised_layers(depth)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_configuration_edits_a_tiny_model_of_its_family(name, tmp_path):
+    family, _ = MODELS[name]
+    records, corpus = tmp_path / "records.json", tmp_path / "corpus.txt"
+    records.write_text(json.dumps(RECORDS[:2]))
+    corpus.write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
+    main([
+        "fit", "--config", f"{name}.yaml", "--trainer.run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu",
+        "--trainer.enable_progress_bar", "false", "--model.model_name", save_tiny(family, tmp_path / "tiny"),
+        "--model.layers", "[1, 2]", "--model.steps", "3", "--model.context_count", "1", "--data.path", str(records),
+        "--moments.corpus", str(corpus), "--moments.corpus_subset", "null", "--moments.folder", str(tmp_path / "m"),
+    ])  # fmt: skip
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state == {"status": "finished", "edit_batches_written": 1, "edits_written": 2}
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(8, [0, 1, 2]), (28, [3, 4, 5, 6, 7]), (32, [4, 5, 6, 7, 8]), (1, [0])]
+)
+def test_advised_layers(depth, expected):
+    assert advised_layers(depth) == expected

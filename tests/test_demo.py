@@ -176,7 +176,7 @@ def test_the_run_is_laid_out_from_its_seed(world: World, tokenizer: PreTrainedTo
     assert {tuple(batch.shape) for batch in one} == {(4, 64), (2, 128)}
 
 
-@pytest.mark.parametrize("architecture", ["gptj", "llama"])
+@pytest.mark.parametrize("architecture", ["gptj", "gpt2", "llama"])
 @pytest.mark.filterwarnings("ignore")  # other packages' own advice about workers and the like
 def test_training_lowers_the_loss_and_writes_a_folder(
     architecture: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,7 +210,7 @@ def test_demo_refuses_a_folder_with_content(tmp_path: Path) -> None:
 
 
 def test_a_demo_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="gptj, llama"):
+    with pytest.raises(ValueError, match="gptj, gpt2, llama"):
         demo(str(tmp_path / "atlas"), architecture="rwkv")
     assert list(tmp_path.iterdir()) == []
 

@@ -156,13 +156,12 @@ def test_micro_batches_keep_to_their_edit_batch(tmp_path):
 
 
 def test_a_subject_without_a_token_names_its_record(tmp_path, monkeypatch):
-    from pmet_lightning import data as data_module
-    from pmet_lightning.tokens import LocationError
+    from pmet_lightning.tokens import LocationError, PromptEncoder
 
     def cannot(*_, **__):
         raise LocationError("the subject 'Freedonia' has no token of its own")
 
-    monkeypatch.setattr(data_module, "encode_prompt", cannot)
+    monkeypatch.setattr(PromptEncoder, "encode", cannot)
     data = EditDataModule(write(tmp_path, "a.json", [FLAT]), tokenizer="atlas")
     with pytest.raises(RecordError, match=r"a\.json, record 0: the subject"):
         data.setup("fit")

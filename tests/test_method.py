@@ -12,13 +12,19 @@ import torch
 from pmet_lightning import Edit, TargetOptimizer
 from pmet_lightning.architectures import Sites, architecture_of, in_features
 from pmet_lightning.edits import parse_record
+from pmet_lightning.edits.records import Probe
 from pmet_lightning.language_model import load_config, load_model, load_tokenizer
+from pmet_lightning.metrics import score_probes
+from pmet_lightning.tokens import PromptEncoder
 from tests.harness import edit
 from tests.plain import plain_spread, plain_target
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS, save_tiny
 
 # GPT-J's attention is computed in float32 even in a float64 model, and so is Llama's norm.
 EXACT = {"gpt2": 1e-9}
+# Where a window holds nothing but padding, eager attention gives NaN in float64: its mask overflows the softmax, which
+# is taken in float32.
+SLIDING = ("cohere2", "gemma2", "gemma3", "gemma3_text", "mistral", "olmo3", "gpt_neo")
 SETTINGS = {"layers": [1, 2], "steps": 8, "clamp": 2.0, "kl_factor": 0.5, "norm_factor": 0.2}
 
 
@@ -60,11 +66,20 @@ def run(folder: str, tmp_path, records=RECORDS, data=None, **changed):
     return values, spread.deltas, reports
 
 
+def certainty(model, tokenizer, asked: Edit) -> float:
+    """P(o*) of the bare prompt."""
+    ((score,),) = score_probes(
+        model, PromptEncoder(tokenizer), [[Probe("efficacy", asked.question, asked.target)]], 512, torch.device("cpu")
+    )
+    return score.magnitude
+
+
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_equals_the_plain_twin(family, folder_of, tmp_path):
-    folder = folder_of(family)
-    values, deltas, reports = run(folder, tmp_path, RECORDS[:4])
-    model = load_model(folder, "float64", "eager")
+    folder, dtype = folder_of(family), "float32" if family in SLIDING else "float64"
+    tolerance = EXACT.get(family, 1e-5 if dtype == "float64" else 1e-3)
+    values, deltas, reports = run(folder, tmp_path, RECORDS[:4], dtype=dtype)
+    model = load_model(folder, dtype, "eager")
     tokenizer = load_tokenizer(folder)
     sites = Sites.of(model, architecture_of(load_config(folder)))
     edits = [parse_record(r, i, "") for i, r in enumerate(RECORDS[:4])]
@@ -74,14 +89,36 @@ def test_equals_the_plain_twin(family, folder_of, tmp_path):
     for i, e in enumerate(edits):
         target, steps = plain_target(model, tokenizer, *modules, e, CONTEXTS, steps=8, lr=0.3, clamp=2.0, **weights)
         assert steps == reports[0].targets[i].record["steps"]
-        assert float((values[e.question] - target).norm() / target.norm()) < EXACT.get(family, 1e-5)
+        assert float((values[e.question] - target).norm() / target.norm()) < tolerance
         targets.append(target)
     c = moments_for(folder)
     projections = [sites.module("ffn", layer) for layer in (1, 2)]
-    updates = plain_spread(model, tokenizer, projections, edits, targets, CONTEXTS, [c["ffn", 1], c["ffn", 2]], 2.0)
+    norms = [sites.norm("ffn", layer) for layer in (1, 2)]
+    updates = plain_spread(
+        model, tokenizer, projections, edits, targets, CONTEXTS, [c["ffn", 1], c["ffn", 2]], 2.0,
+        norms if norms[0] is not None else None,
+    )  # fmt: skip
     for layer, update in zip((1, 2), updates, strict=True):
         found = deltas[sites.weight_name("ffn", layer)]
-        assert float((found - update).norm() / update.norm()) < EXACT.get(family, 1e-5)
+        assert float((found - update).norm() / update.norm()) < tolerance
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_an_edit_raises_the_target(family, folder_of, tmp_path):
+    """One layer, few edits, a small λ: what is written is what was optimised, whatever the family does to it."""
+    folder = folder_of(family)
+    changes = {"layers": [3], "optimise": "ffn", "contexts": [], "clamp": 100.0, "norm_factor": 0.0, "kl_factor": 0.0}
+    module = tiny_module(folder, dtype="float32", **changes)
+    # One token each: the write, unlike the delta, is at work at a target's other tokens too.
+    answers = ("Lisbon", "Swedish", "French")
+    records = [{**r, "prompt": "People speak of {}", "target_new": o} for r, o in zip(RECORDS, answers, strict=False)]
+    _, reports = edit(module, records, moments_for(folder, (3,)), tmp_path, lam=1e-4)
+    clean, tokenizer = load_model(folder, "float32", "eager"), load_tokenizer(folder)
+    for e, target in zip(reports[0].edits, reports[0].targets, strict=True):
+        before, after = certainty(clean, tokenizer, e), certainty(module.model, tokenizer, e)
+        assert before == pytest.approx(target.record["p_prompt_before"], rel=1e-3)
+        assert after == pytest.approx(target.record["p_after"], rel=1e-2)
+        assert after > 1.02 * before
 
 
 VARIANTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from pmet_lightning.edits import parse_record
 from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.language_model import fingerprint, label_logits, load_config, load_model, load_tokenizer, run_to
 from pmet_lightning.sites import narrow_input, record_and_add, record_input, stop_after
+from pmet_lightning.tokens import PromptEncoder
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS, save_tiny
 
 
@@ -30,7 +32,7 @@ def loaded(request, tmp_path_factory):
     model = load_model(folder, "float32", "eager")
     sites = Sites.of(model, architecture_of(load_config(folder)))
     edits = [parse_record(r, i, "") for i, r in enumerate(RECORDS[:3])]
-    return model, sites, target_rows(edits, CONTEXTS, tokenizer)
+    return model, sites, target_rows(edits, CONTEXTS, PromptEncoder(tokenizer))
 
 
 def hooks(model) -> int:
@@ -43,8 +45,7 @@ def test_zero_delta_gives_identical_logits(loaded):
     clean = label_logits(model, rows)
     with ExitStack() as stack:
         for site in ("attn", "ffn"):
-            width = model.get_input_embeddings().weight.shape[1]
-            zero = torch.zeros(len(rows), width)
+            zero = torch.zeros(len(rows), sites.width)
             stack.enter_context(record_and_add(sites.module(site, 2), rows.subject, zero))
         assert torch.equal(label_logits(model, rows), clean)
     assert hooks(model) == 0
@@ -70,19 +71,83 @@ def test_key_times_weight_is_value(loaded):
         torch.testing.assert_close(value.take(), expected, rtol=1e-4, atol=1e-5)
 
 
+def contribution(sites, site, layer, value):
+    """What a projection's output adds to the residual stream."""
+    norm = sites.norm(site, layer)
+    return value if norm is None else norm(value)
+
+
+def norms_the_stream(sites) -> bool:
+    """OPT-350m: h = norm(h + a), then h = norm(h + m)."""
+    return not getattr(sites.layers[0], "do_layer_norm_before", True)
+
+
 @torch.no_grad()
 def test_a_delta_at_the_ffn_moves_the_residual_stream_by_itself(loaded):
     model, sites, rows = loaded
-    delta = torch.randn(len(rows), model.get_input_embeddings().weight.shape[1])
-    streams = []
+    delta = torch.randn(len(rows), sites.width)
+    streams, values = [], []
     for added in (None, delta):
         with (
-            record_and_add(sites.module("ffn", 1), rows.subject, added),
+            record_and_add(sites.module("ffn", 1), rows.subject, added) as value,
             record_and_add(sites.layers[1], rows.subject) as stream,
         ):
             run_to(model, rows)
         streams.append(stream.take())
-    torch.testing.assert_close(streams[1] - streams[0], delta, rtol=1e-4, atol=1e-4)
+        values.append(value.take() + (0 if added is None else added))
+    if norms_the_stream(sites):
+        pytest.skip("the stream itself is normed: see test_a_block_adds_attention_and_ffn")
+    expected = contribution(sites, "ffn", 1, values[1]) - contribution(sites, "ffn", 1, values[0])
+    torch.testing.assert_close(streams[1] - streams[0], expected, rtol=1e-4, atol=1e-4)
+    if sites.norm("ffn", 1) is None:
+        torch.testing.assert_close(expected, delta, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_block_adds_attention_and_ffn(loaded, layer):
+    """h = h + a + m, with the family's own norms."""
+    model, sites, rows = loaded
+    block, seen = sites.layers[layer], {}
+
+    def keep(_, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen["h"] = hidden[torch.arange(len(rows)), rows.subject].clone()
+
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with (
+            record_and_add(sites.module("attn", layer), rows.subject) as attn,
+            record_and_add(sites.module("ffn", layer), rows.subject) as ffn,
+            record_and_add(block, rows.subject) as stream,
+        ):
+            run_to(model, rows)
+    finally:
+        handle.remove()
+    a, m = contribution(sites, "attn", layer, attn.take()), contribution(sites, "ffn", layer, ffn.take())
+    if norms_the_stream(sites):
+        expected = block.final_layer_norm(block.self_attn_layer_norm(seen["h"] + a) + m)
+    else:
+        expected = seen["h"] + a + m
+    torch.testing.assert_close(stream.take(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_left_and_right_padding_agree(loaded):
+    model, sites, rows = loaded
+    width = rows.input_ids.shape[1]
+    lengths = rows.attention_mask.sum(dim=1)
+    assert len(set(lengths.tolist())) > 1
+    shift = (width - lengths).unsqueeze(1)
+    columns = (torch.arange(width).unsqueeze(0) - shift) % width
+    moved = {name: getattr(rows, name).gather(1, columns) for name in ("input_ids", "attention_mask", "position_ids")}
+    left = replace(rows, **moved, subject=rows.subject + shift[:, 0], label_columns=rows.label_columns + shift)
+    assert (left.attention_mask[:, -1] == 1).all()
+    found = []
+    for batch in (rows, left):
+        with record_input(sites.module("ffn", 2), batch.subject) as key:
+            found.append((label_logits(model, batch), key.take()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -128,7 +193,7 @@ def test_a_written_weight_maps_a_key_as_it_should(loaded):
         weight = module.weight
         key = torch.randn(weight.shape[0] if is_transposed(module) else weight.shape[1])
         before, bias = weight.clone(), module.bias if module.bias is not None else 0
-        delta = torch.randn(model.get_input_embeddings().weight.shape[1], len(key))
+        delta = torch.randn(sites.width, len(key))
         clean = module(key.view(1, 1, -1)).flatten() - bias
         add_to_weight(module, delta)
         moved = module(key.view(1, 1, -1)).flatten() - bias
@@ -159,9 +224,19 @@ def test_an_unknown_family_lists_the_known_ones():
     class Config:
         model_type = "mystery"
 
+        def get_text_config(self):
+            return self
+
     with pytest.raises(UnknownArchitectureError, match="gptj.*--model.architecture"):
         architecture_of(Config())
     assert architecture_of(Config(), ARCHITECTURES["gptj"]) is ARCHITECTURES["gptj"]
+
+    class Experts(Config):
+        model_type = "llama"
+        num_local_experts = 8
+
+    with pytest.raises(UnknownArchitectureError, match="8 experts"):
+        architecture_of(Experts(), ARCHITECTURES["llama"])
 
 
 def test_a_wrong_description_is_refused(loaded):

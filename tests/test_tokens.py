@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pmet_lightning.edits import parse_record
 from pmet_lightning.language_model import load_tokenizer
 from pmet_lightning.tokens import (
     IGNORE,
     LocationError,
+    PromptEncoder,
     by_token_budget,
-    encode_prompt,
     fill,
+    offsets_by_decoding,
     pad_rows,
     with_leading_space,
 )
@@ -23,6 +26,11 @@ from pmet_lightning.tokens import (
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer("atlas")
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return PromptEncoder(tokenizer)
 
 
 TEXTS = [
@@ -37,8 +45,8 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("prompt", "subject", "context"), TEXTS)
-def test_the_subject_ends_where_its_last_token_ends(tokenizer, prompt, subject, context):
-    row = encode_prompt(tokenizer, prompt, subject, context=context)
+def test_the_subject_ends_where_its_last_token_ends(encoder, tokenizer, prompt, subject, context):
+    row = encoder.encode(prompt, subject, context=context)
     until = tokenizer.decode(row.ids[: row.subject + 1])
     before = context.split("{}")[0] + prompt.split("{}")[0] + subject
     assert until.startswith(before)
@@ -47,26 +55,26 @@ def test_the_subject_ends_where_its_last_token_ends(tokenizer, prompt, subject, 
 
 @pytest.mark.parametrize(("prompt", "subject", "context"), TEXTS)
 @pytest.mark.parametrize("target", ["Lisbon", " Lisbon", "New Zealand of old 17", "é"])
-def test_the_labels_are_the_target(tokenizer, prompt, subject, context, target):
-    row = encode_prompt(tokenizer, prompt, subject, context=context, target=target)
+def test_the_labels_are_the_target(encoder, tokenizer, prompt, subject, context, target):
+    row = encoder.encode(prompt, subject, context=context, target=target)
     whole = context.replace("{}", prompt.replace("{}", subject)) + with_leading_space(target)
     assert tokenizer.decode(list(row.labels)).strip() == target.strip()
     assert tokenizer.decode([*row.ids, row.labels[-1]]) == whole
     assert row.ids[len(row.ids) - len(row.labels) + 1 :] == list(row.labels[:-1])
 
 
-def test_a_row_cut_at_the_subject_is_a_prefix(tokenizer):
-    whole = encode_prompt(tokenizer, "{} is a", "Vera Jardez")
-    cut = encode_prompt(tokenizer, "{} is a", "Vera Jardez", stop_at_subject=True)
+def test_a_row_cut_at_the_subject_is_a_prefix(encoder):
+    whole = encoder.encode("{} is a", "Vera Jardez")
+    cut = encoder.encode("{} is a", "Vera Jardez", stop_at_subject=True)
     assert cut.ids == whole.ids[: whole.subject + 1]
     assert cut.subject == whole.subject == len(cut.ids) - 1
 
 
-def test_blank_subject_and_target_are_refused(tokenizer):
+def test_blank_subject_and_target_are_refused(encoder):
     with pytest.raises(LocationError, match="subject"):
-        encode_prompt(tokenizer, "{} is", " ")
+        encoder.encode("{} is", " ")
     with pytest.raises(LocationError, match="target"):
-        encode_prompt(tokenizer, "{} is", "Rome", target=" ")
+        encoder.encode("{} is", "Rome", target=" ")
 
 
 def test_braces_in_a_subject_are_text():
@@ -74,9 +82,9 @@ def test_braces_in_a_subject_are_text():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_keeps_every_index_at_its_token(tokenizer, side):
+def test_padding_keeps_every_index_at_its_token(encoder, side):
     texts = [("{} is", "Vera", "Rome"), ("The long mother tongue of {} is surely", "Vera Jardez", "ice hockey")]
-    rows = [encode_prompt(tokenizer, p, s, target=t) for p, s, t in texts]
+    rows = [encoder.encode(p, s, target=t) for p, s, t in texts]
     batch = pad_rows(rows, 0, side)
     for r, row in enumerate(rows):
         assert int(batch.input_ids[r, batch.subject[r]]) == row.ids[row.subject]
@@ -91,8 +99,8 @@ def test_padding_keeps_every_index_at_its_token(tokenizer, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_selecting_rows_is_padding_them_anew(tokenizer, side):
-    rows = [encode_prompt(tokenizer, "x " * n + "{} is", "Vera", target="Rome") for n in (1, 9, 3)]
+def test_selecting_rows_is_padding_them_anew(encoder, side):
+    rows = [encoder.encode("x " * n + "{} is", "Vera", target="Rome") for n in (1, 9, 3)]
     chosen = pad_rows(rows, 0, side).select(torch.tensor([0, 2]))
     anew = pad_rows([rows[0], rows[2]], 0, side)
     for name, value in vars(anew).items():
@@ -106,20 +114,124 @@ def test_token_budget_holds_and_loses_nothing():
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 20 for b in batches)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt-neox-20b", "qwen2", "stories260K"])
-def test_real_records_with_real_tokenizers(shared, name):
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+INST = "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] }}{% endfor %}"  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, "<|im_start|>user\nIt rained. Where is Vera Jardez?<|im_end|>\n<|im_start|>assistant\nLisbon"),
+        (INST, "[INST] It rained. Where is Vera Jardez? [/INST] Lisbon"),
+    ],
+)
+def test_a_chat_template_goes_around_the_prompt(template, expected):
+    tokenizer = load_tokenizer("atlas")
+    tokenizer.chat_template = template
+    encoder = PromptEncoder.of(tokenizer, chat=True)
+    row = encoder.encode("Where is {}?", "Vera Jardez", context="It rained. {}", target="Lisbon")
+    assert tokenizer.decode([*row.ids, row.labels[-1]]) == expected
+    assert tokenizer.decode(list(row.labels)).strip() == "Lisbon"
+    assert tokenizer.decode(row.ids[: row.subject + 1]).endswith("It rained. Where is Vera Jardez")
+    assert encoder.fingerprint() != PromptEncoder.of(tokenizer).fingerprint()
+
+
+def test_a_chat_needs_a_template(tokenizer):
+    with pytest.raises(ValueError, match="chat template"):
+        PromptEncoder.of(tokenizer, chat=True)
+    silent = load_tokenizer("atlas")
+    silent.chat_template = "hello"
+    with pytest.raises(ValueError, match="hello"):
+        PromptEncoder.of(silent, chat=True)
+
+
+def test_a_real_chat_model_s_template(shared):
+    tokenizer = load_tokenizer(str(shared / "data/tokenizers/qwen2"))
+    row = PromptEncoder.of(tokenizer, chat=True).encode("Where is {}?", "Zürich 東京", target="New Zealand")
+    asked = [{"role": "user", "content": "Where is Zürich 東京?"}]
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode([*row.ids, row.labels[-1]]) == text + "New Zealand"
+    assert tokenizer.decode(row.ids[: row.subject + 1]).endswith("Where is Zürich 東京")
+
+
+@pytest.mark.parametrize(("prompt", "subject", "context"), TEXTS)
+def test_a_slow_tokenizer_locates_as_well(prompt, subject, context):
+    """ByT5 reads bytes: every character outside ASCII is several tokens."""
+    slow = ByT5Tokenizer()
+    assert not slow.is_fast
+    row = PromptEncoder(slow).encode(prompt, subject, context=context, target="Łódź 42")
+    before = context.split("{}")[0] + prompt.split("{}")[0] + subject
+    assert slow.decode(row.ids[: row.subject + 1]) == before
+    assert slow.decode(list(row.labels)) == " Łódź 42"
+
+
+def test_a_tokenizer_that_changes_the_text_is_refused():
+    class Lower(ByT5Tokenizer):
+        def _tokenize(self, text):
+            return super()._tokenize(text.lower())
+
+    with pytest.raises(LocationError, match="slow tokenizer"):
+        PromptEncoder(Lower()).encode("{} is", "Vera", target="Rome")
+
+
+FILES = (
+    "counterfact_250", "zsre_300", "known_facts_300", "knowedit_wiki_counterfact_60",
+    "flat_paraphrases_100", "flat_generation_prompts_100",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def triples(shared):
+    """Prompt, subject and target of 1,110 real records."""
+    found = []
+    for name in FILES:
+        for number, record in enumerate(json.loads((shared / f"data/{name}.json").read_text())):
+            if "attribute" in record:
+                record = {"prompt": record["prompt"], "subject": record["subject"], "target_new": record["attribute"]}
+            edit = parse_record(record, number, f"{name}, record {number}")
+            found.append((edit.prompt, edit.subject, edit.target))
+    return found
+
+
+def real_tokenizer(shared, name: str):
     folder = shared / "data" / ("models" if name == "stories260K" else "tokenizers") / name
     if name in ("gpt2", "gpt-neox-20b"):  # these folders hold the tokenizer file alone
-        from transformers import PreTrainedTokenizerFast
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    return load_tokenizer(str(folder))
 
-        real = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    else:
-        real = load_tokenizer(str(folder))
-    records = json.loads((shared / "data/counterfact_250.json").read_text())
-    records += json.loads((shared / "data/zsre_300.json").read_text())
-    for number, record in enumerate(records):
-        edit = parse_record(record, number, f"record {number}")
-        row = encode_prompt(real, edit.prompt, edit.subject, context="It rained. {}", target=edit.target)
-        assert real.decode(list(row.labels)).strip() == edit.target.strip()
-        before = "It rained. " + edit.prompt.split("{}")[0] + edit.subject
-        assert real.decode(row.ids[: row.subject + 1], skip_special_tokens=True).strip().startswith(before.strip())
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox-20b", "qwen2", "stories260K"])
+def test_real_records_with_real_tokenizers(shared, triples, name):
+    real, refused = real_tokenizer(shared, name), Counter()
+    encoder = PromptEncoder(real)
+    for prompt, subject, target in triples:
+        try:
+            row = encoder.encode(prompt, subject, context="It rained. {}", target=target)
+        except LocationError as error:
+            refused[str(error).split(" in ")[0]] += 1
+            continue
+        assert real.decode(list(row.labels)).strip() == target.strip()
+        before = ("It rained. " + prompt.split("{}")[0] + subject).strip()
+        assert real.decode(row.ids[: row.subject + 1], skip_special_tokens=True).strip().startswith(before)
+        assert not real.decode(row.ids[: row.subject], skip_special_tokens=True).strip().startswith(before)
+    assert len(triples) == 1110
+    print(f"{name}: {len(triples)} triples, refused {sum(refused.values())} {dict(refused)}")  # noqa: T201
+    assert not refused, "each of these records has a subject and a target"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "stories260K"])
+def test_offsets_by_decoding_are_those_of_the_fast_tokenizer(shared, triples, name):
+    real = real_tokenizer(shared, name)
+    for prompt, subject, target in triples[::4]:
+        asked = fill(prompt, subject)[0]
+        text = f"{asked} {target}"
+        fast = real(text, return_offsets_mapping=True)
+        places = []
+        for offsets in (fast["offset_mapping"], offsets_by_decoding(real, text, fast["input_ids"])):
+            last = len(prompt.split("{}")[0] + subject) - 1
+            covering = [i for i, (start, end) in enumerate(offsets) if start <= last < end]
+            places.append((covering[-1], next(i for i, (_, end) in enumerate(offsets) if end > len(asked))))
+        assert places[0] == places[1], text

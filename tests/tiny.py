@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
+    Cohere2Config,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
 )
 
 from pmet_lightning.resources import locate
@@ -23,17 +42,72 @@ _LLAMA = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
-CONFIGS = {
+_PHI = {name: value for name, value in _LLAMA.items() if name != "num_key_value_heads"}
+_FALCON = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 128}
+_GEMMA = {**_LLAMA, "head_dim": 8}
+_GEMMA3 = {
+    **_GEMMA,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 12,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def _gemma3(**kw: Any) -> Gemma3Config:
+    """The multimodal model, whose language model lies one level deeper."""
+    text = Gemma3TextConfig(**_GEMMA3, **kw)
+    return Gemma3Config(
+        text_config=text.to_dict(), vision_config=_VISION, mm_tokens_per_image=4,
+        tie_word_embeddings=kw["tie_word_embeddings"],
+        boi_token_index=1, eoi_token_index=2, image_token_index=3,
+    )  # fmt: skip
+
+
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "bloom": lambda **kw: BloomConfig(hidden_size=32, n_layer=4, n_head=4, **kw),
+    "cohere": lambda **kw: CohereConfig(**_LLAMA, **kw),
+    "cohere2": lambda **kw: Cohere2Config(**_LLAMA, sliding_window=12, **kw),
+    "falcon": lambda **kw: FalconConfig(**_FALCON, alibi=False, **kw),
+    "falcon-new": lambda **kw: FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2, **kw),
+    "falcon-rw": lambda **kw: FalconConfig(**_FALCON, alibi=True, parallel_attn=False, bias=True, **kw),
+    "gemma": lambda **kw: GemmaConfig(**_GEMMA, **kw),
+    "gemma2": lambda **kw: Gemma2Config(**_GEMMA, query_pre_attn_scalar=8, sliding_window=12, **kw),
+    "gemma3": _gemma3,
+    "gemma3_text": lambda **kw: Gemma3TextConfig(**_GEMMA3, **kw),
     "gpt2": lambda **kw: GPT2Config(n_embd=32, n_head=4, n_layer=4, n_positions=128, **kw),
-    "gptj": lambda **kw: GPTJConfig(n_embd=32, n_head=4, n_layer=4, n_positions=128, rotary_dim=8, **kw),
-    "gpt_neox": lambda **kw: GPTNeoXConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+    "gpt_neo": lambda **kw: GPTNeoConfig(
+        hidden_size=32, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]], window_size=12,
         max_position_embeddings=128, **kw,
     ),
+    "gpt_neox": lambda **kw: GPTNeoXConfig(**_PHI, **kw),
+    "gptj": lambda **kw: GPTJConfig(n_embd=32, n_head=4, n_layer=4, n_positions=128, rotary_dim=8, **kw),
     "llama": lambda **kw: LlamaConfig(**_LLAMA, **kw),
-    "mistral": lambda **kw: MistralConfig(**_LLAMA, **kw),
+    "mistral": lambda **kw: MistralConfig(**_LLAMA, sliding_window=12, **kw),
+    "olmo": lambda **kw: OlmoConfig(**_LLAMA, **kw),
+    "olmo2": lambda **kw: Olmo2Config(**_LLAMA, **kw),
+    "olmo3": lambda **kw: Olmo3Config(**_LLAMA, sliding_window=12, **kw),
+    "opt": lambda **kw: OPTConfig(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=128, **kw
+    ),
+    "opt-350m": lambda **kw: OPTConfig(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=128,
+        word_embed_proj_dim=16, do_layer_norm_before=False, **kw,
+    ),
+    "phi": lambda **kw: PhiConfig(**_PHI, **kw),
+    "phi3": lambda **kw: Phi3Config(**_LLAMA, **kw),
     "qwen2": lambda **kw: Qwen2Config(**_LLAMA, **kw),
     "qwen3": lambda **kw: Qwen3Config(**_LLAMA, head_dim=8, **kw),
+    "smollm3": lambda **kw: SmolLM3Config(**_LLAMA, **kw),
+    "stablelm": lambda **kw: StableLmConfig(**_LLAMA, **kw),
+    "stablelm-parallel": lambda **kw: StableLmConfig(**_LLAMA, use_parallel_residual=True, **kw),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def demo(out: str, seed: int = 0, architecture: str = "gptj", epochs: int = 10, 
         out: Folder to write; must be new or empty.
         seed: Seed of the world, of the records and of the training; equal seeds give equal files up to the
             rounding of the machine.
-        architecture: Architecture of the language model: gptj or llama.
+        architecture: Architecture of the language model: gptj (parallel blocks), gpt2 or llama (sequential).
         epochs: How often the model reads each sentence.
         precision: Lightning's precision of the training, e.g. bf16-mixed where the processor is fast at it.
 

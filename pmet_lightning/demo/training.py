@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     GPTJConfig,
     LlamaConfig,
     PretrainedConfig,
@@ -62,7 +63,21 @@ def _llama(**common: Any) -> PretrainedConfig:
     )
 
 
-ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {"gptj": _gptj, "llama": _llama}
+def _gpt2(**common: Any) -> PretrainedConfig:
+    return GPT2Config(
+        n_positions=_POSITIONS,
+        n_embd=_WIDTH,
+        n_layer=_LAYERS,
+        n_head=_HEADS,
+        n_inner=_INNER,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **common,
+    )
+
+
+ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {"gptj": _gptj, "gpt2": _gpt2, "llama": _llama}
 
 
 def train_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from pmet_lightning.edits.records import Edit
-from pmet_lightning.tokens import PaddingSide, RowBatch, TokenRow, encode_prompt, pad_rows, pad_token_id
+from pmet_lightning.tokens import PaddingSide, PromptEncoder, RowBatch, TokenRow, pad_rows
 
 KL_PROMPT = "{} is a"
 BARE = "{}"
 
 
 def target_rows(
-    edits: Sequence[Edit], contexts: Sequence[str], tokenizer: Any, side: PaddingSide = "right"
+    edits: Sequence[Edit], contexts: Sequence[str], encoder: PromptEncoder, side: PaddingSide = "right"
 ) -> RowBatch:
     """Rows of the target optimisation, ``len(contexts) + 2`` for each edit.
 
     Args:
         edits: B edits.
         contexts: Templates without the bare one.
-        tokenizer: A fast tokenizer.
+        encoder: Makes the rows.
         side: Where to pad.
 
     Returns:
@@ -30,13 +29,13 @@ def target_rows(
     rows = []
     for edit in edits:
         rows += [
-            encode_prompt(tokenizer, edit.prompt, edit.subject, context=context, target=edit.target)
+            encoder.encode(edit.prompt, edit.subject, context=context, target=edit.target)
             for context in (BARE, *contexts)
         ]
-        rows.append(encode_prompt(tokenizer, KL_PROMPT, edit.subject, stop_at_subject=True))
-    return pad_rows(rows, pad_token_id(tokenizer), side)
+        rows.append(encoder.encode(KL_PROMPT, edit.subject, stop_at_subject=True))
+    return pad_rows(rows, encoder.pad_id, side)
 
 
-def key_row(edit: Edit, context: str, tokenizer: Any) -> TokenRow:
+def key_row(edit: Edit, context: str, encoder: PromptEncoder) -> TokenRow:
     """The row a key is read from, cut behind the subject: nothing later can change it."""
-    return encode_prompt(tokenizer, edit.prompt, edit.subject, context=context, stop_at_subject=True)
+    return encoder.encode(edit.prompt, edit.subject, context=context, stop_at_subject=True)

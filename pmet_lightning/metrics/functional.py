@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from pmet_lightning.edits.records import Probe, ProbeKind
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.objective import target_scores
-from pmet_lightning.tokens import TokenRow, by_token_budget, encode_prompt, pad_rows, pad_token_id
+from pmet_lightning.tokens import PromptEncoder, TokenRow, by_token_budget, pad_rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class ProbeResult:
 
 def score_probes(
     model: nn.Module,
-    tokenizer: Any,
+    encoder: PromptEncoder,
     probes: Sequence[Sequence[Probe]],
     tokens_per_batch: int,
     device: torch.device,
@@ -41,7 +40,7 @@ def score_probes(
 
     Args:
         model: The language model, edited or not.
-        tokenizer: Its tokenizer.
+        encoder: Makes the rows.
         probes: Questions of each record.
         tokens_per_batch: Most padded tokens in one forward pass.
         device: Where the model is.
@@ -50,10 +49,10 @@ def score_probes(
         Results in the shape of ``probes``.
     """
     flat = [probe for record in probes for probe in record]
-    rows = [encode_prompt(tokenizer, probe.prompt, target=probe.answer) for probe in flat]
+    rows = [encoder.encode(probe.prompt, target=probe.answer) for probe in flat]
     rivals = [(i, probe.rival) for i, probe in enumerate(flat) if probe.rival is not None]
-    rows += [encode_prompt(tokenizer, flat[i].prompt, target=rival) for i, rival in rivals]
-    nll, accuracy = _score_rows(model, rows, pad_token_id(tokenizer), tokens_per_batch, device)
+    rows += [encoder.encode(flat[i].prompt, target=rival) for i, rival in rivals]
+    nll, accuracy = _score_rows(model, rows, encoder.pad_id, tokens_per_batch, device)
     rival_nll = dict(zip((i for i, _ in rivals), nll[len(flat) :].tolist(), strict=True))
     results = iter(_result(probe, float(nll[i]), rival_nll.get(i), float(accuracy[i])) for i, probe in enumerate(flat))
     return [[next(results) for _ in record] for record in probes]
