@@ -5,7 +5,7 @@
 
 Every method is tuned by the same grid on records that are not reported: 2 clamps (MEMIT, whose clamp is measured on the
 layer's output: 3), kl_factor 0 and 0.0625, λ 50, 200 and 400, and twice as much as long as the largest is the best, on
-200 records; the three best points on 200 more. The highest efficacy over both wins, then the highest Score.
+200 records; the four best points on 200 more. The highest efficacy over both wins, then the highest Score.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def report(bench: Bench, methods: list[str], skip: int) -> None:
 
 
 def tune(bench: Bench, methods: list[str]) -> None:
-    """The grid on the first records, its three best points on the next ones too, the best on average."""
+    """The grid on the first records, its four best points on the next ones too, the best on average."""
     for method in methods:
         first = {setting: bench.run(method, setting, reuse=True).rank for setting in grid(method)}
         best = max(first, key=first.__getitem__)
@@ -111,7 +111,7 @@ def tune(bench: Bench, methods: list[str]) -> None:
             first[clamp, kl_factor, 2 * lam] = bench.run(method, (clamp, kl_factor, 2 * lam), reuse=True).rank
             best = max(first, key=first.__getitem__)
         both = {}
-        for setting in sorted(first, key=first.__getitem__, reverse=True)[:3]:
+        for setting in sorted(first, key=first.__getitem__, reverse=True)[:4]:
             second = bench.run(method, setting, skip=bench.limit, reuse=True).rank
             both[setting] = tuple((a + b) / 2 for a, b in zip(first[setting], second, strict=True))
         for found in (first, both):
