@@ -34,8 +34,8 @@ SWITCHES = {
 CHOSEN = {
     "PMET": (5, 0, 50),
     "attention not optimised": (5, 0.0625, 400),
-    "attention written too": (3, 0.0625, 400),
-    "even spread": (5, 0.0625, 50),
+    "attention written too": (3, 0.0625, 800),
+    "even spread": (5, 0, 50),
     "MEMIT": (1.5, 0.0625, 200),
 }
 
