@@ -15,9 +15,10 @@ from pmet_lightning.data import EditDataModule
 from pmet_lightning.demo import demo
 from pmet_lightning.export import export
 from pmet_lightning.module import TargetOptimizer
+from pmet_lightning.moments import stored_moments
 from pmet_lightning.resources import locate_config
 from pmet_lightning.spread import WeightSpread
-from pmet_lightning.stats import SecondMoments
+from pmet_lightning.stats import MOMENTS_FOLDER, SecondMoments
 from pmet_lightning.trainer import EditTrainer
 
 FILE_VERBS = {"export": export, "demo": demo}
@@ -27,7 +28,7 @@ USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
   fit       optimise targets, write the weights, evaluate before and after
   validate  evaluate a model on the questions of the edits (with --model.patch: an edited one)
   test      the same as validate
-  stats     collect the second moments of the edited layers
+  stats     collect the second moments of the edited layers (--list: show what is kept)
   export    write the edited model of a run as a Hugging Face folder
   demo      rebuild the embedded world and its model from a seed
 
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         sys.stdout.write(USAGE + "\n")
+    elif verb == "stats" and "--list" in arguments:
+        auto_cli(list_moments, args=[a for a in arguments[1:] if a != "--list"], as_positional=False)
     elif verb in FILE_VERBS:
         auto_cli(FILE_VERBS[verb], args=arguments[1:], as_positional=False)
     elif verb in TRAINER_VERBS:
@@ -80,6 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         sys.stderr.write(f"unknown verb {verb!r}\n{USAGE}\n")
         raise SystemExit(2)
+
+
+def list_moments(folder: str = MOMENTS_FOLDER) -> None:
+    """Show the second moments that are kept.
+
+    Args:
+        folder: Where they are kept (--moments.folder of the other verbs).
+    """
+    columns = ("model", "site", "layer", "width", "tokens", "samples", "length", "dtype", "corpus", "path")
+    rows = [columns, *(tuple(found.get(name, "-") for name in columns) for found in stored_moments(folder))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
 
 
 def edit_cli(arguments: Sequence[str], run: bool = True) -> EditCLI:

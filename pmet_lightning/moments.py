@@ -1,4 +1,4 @@
-"""Second moments C = E[k kᵀ] of keys over general text: one pass for all edited layers, stored for reuse.
+"""Second moments C = E[k kᵀ] of keys over general text: summed in one pass for many layers, stored for reuse.
 
 Legend: T = tokens, I = in-features (d_k).
 """
@@ -6,15 +6,16 @@ Legend: T = tokens, I = in-features (d_k).
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,60 +24,99 @@ from torch import Tensor, nn
 from pmet_lightning.architectures import SiteName, Sites, in_features
 from pmet_lightning.files import atomic_path
 from pmet_lightning.language_model import run_to
-from pmet_lightning.resources import locate
 from pmet_lightning.sites import stop_after
-from pmet_lightning.tokens import RowBatch, TokenRow, by_token_budget, pad_rows
+from pmet_lightning.solve import factorise
+from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
 
 log = logging.getLogger(__name__)
 
 Place = tuple[SiteName, int]
+_BLOCK_ROWS = 512
 
 
 class MomentError(ValueError):
-    """Second moments that do not belong to the model, or text from which none can be formed."""
+    """Second moments that do not belong to the model, or that there is no room for."""
 
 
 @dataclass(frozen=True)
 class MomentKey:
-    """What a stored moment depends on besides site and layer."""
+    """What a stored moment depends on besides site and layer.
+
+    Attributes:
+        model: Fingerprint of the weights.
+        tokenizer: Fingerprint of the tokenizer.
+        corpus: Fingerprint of the corpus.
+        samples: Texts used, or 'auto' with its tolerance.
+        length: Tokens of a row.
+        dtype: Precision of the model.
+        seed: Seed of the order of the texts.
+    """
 
     model: str
     tokenizer: str
     corpus: str
-    samples: int
+    samples: str
     length: int
+    dtype: str
+    seed: int
 
     def folder(self) -> str:
         """Name of the folder that holds the moments of all layers."""
         return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:24]
 
 
+def packed_lower(symmetric_II: Tensor) -> Tensor:
+    """The lower triangle of a symmetric matrix, row by row, shape [I · (I + 1) / 2]."""
+    return torch.cat([row[: i + 1] for i, row in enumerate(symmetric_II)])
+
+
+def unpacked_symmetric(packed: Tensor, width: int) -> Tensor:
+    """The symmetric matrix of :func:`packed_lower`, shape [I, I]."""
+    return symmetric(unpacked_lower(packed, width))
+
+
+def symmetric(lower_II: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle."""
+    return lower_II.tril() + lower_II.tril(-1).T
+
+
+def unpacked_lower(packed: Tensor, width: int) -> Tensor:
+    """The lower triangular matrix of :func:`packed_lower`, zero above the diagonal, shape [I, I]."""
+    lower_II = packed.new_zeros(width, width)
+    start = 0
+    for i in range(width):
+        lower_II[i, : i + 1] = packed[start : start + i + 1]
+        start += i + 1
+    return lower_II
+
+
 class MomentStore:
     """Moments of one key in one folder, a file for each site and layer.
 
     Args:
-        folder: The folder itself.
+        folder: The folder itself. One that ROME or MEMIT filled (.npz files with sums and counts) can be read too.
+        read_only: Whether nothing may be added to it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, read_only: bool = False) -> None:
+        self.folder, self.read_only = Path(folder), read_only
 
     def path(self, place: Place) -> Path:
         """The file of a site and layer."""
         return self.folder / f"{place[0]}-{place[1]}.safetensors"
 
     def save(self, place: Place, moment_II: Tensor, tokens: int, key: MomentKey) -> None:
-        """Store a mean second moment, as float32."""
-        described = {**vars(key), "site": place[0], "layer": place[1], "tokens": tokens}
+        """Store a mean second moment, one triangle of it in float32."""
+        described = {**vars(key), "site": place[0], "layer": place[1], "tokens": tokens, "width": len(moment_II)}
         with atomic_path(self.path(place)) as temporary:
             save_file(
-                {"moment": moment_II.to(torch.float32).cpu().contiguous()},
+                {"lower": packed_lower(moment_II.to(torch.float32).cpu())},
                 temporary,
                 metadata={name: str(value) for name, value in described.items()},
             )
 
-    def load(self, place: Place, model: str, width: int) -> Tensor:
-        """Load a moment and check that it is of this model, layer and width; shape [I, I], float32.
+    def check(self, place: Place, model: str, width: int, weight_name: str) -> None:
+        """See that a moment is there and is of this model, layer and width, without reading it whole.
 
         Raises:
             FileNotFoundError: If it is not there.
@@ -84,13 +124,10 @@ class MomentStore:
         """
         path = self.path(place)
         if not path.is_file():
-            raise FileNotFoundError(f"no second moments {str(path)!r}; run the verb 'stats' to collect them")
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = file.metadata() or {}
-                moment = file.get_tensor("moment")
-        except (SafetensorError, OSError) as error:
-            raise MomentError(f"{path}: unreadable second moments ({error}); delete the file") from error
+            if self._npz(weight_name) is None:
+                raise FileNotFoundError(f"no second moments {str(path)!r}; run the verb 'stats' to collect them")
+            return
+        found, entries = self._described(path)
         expected = {"model": model, "site": place[0], "layer": str(place[1])}
         for name, value in expected.items():
             if found.get(name) != value:
@@ -98,123 +135,174 @@ class MomentStore:
                     f"{path}: second moments of another {name}: expected {value}, found {found.get(name)}; "
                     "set --moments.given to null to collect them"
                 )
-        if list(moment.shape) != [width, width]:
-            raise MomentError(f"{path}: expected width {width}, found shape {list(moment.shape)}")
-        return moment
+        if found.get("width") != str(width) or entries != width * (width + 1) // 2:
+            raise MomentError(f"{path}: expected width {width}, found {found.get('width')} with {entries} numbers")
+
+    def load(self, place: Place, width: int, weight_name: str) -> Tensor:
+        """A moment that :meth:`check` has found in order, shape [I, I], float32.
+
+        Raises:
+            MomentError: If the file is broken, or an .npz file is of another width.
+        """
+        path = self.path(place)
+        if not path.is_file():
+            return self._from_npz(width, weight_name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return unpacked_symmetric(file.get_tensor("lower"), width)
+        except (SafetensorError, OSError) as error:
+            raise _broken(path, error) from error
+
+    def factor(self, place: Place, moment_II: Tensor) -> Tensor:
+        """Cholesky factor of the moment (plus a ridge where it is singular), float64, kept beside the moment.
+
+        Args:
+            place: Site and layer.
+            moment_II: The moment, on the device to work on.
+
+        Returns:
+            Lower triangular, shape [I, I], on the moment's device.
+        """
+        path = self.path(place).with_suffix(".factor.safetensors")
+        digest = hashlib.sha256(moment_II.diagonal().cpu().numpy().tobytes()).hexdigest()
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("diagonal") == digest:
+                    return unpacked_lower(file.get_tensor("lower"), len(moment_II)).to(moment_II.device)
+        except (SafetensorError, OSError):
+            pass  # absent or broken: made anew
+        factor_II, _ = factorise(moment_II.double())
+        if not self.read_only:
+            with atomic_path(path) as temporary:
+                save_file({"lower": packed_lower(factor_II.cpu())}, temporary, metadata={"diagonal": digest})
+        return factor_II
+
+    def _described(self, path: Path) -> tuple[dict[str, str], int]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.metadata() or {}, int(file.get_slice("lower").get_shape()[0])
+        except (SafetensorError, OSError) as error:
+            raise _broken(path, error) from error
+
+    def _npz(self, weight_name: str) -> Path | None:
+        """A file of sums and counts that ROME or MEMIT made for a weight."""
+        module = weight_name.removesuffix(".weight")
+        return next(iter(sorted(self.folder.glob(f"{module}_*mom2*.npz"))), None)
+
+    def _from_npz(self, width: int, weight_name: str) -> Tensor:
+        path = self._npz(weight_name)
+        assert path is not None, "check has found it"
+        try:
+            with np.load(path) as file:
+                total, count = torch.from_numpy(file["mom2.mom2"]), float(file["mom2.count"])
+        except (KeyError, ValueError, OSError) as error:
+            raise MomentError(f"{path}: expected arrays mom2.mom2 and mom2.count ({error})") from error
+        if list(total.shape) != [width, width]:
+            raise MomentError(f"{path}: expected width {width}, found shape {list(total.shape)}")
+        log.warning("%s: taken as it is; such a file does not say which model it is of", path)
+        return (total.double() / count).float()
 
 
-def corpus_texts(name: str, subset: str | None = None) -> Iterator[str]:
-    """Texts of a corpus: the non-empty lines of a local file, or the column 'text' of a hub data set.
-
-    Raises:
-        FileNotFoundError: If there is neither.
-    """
-    found = Path(locate(name))
-    if found.is_file():
-        with found.open(encoding="utf-8") as file:
-            yield from (line.strip() for line in file if line.strip())
-        return
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, subset, split="train", streaming=True)
-        yield from (row["text"] for row in rows if row["text"].strip())
-    except Exception as error:
-        raise FileNotFoundError(
-            f"no corpus {name!r}: not a local file, and not to be had from the hub ({str(error).splitlines()[0]})."
-            " Set --moments.corpus to a UTF-8 text file with one text a line."
-        ) from error
+def _broken(path: Path, error: Exception) -> MomentError:
+    return MomentError(f"{path}: unreadable second moments ({error}); delete the file")
 
 
-def corpus_fingerprint(name: str, subset: str | None = None) -> str:
-    """Hash of a local corpus' bytes; name and subset of a hub one."""
-    found = Path(locate(name))
-    if found.is_file():
-        return hashlib.sha256(found.read_bytes()).hexdigest()[:16]
-    return f"{name}:{subset}"
+def stored_moments(folder: str | Path) -> Iterator[dict[str, str]]:
+    """What is kept in a folder of moments: the description of every file, with its path."""
+    for path in sorted(Path(folder).expanduser().glob("*/*.safetensors")):
+        if path.suffixes[-2:-1] == [".factor"]:
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield {**(file.metadata() or {}), "path": str(path)}
+        except (SafetensorError, OSError):
+            yield {"path": str(path), "model": "unreadable"}
 
 
-def corpus_rows(texts: Iterable[str], tokenizer: Any, samples: int, length: int) -> list[TokenRow]:
-    """The first ``samples`` texts as token rows of at most ``length`` tokens.
-
-    Raises:
-        MomentError: If the corpus is empty.
-    """
-    rows = []
-    for text in itertools.islice(texts, samples):
-        ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
-        if ids:
-            rows.append(TokenRow(list(ids)))
-    if not rows:
-        raise MomentError("the corpus has no text; set --moments.corpus to a file with one text a line")
-    return rows
-
-
-@dataclass
-class _Sum:
-    """Running Σ k kᵀ of one projection."""
-
-    total_II: Tensor
-    mask: Tensor | None = None
-
-    def add(self, keys_RTI: Tensor) -> None:
-        assert self.mask is not None
-        keys_TI = keys_RTI[self.mask].to(self.total_II.dtype)
-        self.total_II.addmm_(keys_TI.T, keys_TI)
-
-
-@torch.no_grad()
-def collect_moments(
-    model: nn.Module,
-    sites: Sites,
-    places: Sequence[Place],
-    rows: Sequence[TokenRow],
-    *,
-    pad_id: int,
-    tokens_per_batch: int,
-    device: torch.device,
-    progress: Any = iter,
-) -> tuple[dict[Place, Tensor], int]:
-    """Sum k kᵀ over every real token of the rows, for all places in one pass that ends after the last.
+class MomentSums:
+    """Running Σ k kᵀ of some projections: products of a batch in the model's precision, their sum in float64.
 
     Args:
         model: The language model.
         sites: Its modules.
         places: Sites and layers.
-        rows: Token rows.
         pad_id: Padding token; padded positions are left out exactly.
-        tokens_per_batch: Most padded tokens in one forward pass.
         device: Where the model is.
-        progress: Wraps the list of batches in a progress bar.
-
-    Returns:
-        Sums by place, float64, shape [I, I]; and the number of tokens.
     """
-    modules = {place: sites.module(*place) for place in places}
-    sums = {
-        place: _Sum(torch.zeros(in_features(m), in_features(m), dtype=torch.float64, device=device))
-        for place, m in modules.items()
-    }
-    last = sites.layers[max(layer for _, layer in places)]
-    batches = by_token_budget([len(row.ids) for row in rows], tokens_per_batch)
-    tokens = 0
-    with ExitStack() as stack:
-        for place, module in modules.items():
-            stack.enter_context(_every_input(module, sums[place]))
-        for indices in progress(batches):
-            batch: RowBatch = pad_rows([rows[i] for i in indices], pad_id).to(device)
-            tokens += int(batch.attention_mask.sum())
-            for running in sums.values():
-                running.mask = batch.attention_mask.bool()
-            with stop_after(last):
-                run_to(model, batch)
-    return {place: running.total_II for place, running in sums.items()}, tokens
+
+    def __init__(
+        self, model: nn.Module, sites: Sites, places: Sequence[Place], pad_id: int, device: torch.device
+    ) -> None:
+        self.model, self.pad_id, self.device = model, pad_id, device
+        self.modules = {place: sites.module(*place) for place in places}
+        self.last = sites.layers[max(layer for _, layer in places)]
+        self.tokens = 0
+        # The lower triangles hold the sums, what is above is no use.
+        self.lower = {
+            place: torch.zeros(in_features(m), in_features(m), dtype=torch.float64, device=device)
+            for place, m in self.modules.items()
+        }
+
+    @torch.no_grad()
+    def add(self, rows: Sequence[TokenRow]) -> None:
+        """Add every token of some rows, in one pass that ends after the last layer."""
+        batch: RowBatch = pad_rows(rows, self.pad_id).to(self.device)
+        mask_RT = batch.attention_mask.bool()
+        self.tokens += int(mask_RT.sum())
+        with ExitStack() as stack:
+            for place, module in self.modules.items():
+                stack.enter_context(_sum_inputs(module, mask_RT, self.lower[place]))
+            with stop_after(self.last):
+                run_to(self.model, batch)
 
 
 @contextmanager
-def _every_input(module: nn.Module, into: _Sum) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(lambda _, inputs: into.add(inputs[0]))
+def _sum_inputs(module: nn.Module, mask_RT: Tensor, lower_II: Tensor) -> Iterator[None]:
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        keys_TI = inputs[0].reshape(*mask_RT.shape, -1)[mask_RT]
+        keys_TI = keys_TI.to(torch.promote_types(keys_TI.dtype, torch.float32))
+        # The product is symmetric: block rows up to the diagonal are about half of it.
+        for start in range(0, len(lower_II), _BLOCK_ROWS):
+            end = start + _BLOCK_ROWS
+            lower_II[start:end, :end] += keys_TI[:, start:end].T @ keys_TI[:, :end]
+
+    handle = module.register_forward_pre_hook(hook)
     try:
         yield
     finally:
         handle.remove()
+
+
+def memory_groups(widths: Mapping[Place, int], available: int, copies: int = 2) -> list[list[Place]]:
+    """Places whose sums fit into memory together; each group is a pass of its own over the corpus.
+
+    Args:
+        widths: d_k of each place, in order.
+        available: Free bytes.
+        copies: Float64 matrices of each place that are alive at once.
+
+    Raises:
+        MomentError: If not even one place fits.
+    """
+    groups: list[list[Place]] = [[]]
+    used = 0
+    for place, width in widths.items():
+        needed = copies * 8 * width * width
+        if needed > available:
+            raise MomentError(
+                f"the second moments of {place[0]} in layer {place[1]} need {needed / 2**30:.1f} GiB for keys of width "
+                f"{width}, and {available / 2**30:.1f} GiB are free; expected a machine with more memory"
+            )
+        if groups[-1] and used + needed > available:
+            groups.append([])
+            used = 0
+        groups[-1].append(place)
+        used += needed
+    return groups
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -53,6 +53,13 @@ def track(trainer: L.Trainer, items: Sequence[Item], description: str) -> Iterab
     return bar.track(items, description) if isinstance(bar, EditProgressBar) else items
 
 
+def counter(trainer: L.Trainer, total: int | None, description: str, unit: str) -> Any:
+    """A progress bar to be advanced by ``update(n)``, as a context manager; silent if the trainer shows none."""
+    bar = trainer.progress_bar_callback
+    disable = bar.is_disabled if isinstance(bar, EditProgressBar) else True
+    return Tqdm(total=total, desc=description, unit=unit, unit_scale=True, leave=False, disable=disable)
+
+
 def find_callback(trainer: L.Trainer, kind: type[Found]) -> Found | None:
     """The trainer's first callback of a kind."""
     return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]

@@ -24,13 +24,14 @@ from pmet_lightning.keys import Measurement, collect_keys, collect_values
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.postnorm import pull_back
 from pmet_lightning.progress import find_callback, track
-from pmet_lightning.solve import SpreadRule, WriteChoice, share, solve_update, written_sites
+from pmet_lightning.solve import SpreadRule, WriteChoice, share, solve_update, solve_with_factor, written_sites
 from pmet_lightning.stats import SecondMoments
 from pmet_lightning.targets import Target, stack
 
 log = logging.getLogger(__name__)
 
 MUCH_ROUNDING = 0.5  # of ‖ΔW‖
+FEW_EDITS = 0.25  # of the key dimensions: up to here the solve with a stored factor is less work
 PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
 
 
@@ -112,7 +113,8 @@ class WeightSpread(L.Callback):
         """
         if not isinstance(pl_module, TargetOptimizer):
             raise TypeError(f"WeightSpread works with TargetOptimizer, got {type(pl_module).__name__}")
-        if stage == "fit" and trainer.world_size > 1:
+        collecting_only = getattr(trainer, "max_epochs", None) == 0
+        if stage == "fit" and trainer.world_size > 1 and not collecting_only:
             raise ValueError(f"editing runs on one process for now, got {trainer.world_size}; set --trainer.devices 1")
         if "attn" in self.sites and "attn" not in pl_module.sites_optimised:
             raise ValueError(
@@ -150,7 +152,6 @@ class WeightSpread(L.Callback):
         second_moments = find_callback(trainer, SecondMoments)
         if second_moments is None:
             raise RuntimeError("WeightSpread needs the callback SecondMoments beside it in the Trainer")
-        moments = second_moments.moments
         over = Measurement.of(edits, module.contexts, module.encoder, module.tokens_per_batch, module.device)
         _warn_of_overload(module, len(edits))
         goals = {site: self._goal(module, targets, site) for site in self.sites}
@@ -169,7 +170,11 @@ class WeightSpread(L.Callback):
                 if norm is not None:
                     here = collect_values(module.model, module.sites, site, layer, over)
                     wanted = pull_back(norm, here, wanted)
-                solution = solve_update(wanted, keys, moments[place].to(module.device), self.lam)
+                if len(edits) <= FEW_EDITS * keys.shape[1]:
+                    solution = solve_with_factor(wanted, keys, second_moments.factor(place), self.lam)
+                else:
+                    moment = second_moments.moment(place).to(module.device)
+                    solution = solve_update(wanted, keys, moment, self.lam)
                 delta = solution.delta_OI.to(module.delta_dtype)
                 weight = projections[place].weight
                 assert isinstance(weight, Tensor)

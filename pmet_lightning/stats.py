@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from pmet_lightning.architectures import in_features
+from pmet_lightning.collection import Collection, CollectionSettings
+from pmet_lightning.corpus import corpus_fingerprint
 from pmet_lightning.module import TargetOptimizer
-from pmet_lightning.moments import (
-    MomentKey,
-    MomentStore,
-    Place,
-    collect_moments,
-    corpus_fingerprint,
-    corpus_rows,
-    corpus_texts,
-)
-from pmet_lightning.progress import track
+from pmet_lightning.moments import MomentKey, MomentStore, Place, free_memory, memory_groups
 from pmet_lightning.solve import WriteChoice, written_sites
 from pmet_lightning.tokens import PromptEncoder
 
 log = logging.getLogger(__name__)
 
+MOMENTS_FOLDER = "~/.cache/pmet_lightning/moments"
+
 
 class SecondMoments(L.Callback):
-    """Second moments of the edited layers, by model, tokenizer, corpus, count and length.
+    """Second moments of the edited layers, by model, tokenizer, corpus, count, length and precision.
 
     Args:
-        corpus: A UTF-8 text file with one text a line, a hub data set with a column 'text', or the shipped
-            'atlas-corpus'.
+        corpus: A local file (.jsonl, .csv or .parquet with a column 'text', or plain text with one text a line), a hub
+            data set with a column 'text', or the shipped 'atlas-corpus'.
         corpus_subset: Subset of a hub data set, such as 20231101.en.
-        samples: Texts used.
-        length: Most tokens of a text.
+        samples: Texts used. 'auto' goes on until the moments no longer change (4 to 32 tokens for each key dimension).
+        tolerance: With 'auto', the relative change from doubling the text below which it is enough.
+        length: Tokens of a row that texts are packed into.
+        seed: Seed of the order of the texts.
         folder: Where moments are kept; a matching one is used, a missing one collected.
-        given: A folder with moments made elsewhere, which is used as it is and never added to.
+        given: A folder with moments made elsewhere, by this program or by ROME or MEMIT (.npz), which is used as it is
+            and never added to.
+        save_every: Seconds between two saves of an unfinished collection.
         write: Which sites are edited; linked to --spread.write on the command line.
     """
 
@@ -46,74 +45,77 @@ class SecondMoments(L.Callback):
         self,
         corpus: str,
         corpus_subset: str | None = None,
-        samples: PositiveInt = 100_000,  # type: ignore[valid-type]
-        length: PositiveInt = 256,  # type: ignore[valid-type]
-        folder: str = "~/.cache/pmet_lightning/moments",
+        samples: PositiveInt | Literal["auto"] = "auto",  # type: ignore[valid-type]
+        tolerance: PositiveFloat = 0.05,  # type: ignore[valid-type]
+        length: PositiveInt = 128,  # type: ignore[valid-type]
+        seed: NonNegativeInt = 0,  # type: ignore[valid-type]
+        folder: str = MOMENTS_FOLDER,
         given: str | None = None,
+        save_every: NonNegativeFloat = 60.0,  # type: ignore[valid-type]
         write: WriteChoice = "ffn",
     ) -> None:
-        self.corpus, self.corpus_subset = corpus, corpus_subset
-        self.samples, self.length = samples, length
+        wanted = None if samples == "auto" else int(samples)
+        self.settings = CollectionSettings(
+            corpus, corpus_subset, wanted, float(tolerance), int(length), int(seed), float(save_every)
+        )
         self.folder = Path(folder).expanduser()
         self.given = given
         self.sites = written_sites(write)
-        self.moments: dict[Place, Tensor] = {}
+        self._store: MomentStore | None = None
+        self._module: TargetOptimizer | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Load every moment that the spread will ask for; collect those that are missing.
+        """See that every moment that the spread will ask for is there; collect those that are missing.
 
         Raises:
-            MomentError: If a stored moment is of another model, layer or width.
+            MomentError: If a stored moment is of another model, layer or width, or there is no room for one.
             FileNotFoundError: If the corpus, or a moment in ``given``, is not there.
+            CorpusError: If the corpus has no text.
         """
         assert isinstance(pl_module, TargetOptimizer)
         places: list[Place] = [(site, layer) for layer in pl_module.layers for site in self.sites]
+        widths = {place: in_features(pl_module.sites.module(*place)) for place in places}
         key = self.key(pl_module)
-        store = MomentStore(self.given or self.folder / key.folder())
-        missing = [] if self.given else [place for place in places if not store.path(place).is_file()]
+        store = MomentStore(self.given or self.folder / key.folder(), read_only=self.given is not None)
+        missing = {p: w for p, w in widths.items() if not self.given and not store.path(p).is_file()}
+        missing = trainer.strategy.broadcast(missing)
         if missing:
             log.info(
-                "no second moments for layers %s of this model: collecting them over %s texts of %s",
-                sorted({layer for _, layer in missing}),
-                self.samples,
-                self.corpus,
-            )
-            self._collect(trainer, pl_module, missing, store, key)
-        for place in places:
-            width = in_features(pl_module.sites.module(*place))
-            self.moments[place] = store.load(place, key.model, width)
+                "no second moments for layers %s of this model in %s: collecting them over %s",
+                sorted({layer for _, layer in missing}), store.folder, self.settings.described(),
+            )  # fmt: skip
+            groups = memory_groups(missing, free_memory(pl_module.device))
+            if len(groups) > 1:
+                log.info("they do not fit into memory together: %d passes over the corpus", len(groups))
+            for group in groups:
+                Collection(self.settings, trainer, pl_module, group, store, key).run()
+        for place, width in widths.items():
+            store.check(place, pl_module.base_fingerprint, width, pl_module.sites.weight_name(*place))
+        self._store, self._module = store, pl_module
         log.info("second moments of %d projections ready in %s", len(places), store.folder)
+
+    def moment(self, place: Place) -> Tensor:
+        """The second moment of a projection, shape [I, I], float32, read when it is asked for."""
+        assert self._store is not None, "on_fit_start has not run"
+        assert self._module is not None
+        sites = self._module.sites
+        return self._store.load(place, in_features(sites.module(*place)), sites.weight_name(*place))
+
+    def factor(self, place: Place) -> Tensor:
+        """Its lower Cholesky factor, float64, on the module's device; kept beside it."""
+        assert self._store is not None, "on_fit_start has not run"
+        assert self._module is not None
+        return self._store.factor(place, self.moment(place).to(self._module.device))
 
     def key(self, module: TargetOptimizer) -> MomentKey:
         """What the moments of this run depend on."""
-        corpus = "" if self.given else corpus_fingerprint(self.corpus, self.corpus_subset)
+        settings = self.settings
         return MomentKey(
-            module.base_fingerprint,
-            PromptEncoder(module.tokenizer).fingerprint(),  # the corpus is plain text even for a chat
-            corpus,
-            self.samples,
-            self.length,
+            model=module.base_fingerprint,
+            tokenizer=PromptEncoder(module.tokenizer).fingerprint(),  # the corpus is plain text even for a chat
+            corpus="" if self.given else corpus_fingerprint(settings.corpus, settings.subset),
+            samples=f"auto {settings.tolerance}" if settings.samples is None else str(settings.samples),
+            length=settings.length,
+            dtype=str(next(module.model.parameters()).dtype).removeprefix("torch."),
+            seed=settings.seed,
         )
-
-    def _collect(
-        self,
-        trainer: L.Trainer,
-        module: TargetOptimizer,
-        places: list[Place],
-        store: MomentStore,
-        key: MomentKey,
-    ) -> None:
-        rows = corpus_rows(corpus_texts(self.corpus, self.corpus_subset), module.tokenizer, self.samples, self.length)
-        sums, tokens = collect_moments(
-            module.model,
-            module.sites,
-            places,
-            rows,
-            pad_id=module.encoder.pad_id,
-            tokens_per_batch=module.tokens_per_batch,
-            device=module.device,
-            progress=partial(track, trainer, description="Second moments"),
-        )
-        for place, total in sums.items():
-            store.save(place, total / tokens, tokens, key)
-        log.info("second moments over %d texts, %d tokens", len(rows), tokens)

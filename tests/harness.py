@@ -52,7 +52,7 @@ def store_moments(folder: Path, moments: dict[tuple[str, int], torch.Tensor], mo
     """Write given second moments where SecondMoments(given=…) finds them."""
     store = MomentStore(folder)
     for place, moment in moments.items():
-        store.save(place, moment, 1, MomentKey(model_hash, "", "", 1, 1))
+        store.save(place, moment, 1, MomentKey(model_hash, "", "", "1", 1, "float32", 0))
     return str(folder)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pmet_lightning.metrics import harmonic_mean
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
-from pmet_lightning.solve import share, solve_update
+from pmet_lightning.solve import factorise, share, solve_update, solve_with_factor
 from pmet_lightning.tokens import IGNORE
 from tests.conftest import ROOT
 
@@ -32,6 +32,20 @@ def test_equals_the_explicit_inverse(n):
     torch.testing.assert_close(solution.delta_OI, expected, rtol=1e-10, atol=1e-12)
     assert solution.ridge == 0
     assert solution.relative_error < 1e-12
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+@pytest.mark.parametrize("lam", [0.5, 300.0])
+def test_a_stored_factor_gives_the_same_update(n, lam):
+    residual, keys, moment = problem(n, 16, 6)
+    direct = solve_update(residual, keys, moment, lam)
+    factor, ridge = factorise(moment)
+    found = solve_with_factor(residual, keys, factor, lam)
+    assert ridge == 0
+    torch.testing.assert_close(found.delta_OI, direct.delta_OI, rtol=1e-9, atol=1e-11)
+    assert found.relative_error < 1e-11
+    with pytest.raises(FloatingPointError, match="keys"):
+        solve_with_factor(residual, keys * float("nan"), factor, lam)
 
 
 def test_minimises_what_it_should():
