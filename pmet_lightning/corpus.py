@@ -52,9 +52,8 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
         raise
     except Exception as error:
         if path.is_file():
-            raise CorpusError(
-                f"{name}: unreadable as {path.suffix or 'text'} ({str(error).splitlines()[0]})"
-            ) from error
+            kind = _BUILDERS.get(path.suffix, "text")
+            raise CorpusError(f"{name}: unreadable as {kind} ({str(error).splitlines()[0]})") from error
         raise FileNotFoundError(
             f"no corpus {name!r}: not a local file, and not to be had from the hub ({str(error).splitlines()[0]}). "
             "Without a network set --moments.corpus to a local file: .jsonl, .csv or .parquet with a column 'text', "
