@@ -177,8 +177,8 @@ class TargetOptimizer(L.LightningModule):
             )
         if self.target_layer == depth - 1:
             log.warning(
-                "layer %d is the model's last: a target there changes only what follows a subject at once, and nothing in "
-                "prompts that go on; leave the upper layers out of --model.layers", self.target_layer,
+                "layer %d is the model's last: a target there changes only what follows a subject at once, and "
+                "nothing in prompts that go on; leave the upper layers out of --model.layers", self.target_layer,
             )  # fmt: skip
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model_name)
