@@ -175,6 +175,11 @@ class TargetOptimizer(L.LightningModule):
                 f"--model.layers is {self.layers}, expected different layers from 0 to {depth - 1}: "
                 f"{self.model_name!r} has {depth}"
             )
+        if self.target_layer == depth - 1:
+            log.warning(
+                "layer %d is the model's last: a target there changes only what follows a subject at once, and "
+                "nothing in prompts that go on; leave the upper layers out of --model.layers", self.target_layer,
+            )  # fmt: skip
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model_name)
             self.encoder = PromptEncoder.of(self.tokenizer, self.chat)

@@ -149,6 +149,13 @@ def test_batching_is_exact(family, variant, folder_of, tmp_path_factory):
         assert float((other_deltas[name] - delta).norm() / delta.norm()) < tolerance
 
 
+def test_the_last_layer_gets_a_warning(folder_of, caplog):
+    tiny_module(folder_of("gpt2"), layers=[2]).setup("fit")
+    assert "last" not in caplog.text
+    tiny_module(folder_of("gpt2"), layers=[2, 3]).setup("fit")
+    assert "layer 3 is the model's last" in caplog.text
+
+
 def test_edits_stop_on_their_own_and_then_stay(folder_of, tmp_path):
     """With a generous tolerance some edits stop early; alone or among others they get the same target."""
     folder = folder_of("gpt2")
