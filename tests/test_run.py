@@ -90,6 +90,7 @@ def test_the_patch_holds_the_edited_layers_only(run):
     assert sorted(deltas) == [f"transformer.h.{layer}.mlp.fc_out.weight" for layer in (0, 1, 2)]
     assert all(delta.shape == (192, 768) and delta.dtype == torch.float32 for delta in deltas.values())
     assert manifest["edits"] == 12
+    assert manifest["edit_batches"] == 2
     assert manifest == json.loads((run / "patch.json").read_text())
 
 
