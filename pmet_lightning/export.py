@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 import torch
 
 from pmet_lightning.architectures import Architecture, Sites, architecture_of
+from pmet_lightning.files import new_folder
 from pmet_lightning.language_model import DtypeName, fingerprint, load_config, load_model, load_tokenizer
 from pmet_lightning.patch import apply_patch, load_patch
 
@@ -38,24 +38,14 @@ def export(
     """
     patch = Path(run) / "patch.safetensors" if Path(run).is_dir() else Path(run)
     _, manifest = load_patch(patch)
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"the folder {out!r} holds something; expected a new or an empty one")
-    name = base or manifest["model"]
-    model = load_model(name, manifest["dtype"])
-    sites = Sites.of(model, architecture_of(load_config(name), architecture))
-    base_fingerprint = fingerprint(model)  # of the weights in the precision they were edited in
-    if dtype != "auto":
-        model = model.to(getattr(torch, dtype))
-    apply_patch(model, sites, patch, base_fingerprint)
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)  # type: ignore[operator]
-        load_tokenizer(name).save_pretrained(temporary)
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    log.info("the edited model is in %s", target)
+    with new_folder(out, "--out") as unfinished:
+        name = base or manifest["model"]
+        model = load_model(name, manifest["dtype"])
+        sites = Sites.of(model, architecture_of(load_config(name), architecture))
+        base_fingerprint = fingerprint(model)  # of the weights in the precision they were edited in
+        if dtype != "auto":
+            model = model.to(getattr(torch, dtype))
+        apply_patch(model, sites, patch, base_fingerprint)
+        model.save_pretrained(unfinished)  # type: ignore[operator]
+        load_tokenizer(name).save_pretrained(unfinished)
+    log.info("the edited model is in %s", out)

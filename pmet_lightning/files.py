@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,31 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path, option: str) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``path`` when the block ends without an exception.
+
+    Args:
+        path: The folder; must not exist, or be empty.
+        option: What names it on the command line, for the error.
+
+    Raises:
+        FileExistsError: If it holds something.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{option} {path}: expected a new or empty folder, found one that holds something")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the rename at the end stays on one file system and is atomic.
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -28,8 +28,8 @@ STATE = "state.json"
 class RunRecorder(L.Callback):
     """Writes the run folder; added by :class:`~pmet_lightning.trainer.EditTrainer` behind all callbacks.
 
-    The patch is replaced after each edit batch and ``state.json`` after it, so that a folder always says which
-    edit batches its patch holds, whatever ends the run.
+    The patch is replaced as one file after each edit batch, and the manifest inside it says how many edit batches it
+    holds, whatever ends the run; ledger and ``state.json`` follow it.
 
     Args:
         folder: The run folder.
@@ -113,6 +113,7 @@ class RunRecorder(L.Callback):
             "clamp": module.clamp,
             "loss_weights": vars(module.weights),
             "contexts": module.contexts,
+            "edit_batches": spread.report.edit_batch + 1 if spread.report else 0,
             "edits": len(self._ledger) + (len(spread.report.edits) if spread.report else 0),
             "versions": {name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version()},

@@ -34,3 +34,15 @@ def test_ci_runs_the_readme_s_test_command():
     command = re.search(r"^pip install .*pytest$", README, re.MULTILINE)
     assert command
     assert subprocess.run(["grep", "-c", "README.md", str(ROOT / ".ci" / "run")], check=True).returncode == 0
+
+
+def test_the_ten_lines_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code = README.split("```python")[1].split("```")[0].replace("EditTrainer(", 'EditTrainer(accelerator="cpu", ')
+    names: dict = {}
+    exec(code.replace("print(", "found = ("), names)
+    score, model = names["found"]
+    assert score > 85
+    assert model.config.model_type == "gptj"
+    assert (tmp_path / "runs" / "run_0" / "patch.safetensors").is_file()

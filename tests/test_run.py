@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTBigCodeConfig
 
+from pmet_lightning.architectures import UnknownArchitectureError
 from pmet_lightning.cli import main
 from pmet_lightning.language_model import load_model
 from pmet_lightning.patch import PatchError, apply_patch, load_patch
 from pmet_lightning.resources import locate
+from pmet_lightning.tokens import PromptEncoder
 from tests.conftest import ROOT
-from tests.tiny import save_tiny
+from tests.tiny import RECORDS, save_tiny
 
 SMALL = [
     "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.limit", "12",
@@ -90,6 +93,7 @@ def test_the_patch_holds_the_edited_layers_only(run):
     assert sorted(deltas) == [f"transformer.h.{layer}.mlp.fc_out.weight" for layer in (0, 1, 2)]
     assert all(delta.shape == (192, 768) and delta.dtype == torch.float32 for delta in deltas.values())
     assert manifest["edits"] == 12
+    assert manifest["edit_batches"] == 2
     assert manifest == json.loads((run / "patch.json").read_text())
 
 
@@ -245,3 +249,56 @@ def test_help(capsys):
 
 def test_readme_files_exist():
     assert (ROOT / "configs" / "pmet.yaml").is_file()
+
+
+def tiny_run(tmp_path, model: str, *arguments: str) -> list[dict]:
+    """Edit two records of a tiny model; returns the ledger."""
+    records, corpus = tmp_path / "records.json", tmp_path / "corpus.txt"
+    records.write_text(json.dumps(RECORDS[:2]))
+    corpus.write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
+    main([
+        "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu",
+        "--trainer.enable_progress_bar", "false", "--model.model_name", model, "--model.layers", "auto",
+        "--model.steps", "4", "--data.path", str(records), "--moments.corpus", str(corpus),
+        "--moments.folder", str(tmp_path / "moments"), *arguments,
+    ])  # fmt: skip
+    return [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_a_chat_model_is_edited_inside_its_template(tmp_path, monkeypatch):
+    folder = save_tiny("llama", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    encode, texts = PromptEncoder.encode, []
+
+    def watched(self, *args, **kwargs):
+        row = encode(self, *args, **kwargs)
+        texts.append(self.decode(row.ids))
+        return row
+
+    monkeypatch.setattr(PromptEncoder, "encode", watched)
+    lines = tiny_run(tmp_path, folder, "--model.chat", "true")
+    assert len(lines) == 2
+    assert texts
+    assert all(text.startswith("<user>") for text in texts)
+    with pytest.raises((SystemExit, ValueError)):
+        tiny_run(tmp_path / "run", save_tiny("llama", tmp_path / "plain"), "--model.chat", "true")
+
+
+def test_an_unlisted_family_is_described_in_five_lines(tmp_path):
+    config = GPTBigCodeConfig(vocab_size=3000, n_embd=32, n_head=4, n_layer=4, n_positions=128)
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    AutoTokenizer.from_pretrained(locate("atlas")).save_pretrained(model)
+    described = tmp_path / "starcoder.yaml"
+    described.write_text(
+        "model:\n  architecture:\n    layers: transformer.h\n    attn: attn.c_proj\n    ffn: mlp.c_proj\n"
+    )
+    with pytest.raises((SystemExit, UnknownArchitectureError)):
+        tiny_run(tmp_path, str(model))
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert len(tiny_run(tmp_path, str(model), "--config", str(described))) == 2

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from pmet_lightning.architectures import (
     ARCHITECTURES,
@@ -237,6 +238,15 @@ def test_an_unknown_family_lists_the_known_ones():
 
     with pytest.raises(UnknownArchitectureError, match="8 experts"):
         architecture_of(Experts(), ARCHITECTURES["llama"])
+
+
+@pytest.mark.parametrize(
+    "name", ["MixtralConfig", "Qwen2MoeConfig", "Qwen3MoeConfig", "GptOssConfig", "DeepseekV3Config"]
+)
+def test_mixtures_of_experts_are_refused_with_the_reason(name):
+    config = getattr(transformers, name)()
+    with pytest.raises(UnknownArchitectureError, match=r"mixture of \d+ experts.*no single FFN output projection"):
+        architecture_of(config)
 
 
 def test_a_wrong_description_is_refused(loaded):

@@ -2,9 +2,9 @@
 
 import json
 import logging
-import shutil
-import tempfile
 from pathlib import Path
+
+from pmet_lightning.files import new_folder
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +38,9 @@ def demo(out: str, seed: int = 0, architecture: str = "gptj", epochs: int = 10, 
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"--architecture: expected one of {known}, got {architecture}")
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"--out {out}: expected a new or empty folder, found one with content; name another, or empty it"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the rename at the end stays on one file system and is atomic.
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(out, "--out") as unfinished:
         _write(unfinished, seed, architecture, epochs, precision)
-        unfinished.chmod(0o755)  # mkdtemp makes it private
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    log.info("Atlas is in %s", folder)
+    log.info("Atlas is in %s", out)
 
 
 def _write(folder: Path, seed: int, architecture: str, epochs: int, precision: str) -> None:
