@@ -117,7 +117,7 @@ class Collection:
         if not tokens:
             raise CorpusError(f"the corpus {self.settings.corpus!r} has no text")
         for place, total in self.sums.lower.items():
-            moment = symmetric(self._reduced(total)) / tokens
+            moment = symmetric(self._reduced(total)).div_(tokens)
             dead = int((moment.diagonal() == 0).sum())
             if dead:
                 log.warning("%s in layer %d: %d of %d key dimensions are dead", *place, dead, len(moment))
@@ -166,10 +166,10 @@ class Collection:
         tokens = self._tokens()
         changes = []
         for place, total in self.sums.lower.items():
-            moment = symmetric(self._reduced(total)) / tokens
+            moment = symmetric(self._reduced(total)).div_(tokens)
             if place in self.previous:
-                change = float((moment - self.previous[place].to(moment)).norm() / moment.norm())
-                rank = float(moment.diagonal().sum() ** 2 / moment.square().sum())
+                change = _relative_change(self.previous[place], moment)
+                rank = float(moment.diagonal().sum() ** 2 / moment.norm() ** 2)
                 changes.append(change)
                 log.info(
                     "second moments of %s in layer %d: %d tokens, changed by %.1f %% with the last doubling, effective "
@@ -229,3 +229,10 @@ class Collection:
             raise MomentError(f"{path}: unreadable unfinished sums ({error}); delete {self.unfinished}") from error
         self.blocks_done = newest
         log.info("going on behind block %d of an unfinished collection", newest)
+
+
+def _relative_change(before_II: Tensor, now_II: Tensor) -> float:
+    """‖now − before‖ / ‖now‖, row by row: there may be no room for the difference."""
+    rows = zip(before_II.split(512), now_II.split(512), strict=True)
+    square = sum(float((now - before).square().sum()) for before, now in rows)
+    return math.sqrt(square) / float(now_II.norm())

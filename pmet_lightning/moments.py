@@ -76,8 +76,13 @@ def unpacked_symmetric(packed: Tensor, width: int) -> Tensor:
 
 
 def symmetric(lower_II: Tensor) -> Tensor:
-    """The symmetric matrix with this lower triangle."""
-    return lower_II.tril() + lower_II.tril(-1).T
+    """Fill the upper triangle from the lower one, in place: such matrices are too large for a copy."""
+    for start in range(0, len(lower_II), _BLOCK_ROWS):
+        end = start + _BLOCK_ROWS
+        lower_II[:start, start:end] = lower_II[start:end, :start].T
+        diagonal = lower_II[start:end, start:end]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
+    return lower_II
 
 
 def unpacked_lower(packed: Tensor, width: int) -> Tensor:
@@ -273,13 +278,14 @@ def _sum_inputs(module: nn.Module, mask_RT: Tensor, lower_II: Tensor) -> Iterato
         handle.remove()
 
 
-def memory_groups(widths: Mapping[Place, int], available: int, copies: int = 2) -> list[list[Place]]:
+def memory_groups(widths: Mapping[Place, int], available: int) -> list[list[Place]]:
     """Places whose sums fit into memory together; each group is a pass of its own over the corpus.
+
+    A place needs its sum in float64 and its last moment in float32 all the time, and one float64 matrix to work on.
 
     Args:
         widths: d_k of each place, in order.
         available: Free bytes.
-        copies: Float64 matrices of each place that are alive at once.
 
     Raises:
         MomentError: If not even one place fits.
@@ -287,17 +293,17 @@ def memory_groups(widths: Mapping[Place, int], available: int, copies: int = 2) 
     groups: list[list[Place]] = [[]]
     used = 0
     for place, width in widths.items():
-        needed = copies * 8 * width * width
-        if needed > available:
+        kept, working = 12 * width * width, 8 * width * width
+        if kept + working > available:
             raise MomentError(
-                f"the second moments of {place[0]} in layer {place[1]} need {needed / 2**30:.1f} GiB for keys of width "
-                f"{width}, and {available / 2**30:.1f} GiB are free; expected a machine with more memory"
+                f"the second moments of {place[0]} in layer {place[1]} need {(kept + working) / 2**30:.1f} GiB for "
+                f"keys of width {width}, and {available / 2**30:.1f} GiB are free; expected a machine with more memory"
             )
-        if groups[-1] and used + needed > available:
+        if used + kept + working > available:
             groups.append([])
             used = 0
         groups[-1].append(place)
-        used += needed
+        used += kept
     return groups
 
 

@@ -29,7 +29,7 @@ class SecondMoments(L.Callback):
     Args:
         corpus: A local file (.jsonl, .csv or .parquet with a column 'text', or plain text with one text a line), a hub
             data set with a column 'text', or the shipped 'atlas-corpus'.
-        corpus_subset: Subset of a hub data set, such as 20231101.en.
+        corpus_subset: Subset of a hub data set; null where it has none. A local file has none anyway.
         samples: Texts used. 'auto' goes on until the moments no longer change (4 to 32 tokens for each key dimension).
         tolerance: With 'auto', the relative change from doubling the text below which it is enough.
         length: Tokens of a row that texts are packed into.
@@ -43,8 +43,8 @@ class SecondMoments(L.Callback):
 
     def __init__(
         self,
-        corpus: str,
-        corpus_subset: str | None = None,
+        corpus: str = "wikimedia/wikipedia",
+        corpus_subset: str | None = "20231101.en",
         samples: PositiveInt | Literal["auto"] = "auto",  # type: ignore[valid-type]
         tolerance: PositiveFloat = 0.05,  # type: ignore[valid-type]
         length: PositiveInt = 128,  # type: ignore[valid-type]

@@ -258,10 +258,10 @@ def test_dead_dimensions_need_a_ridge_only(tmp_path):
 
 def test_a_plan_for_little_memory():
     widths = {("ffn", layer): 1024 for layer in range(5)}
-    one = 2 * 8 * 1024 * 1024
-    assert memory_groups(widths, 10 * one) == [list(widths)]
-    assert [len(group) for group in memory_groups(widths, 2 * one + 1)] == [2, 2, 1]
-    with pytest.raises(MomentError, match=r"layer 0 need 12\.2 GiB for keys of width 28672, and 8\.0 GiB are free"):
+    one = 1024 * 1024
+    assert memory_groups(widths, (5 * 12 + 8) * one) == [list(widths)]
+    assert [len(group) for group in memory_groups(widths, (2 * 12 + 8) * one)] == [2, 2, 1]
+    with pytest.raises(MomentError, match=r"layer 0 need 15\.3 GiB for keys of width 28672, and 8\.0 GiB are free"):
         memory_groups({("ffn", 0): 28672}, 8 * 2**30)
 
 
@@ -384,7 +384,7 @@ def test_auto_stops_when_nothing_changes(folder, tmp_path, monkeypatch, caplog):
 def test_layers_that_do_not_fit_together_take_turns(folder, corpus, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     together = collect(folder, corpus, tmp_path / "together", monkeypatch)
-    monkeypatch.setattr("pmet_lightning.stats.free_memory", lambda device: 2 * 8 * 128 * 128)
+    monkeypatch.setattr("pmet_lightning.stats.free_memory", lambda device: (12 + 8) * 128 * 128)
     apart = collect(folder, corpus, tmp_path / "apart", monkeypatch)
     assert "2 passes over the corpus" in caplog.text
     assert torch.equal(everything(together), everything(apart))
