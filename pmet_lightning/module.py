@@ -90,6 +90,7 @@ class TargetOptimizer(L.LightningModule):
         padding_side: Where rows are padded; changes nothing. (Left, with eager attention in float64, makes some
             families give NaN: their mask overflows.)
         tokens_per_batch: Most tokens in one forward pass of the key and evaluation passes.
+        free_tokens: Most tokens of the free answers that are judged beside the teacher-forced ones; 0 asks for none.
         targets_folder: Folder in which finished targets are kept and found again; null keeps none.
         chat: Whether prompts are a user's messages in the tokenizer's chat template, and targets the beginning of
             the assistant's answer.
@@ -120,6 +121,7 @@ class TargetOptimizer(L.LightningModule):
         architecture: Architecture | None = None,
         padding_side: PaddingSide = "right",
         tokens_per_batch: PositiveInt = 8192,  # type: ignore[valid-type]
+        free_tokens: NonNegativeInt = 16,  # type: ignore[valid-type]
         targets_folder: str | None = None,
         chat: bool = False,
         keep_float32: bool = False,
@@ -143,6 +145,7 @@ class TargetOptimizer(L.LightningModule):
         self.padding_side: PaddingSide = padding_side
         self.tokens_per_batch = tokens_per_batch
         self.targets_folder, self.patch = targets_folder, patch
+        self.free_tokens = free_tokens
         self.chat, self.keep_float32 = chat, keep_float32
 
         # Their width is not known before the model is: configure_model gives them their shape.
@@ -352,7 +355,9 @@ class TargetOptimizer(L.LightningModule):
     def evaluate_batch(self, batch: EditBatch) -> None:
         """Ask the questions of some edits and add the answers to the running scores."""
         probes = [edit.probes for edit in batch.edits]
-        self.scores.update(score_probes(self.model, self.encoder, probes, self.tokens_per_batch, self.device))
+        self.scores.update(
+            score_probes(self.model, self.encoder, probes, self.tokens_per_batch, self.device, self.free_tokens)
+        )
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Score the edits' questions on the model as it is now."""

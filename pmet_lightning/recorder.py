@@ -121,13 +121,19 @@ class RunRecorder(L.Callback):
 
 
 def score_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A small table of the scores, with 95 % intervals: a row for each time they were taken."""
+    """A small table of the scores, with 95 % intervals: a row for each time they were taken.
+
+    Below each stands how often the answer was in what the model said freely.
+    """
     lines = [f"{'':8}" + "".join(f"{name:>24}" for name in METRICS)]
     for phase, table in results.items():
-        cells = [
-            f"{table[name]:.1f} [{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]" if name in table else "-"
-            for name in METRICS
-        ]
-        lines.append(f"{phase:8}" + "".join(f"{cell:>24}" for cell in cells))
+        for label, suffix in ((phase, ""), ("  freely", "_contains")):
+            if suffix == "" or any(f"{name}{suffix}" in table for name in METRICS):
+                cells = [_cell(table, f"{name}{suffix}") for name in METRICS]
+                lines.append(f"{label:8}" + "".join(f"{cell:>24}" for cell in cells))
     counts = {int(table["count"]) for table in results.values() if "count" in table}
     return "\n".join([*lines, f"records: {', '.join(map(str, sorted(counts)))}"])
+
+
+def _cell(table: Mapping[str, float], name: str) -> str:
+    return f"{table[name]:.1f} [{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]" if name in table else "-"

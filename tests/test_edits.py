@@ -165,3 +165,58 @@ def test_a_subject_without_a_token_names_its_record(tmp_path, monkeypatch):
     data = EditDataModule(write(tmp_path, "a.json", [FLAT]), tokenizer="atlas")
     with pytest.raises(RecordError, match=r"a\.json, record 0: the subject"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        ("flat_generation_prompts_100", True),
+        ("flat_paraphrases_100", False),
+        ("counterfact_250", False),
+        ("zsre_300", False),
+    ],
+)
+def test_generation_prompts_in_the_place_of_paraphrases_are_noticed(shared, name, warned, caplog):
+    read_edits(str(shared / "data" / f"{name}.json"))
+    assert ("openings for free text" in caplog.text) == warned
+
+
+def test_knowedit_records_bring_portability_with_aliases(shared):
+    path = shared / "data/knowedit_wiki_counterfact_60.json"
+    records = json.loads(path.read_text())
+    edits = read_edits(str(path))
+    for record, edit in zip(records, edits, strict=True):
+        asked = [q for group in (record.get("portability") or {}).values() for q in group]
+        kept = [q for q in asked if q["ground_truth"] and q["ground_truth"][0]]
+        found = [probe for probe in edit.probes if probe.kind == "portability"]
+        assert [probe.prompt for probe in found] == [q["prompt"] for q in kept]
+        for probe, question in zip(found, kept, strict=True):
+            assert list(probe.answers) == [form for forms in question["ground_truth"] for form in forms if form.strip()]
+    assert sum(len(edit.probes) for edit in edits) > 300
+    assert all(Edit.from_row(edit.to_row()) == edit for edit in edits)
+
+
+MQUAKE = {
+    "case_id": 7,
+    "requested_rewrite": [
+        {"prompt": "{} is a citizen of", "subject": "Ann", "target_new": {"str": "Peru"}, "target_true": {"str": "Oz"}},
+        {"prompt": "The capital of {} is", "subject": "Peru", "target_new": {"str": "Cusco"}},
+    ],
+    "questions": ["What is the capital of Ann's country?", "Where does Ann's government sit?", "Ann's capital is?"],
+    "new_answer": "Cusco",
+    "new_answer_alias": ["Qosqo"],
+}
+
+
+def test_mquake_records_are_several_edits_and_one_question(tmp_path):
+    edits = read_edits(write(tmp_path, "a.json", [MQUAKE]))
+    found = [(edit.case_id, edit.subject, edit.target) for edit in edits]
+    assert found == [("7-0", "Ann", "Peru"), ("7-1", "Peru", "Cusco")]
+    hops = [[probe for probe in edit.probes if probe.kind == "multihop"] for edit in edits]
+    assert hops[0] == []
+    assert [probe.prompt for probe in hops[1]] == MQUAKE["questions"]
+    assert {probe.answers for probe in hops[1]} == {("Cusco", "Qosqo")}
+    broken = {**MQUAKE, "requested_rewrite": [MQUAKE["requested_rewrite"][0], {"prompt": "{} is"}]}
+    path = write(tmp_path, "b.json", [broken])
+    with pytest.raises(RecordError, match=r"record 0, rewrite 1: no field 'target_new'"):
+        read_edits(path)

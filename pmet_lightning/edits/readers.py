@@ -7,12 +7,23 @@ through the ``datasets`` library, and so does everything once it is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.edits.records import Edit, RecordError, check_no_contradictions, parse_record
+from pmet_lightning.edits.records import Edit, RecordError, check_no_contradictions, parse_records
 from pmet_lightning.resources import locate
+
+log = logging.getLogger(__name__)
+
+# Wordings of COUNTERFACT's generation prompts that name no relation of a fact.
+_OPENINGS = re.compile(
+    r"twin city|is known for$|greatest (strength|accomplishment|artistic work)|surroundings include$|is my favorite"
+    r"|is incredible at$|by navigating$|lunchtime|currently lives in$|passport that|restaurants|friends all speak"
+    r"|passed away|parents are from|is sold by$|becomes important when$"
+)
 
 
 def read_edits(path: str, *, split: str = "train", skip: int = 0, limit: int | None = None) -> list[Edit]:
@@ -34,14 +45,31 @@ def read_edits(path: str, *, split: str = "train", skip: int = 0, limit: int | N
     number = -1
     for number, (origin, record) in enumerate(_records(found, path, split)):
         if number >= skip and (end is None or number < end):
-            edits.append(parse_record(record, number, origin))
+            edits += parse_records(record, number, origin)
     if not edits:
         raise RecordError(
             f"{path}: no records to edit ({number + 1} in the file, skip is {skip}, limit is {limit}); "
             "expected at least one"
         )
     check_no_contradictions(edits)
+    _warn_of_generation_prompts(edits, path)
     return edits
+
+
+def _warn_of_generation_prompts(edits: Sequence[Edit], path: str) -> None:
+    """Say so when the paraphrases look like COUNTERFACT's openings for free text, which ask for something else.
+
+    Flat re-publications often carry them in the field for paraphrases; scored as such they give a meaningless
+    generalisation. About 5 % of true paraphrases have such a wording, and more than half of the openings.
+    """
+    paraphrases = [p.prompt.strip() for edit in edits for p in edit.probes if p.kind == "generalisation"]
+    found = [text for text in paraphrases if _OPENINGS.search(text)]
+    if len(paraphrases) >= 10 and len(found) > 0.2 * len(paraphrases):
+        log.warning(
+            "%s: %d of %d paraphrases look like openings for free text (COUNTERFACT's generation prompts), such as %r: "
+            "they do not ask for the fact, and the generalisation says nothing; take the paraphrases from the native "
+            "file", path, len(found), len(paraphrases), found[0],
+        )  # fmt: skip
 
 
 def _records(found: str, name: str, split: str) -> Iterator[tuple[str, Any]]:

@@ -6,10 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-ProbeKind = Literal["efficacy", "generalisation", "specificity"]
+ProbeKind = Literal["efficacy", "generalisation", "specificity", "portability", "multihop"]
 
 
 class RecordError(ValueError):
@@ -26,12 +26,19 @@ class Probe:
         answer: What counts as success.
         rival: What the answer must be more probable than; without a rival the share of the answer's
             tokens that are the argmax counts (EVALUATION.md: COUNTERFACT and zsRE).
+        aliases: Other forms of the answer, as good as it.
     """
 
     kind: ProbeKind
     prompt: str
     answer: str
     rival: str | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The answer and its aliases."""
+        return (self.answer, *self.aliases)
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,41 @@ class Edit:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Edit:
         """The edit of a row of :meth:`to_row`."""
-        probes = tuple(Probe(**probe) for probe in json.loads(row["probes"]))
+        probes = tuple(Probe(**{**p, "aliases": tuple(p["aliases"])}) for p in json.loads(row["probes"]))
         return cls(**{**row, "probes": probes})
 
 
+def parse_records(record: Any, number: int, origin: str) -> list[Edit]:
+    """Read one record of any known format; one of MQuAKE holds several edits.
+
+    Args:
+        record: As for :func:`parse_record`, or MQuAKE's form (``requested_rewrite`` is a list, ``questions`` are asked
+            about all of it).
+        number: Position in the file, from 0.
+        origin: File and record, for messages.
+
+    Raises:
+        RecordError: If a field is missing or unusable.
+    """
+    if not isinstance(record, Mapping) or not isinstance(record.get("requested_rewrite"), list):
+        return [parse_record(record, number, origin)]
+    rewrites = record["requested_rewrite"]
+    case_id = str(record.get("case_id", number))
+    edits = []
+    for i, rewrite in enumerate(rewrites):
+        part = {"case_id": f"{case_id}-{i}" if len(rewrites) > 1 else case_id, "requested_rewrite": rewrite}
+        edits.append(parse_record(part, number, f"{origin}, rewrite {i}"))
+    if not edits:
+        raise RecordError(f"{origin}: 'requested_rewrite' is empty, expected at least one rewrite")
+    answer, aliases = record.get("new_answer"), tuple(_as_list(record.get("new_answer_alias")))
+    if answer:
+        hops = [Probe("multihop", q, str(answer), aliases=aliases) for q in _as_list(record.get("questions"))]
+        edits[-1] = replace(edits[-1], probes=(*edits[-1].probes, *hops))
+    return edits
+
+
 def parse_record(record: Any, number: int, origin: str) -> Edit:
-    """Read one record of any known format.
+    """Read one record of a format with one edit.
 
     Args:
         record: A mapping in COUNTERFACT's native form (``requested_rewrite``), zsRE's (``src``) or the flat
@@ -137,7 +173,25 @@ def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
     answers = _as_list(fields.get("locality_ground_truth"))
     for text, answer in zip(_as_list(fields.get("locality_prompt")), answers, strict=False):
         probes.append(Probe("specificity", text, answer, target if answer == old else None))
+    probes += _knowedit_probes("portability", fields.get("portability"))
+    probes += _knowedit_probes("specificity", fields.get("locality"))
     return Edit(str(fields.get("case_id", number)), prompt, subject, target, old, tuple(probes), origin)
+
+
+def _knowedit_probes(kind: ProbeKind, groups: Any) -> list[Probe]:
+    """Questions of KnowEdit: groups of prompts, each with the forms that an answer may have."""
+    if not isinstance(groups, Mapping):
+        return []
+    probes = []
+    for question in (q for group in groups.values() if isinstance(group, list) for q in group):
+        forms = [form for answer in _as_list_of_any(question.get("ground_truth")) for form in _as_list(answer)]
+        if forms and str(question.get("prompt", "")).strip():
+            probes.append(Probe(kind, str(question["prompt"]), forms[0], aliases=tuple(forms[1:])))
+    return probes
+
+
+def _as_list_of_any(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _rewrite_probes(prompt: str, subject: str, target: str, old: str | None, paraphrases: Sequence[str]) -> list[Probe]:

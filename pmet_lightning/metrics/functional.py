@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from pmet_lightning.edits.records import Probe, ProbeKind
 from pmet_lightning.language_model import label_logits
+from pmet_lightning.metrics.generation import contains, greedy_texts, is_exact
 from pmet_lightning.objective import target_scores
 from pmet_lightning.tokens import PromptEncoder, TokenRow, by_token_budget, pad_rows
+
+FREE_KINDS: tuple[ProbeKind, ...] = ("efficacy", "generalisation", "portability", "multihop")
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,18 @@ class ProbeResult:
 
     Attributes:
         kind: The metric it counts for.
-        success: 1 or 0 where there is a rival, else the share of the answer's tokens that are the argmax.
+        success: 1 or 0 where there is a rival, else the share of the answer's tokens that are the argmax; the best form
+            of an answer counts.
         magnitude: e^-NLL(answer) - e^-NLL(rival), or e^-NLL(answer) without one.
+        exact: 1 or 0: whether the first sentence of what the model says freely is the answer; ``None`` if not asked.
+        contains: 1 or 0: whether the answer stands in what the model says freely.
     """
 
     kind: ProbeKind
     success: float
     magnitude: float
+    exact: float | None = None
+    contains: float | None = None
 
 
 def score_probes(
@@ -35,8 +43,9 @@ def score_probes(
     probes: Sequence[Sequence[Probe]],
     tokens_per_batch: int,
     device: torch.device,
+    free_tokens: int = 0,
 ) -> list[list[ProbeResult]]:
-    """Score the questions of some records, teacher-forced.
+    """Score the questions of some records, teacher-forced and, for what was edited, in free generation.
 
     Args:
         model: The language model, edited or not.
@@ -44,17 +53,37 @@ def score_probes(
         probes: Questions of each record.
         tokens_per_batch: Most padded tokens in one forward pass.
         device: Where the model is.
+        free_tokens: Most tokens of a free answer; 0 asks for none.
 
     Returns:
         Results in the shape of ``probes``.
     """
     flat = [probe for record in probes for probe in record]
-    rows = [encoder.encode(probe.prompt, target=probe.answer) for probe in flat]
+    # Every form of every answer, then every rival, is a row of its own.
+    forms = [(i, form) for i, probe in enumerate(flat) for form in probe.answers]
     rivals = [(i, probe.rival) for i, probe in enumerate(flat) if probe.rival is not None]
-    rows += [encoder.encode(flat[i].prompt, target=rival) for i, rival in rivals]
+    rows = [encoder.encode(flat[i].prompt, target=text) for i, text in (*forms, *rivals)]
     nll, accuracy = _score_rows(model, rows, encoder.pad_id, tokens_per_batch, device)
-    rival_nll = dict(zip((i for i, _ in rivals), nll[len(flat) :].tolist(), strict=True))
-    results = iter(_result(probe, float(nll[i]), rival_nll.get(i), float(accuracy[i])) for i, probe in enumerate(flat))
+    best: dict[int, tuple[float, float]] = {}
+    for (i, _), form_nll, form_accuracy in zip(forms, nll.tolist(), accuracy.tolist(), strict=False):
+        known_nll, known_accuracy = best.get(i, (float("inf"), 0.0))
+        best[i] = min(known_nll, form_nll), max(known_accuracy, form_accuracy)
+    rival_nll = dict(zip((i for i, _ in rivals), nll[len(forms) :].tolist(), strict=True))
+    scored = [_result(probe, best[i][0], rival_nll.get(i), best[i][1]) for i, probe in enumerate(flat)]
+    asked = [i for i, probe in enumerate(flat) if free_tokens and probe.kind in FREE_KINDS]
+    texts = greedy_texts(
+        model,
+        encoder,
+        [flat[i].prompt for i in asked],
+        tokens_per_batch=tokens_per_batch,
+        device=device,
+        new_tokens=free_tokens,
+    )
+    for i, text in zip(asked, texts, strict=True):
+        exact = any(is_exact(text, answer) for answer in flat[i].answers)
+        found = any(contains(text, answer) for answer in flat[i].answers)
+        scored[i] = replace(scored[i], exact=float(exact), contains=float(found))
+    results = iter(scored)
     return [[next(results) for _ in record] for record in probes]
 
 

@@ -11,20 +11,25 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pmet_lightning.edits.records import ProbeKind
-from pmet_lightning.metrics.functional import ProbeResult, harmonic_mean
+from pmet_lightning.metrics.functional import FREE_KINDS, ProbeResult, harmonic_mean
 
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
-METRICS = (*KINDS, "score")
+CORE: tuple[ProbeKind, ...] = ("efficacy", "generalisation", "specificity")
+METRICS = (*CORE, "score")
 _RESAMPLES = 1000
+_SUFFIXES = {"success": "", "magnitude": "_magnitude", "exact": "_exact", "contains": "_contains"}
+_COLUMNS = {f"{kind}{suffix}": (kind, field) for field, suffix in _SUFFIXES.items() for kind in KINDS}
 
 
 class EditScores(Metric):
     """Mean over the questions of a record first, then over records, times 100 (EVALUATION.md).
 
-    ``compute`` gives, for each of efficacy, generalisation, specificity and score (their harmonic mean), the
+    ``compute`` gives, for each of efficacy, generalisation, specificity, portability and multihop (the best of a
+    record's questions), and for the score (the harmonic mean of the first three), the
     value, ``…_low`` and ``…_high`` (95 % bootstrap interval over records, seeded) and, but for the score,
     ``…_magnitude``; and ``count``, the records. A metric without questions is left out, and so is the score
-    then.
+    then. What was asked in free generation adds ``…_exact``, ``…_contains`` and ``…_gap``, the teacher-forced
+    value minus ``…_contains``.
     """
 
     full_state_update = False
@@ -45,29 +50,34 @@ class EditScores(Metric):
         """The table described above; empty without records."""
         if not len(self.rows):
             return {}
-        rows = dim_zero_cat(self.rows).cpu()
-        success, magnitude = 100 * rows[:, : len(KINDS)], 100 * rows[:, len(KINDS) :]
-        asked = ~success.isnan().all(dim=0)
+        rows = 100 * dim_zero_cat(self.rows).cpu()
+        asked = {name: i for i, name in enumerate(_COLUMNS) if not rows[:, i].isnan().all()}
         generator = torch.Generator().manual_seed(0)
         picks = torch.randint(len(rows), (_RESAMPLES, len(rows)), generator=generator)
-        means, resampled = success.nanmean(dim=0), success[picks].nanmean(dim=1)
+        means = {name: rows[:, i].nanmean() for name, i in asked.items()}
+        resampled = {name: rows[picks, i].nanmean(dim=1) for name, i in asked.items() if "magnitude" not in name}
         table = {"count": torch.tensor(float(len(rows)))}
-        for column, kind in enumerate(KINDS):
-            if asked[column]:
-                table |= _with_interval(kind, means[column], resampled[:, column])
-                table[f"{kind}_magnitude"] = magnitude[:, column].nanmean()
-        if asked.all():
-            table |= _with_interval("score", harmonic_mean(means), harmonic_mean(resampled))
+        for name, mean in means.items():
+            table |= _with_interval(name, mean, resampled[name]) if name in resampled else {name: mean}
+        for kind in FREE_KINDS:
+            if f"{kind}_contains" in asked:
+                gaps = [values[kind] - values[f"{kind}_contains"] for values in (means, resampled)]
+                table |= _with_interval(f"{kind}_gap", *gaps)
+        if all(kind in asked for kind in CORE):
+            both = [torch.stack([values[kind] for kind in CORE], dim=-1) for values in (means, resampled)]
+            table |= _with_interval("score", *map(harmonic_mean, both))
         return table
 
 
 def _record_means(record: Sequence[ProbeResult]) -> list[float]:
-    """Mean success, then mean magnitude, of each kind; NaN where a record has no such question."""
+    """The mean of each of the columns; NaN where a record has no such question."""
     means = []
-    for field in ("success", "magnitude"):
-        for kind in KINDS:
-            values = [getattr(result, field) for result in record if result.kind == kind]
-            means.append(sum(values) / len(values) if values else float("nan"))
+    for kind, field in _COLUMNS.values():
+        values = [getattr(result, field) for result in record if result.kind == kind]
+        known = [value for value in values if value is not None]
+        mean = sum(known) / len(known) if known else float("nan")
+        # MQuAKE asks a question in three wordings and counts it if any is answered.
+        means.append(max(known, default=mean) if kind == "multihop" else mean)
     return means
 
 
