@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from pmet_lightning.data import EditDataModule
 from pmet_lightning.demo import demo
+from pmet_lightning.drift import Drift
 from pmet_lightning.export import export
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.moments import stored_moments
@@ -36,7 +37,7 @@ VERB --help lists the options of a verb; VERB --config FILE --print_config shows
 
 
 class EditCLI(LightningCLI):
-    """Lightning's CLI with the two callbacks of editing as sections of their own."""
+    """Lightning's CLI with the callbacks of editing as sections of their own."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -50,9 +51,10 @@ class EditCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Sections ``moments`` and ``spread``, and the values that two owners share."""
+        """Sections ``moments``, ``spread`` and ``drift``, and the values that two owners share."""
         parser.add_lightning_class_args(SecondMoments, "moments")
         parser.add_lightning_class_args(WeightSpread, "spread")
+        parser.add_lightning_class_args(Drift, "drift")
         parser.link_arguments("model.model_name", "data.tokenizer")
         parser.link_arguments("model.chat", "data.chat")
         parser.link_arguments("spread.write", "moments.write")

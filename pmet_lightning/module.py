@@ -22,6 +22,7 @@ from jsonargparse.typing import (
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torchmetrics.utilities import dim_zero_cat
 
 from pmet_lightning.architectures import (
     Architecture,
@@ -43,7 +44,7 @@ from pmet_lightning.language_model import (
     load_model,
     load_tokenizer,
 )
-from pmet_lightning.metrics import EditScores, score_probes
+from pmet_lightning.metrics import EditScores, ProbeResult, score_probes
 from pmet_lightning.optimisation import LossWeights, TargetLoop
 from pmet_lightning.patch import apply_patch
 from pmet_lightning.targets import Target, TargetStore
@@ -158,6 +159,8 @@ class TargetOptimizer(L.LightningModule):
         self.inner_step = 0
         self.scores = EditScores()
         self.results: dict[str, dict[str, float]] = {}
+        self.record_rows: dict[str, torch.Tensor] = {}
+        self.drift: dict[str, dict[str, float]] = {}
         self._architecture: Architecture | None = None
         self._store: TargetStore | None = None
         self._store_batch = -1
@@ -352,20 +355,18 @@ class TargetOptimizer(L.LightningModule):
 
     # ---- evaluation ------------------------------------------------------------------------------------
 
-    def evaluate_batch(self, batch: EditBatch) -> None:
-        """Ask the questions of some edits and add the answers to the running scores."""
-        probes = [edit.probes for edit in batch.edits]
-        self.scores.update(
-            score_probes(self.model, self.encoder, probes, self.tokens_per_batch, self.device, self.free_tokens)
-        )
+    def evaluate(self, edits: Sequence[Edit]) -> list[list[ProbeResult]]:
+        """Ask the questions of some edits on the model as it is now."""
+        probes = [edit.probes for edit in edits]
+        return score_probes(self.model, self.encoder, probes, self.tokens_per_batch, self.device, self.free_tokens)
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Score the edits' questions on the model as it is now."""
-        self.evaluate_batch(batch)
+        self.scores.update(self.evaluate(batch.edits))
 
     def test_step(self, batch: EditBatch, batch_idx: int) -> None:
         """As :meth:`validation_step`."""
-        self.evaluate_batch(batch)
+        self.scores.update(self.evaluate(batch.edits))
 
     def on_validation_epoch_end(self) -> None:
         """Close the scores; Lightning's check before the first edit is the evaluation 'before'."""
@@ -377,6 +378,8 @@ class TargetOptimizer(L.LightningModule):
 
     def _close_scores(self, phase: str) -> None:
         table = {name: float(value) for name, value in self.scores.compute().items()}
+        if len(self.scores.rows):
+            self.record_rows[phase] = dim_zero_cat(self.scores.rows).cpu()
         self.scores.reset()
         if self.trainer.state.fn != TrainerFn.FITTING:
             self.log_dict(table)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from pmet_lightning.data import EditBatch
 from pmet_lightning.files import atomic_path, write_json
 from pmet_lightning.ledger import ledger_lines
 from pmet_lightning.metrics import METRICS
+from pmet_lightning.metrics.scores import record_rows, table_of
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.patch import save_patch
 from pmet_lightning.progress import find_callback
-from pmet_lightning.spread import WeightSpread
+from pmet_lightning.spread import SpreadReport, WeightSpread
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class RunRecorder(L.Callback):
         self.records = True
         self._state: dict[str, Any] = {}
         self._ledger: list[str] = []
+        self._batch_rows: list[Tensor] = []  # of each edit batch, judged right after it was written
 
     def check_free(self) -> None:
         """Refuse a folder that another run is in.
@@ -77,6 +80,9 @@ class RunRecorder(L.Callback):
         self._ledger += ledger_lines(pl_module, report)
         with atomic_path(self.folder / "ledger.jsonl") as temporary:
             temporary.write_text("\n".join(self._ledger) + "\n", encoding="utf-8")
+        edits = getattr(getattr(trainer, "datamodule", None), "edits", ())
+        if len(edits) > len(report.edits):  # with a single edit batch the end says it all
+            self._judge(trainer, pl_module, report)
         self._save_state(edit_batches_written=report.edit_batch + 1, edits_written=len(self._ledger))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -84,15 +90,45 @@ class RunRecorder(L.Callback):
         assert isinstance(pl_module, TargetOptimizer)
         if not self.records:
             return
-        write_json(self.folder / "scores.json", pl_module.results)
+        scores: dict[str, Any] = {
+            phase: table | pl_module.drift.get(phase, {}) for phase, table in pl_module.results.items()
+        }
+        batches = self._forgetting(pl_module)
+        write_json(self.folder / "scores.json", scores | ({"edit_batches": batches} if batches else {}))
         self._save_state(status="finished")
-        log.info("%s\nrun folder: %s", score_table(pl_module.results), self.folder)
+        shown = [score_table(pl_module.results), *drift_lines(pl_module.drift), *forgetting_lines(batches)]
+        log.info("%s\nrun folder: %s", "\n".join(shown), self.folder)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say how the run ended, and that the patch holds whole edit batches only."""
         if self._state:
             status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
             self._save_state(status=status, error=f"{type(exception).__name__}: {exception}")
+
+    def _judge(self, trainer: L.Trainer, module: TargetOptimizer, report: SpreadReport) -> None:
+        """Scores of an edit batch right after it was written, to be compared with those at the end."""
+        rows = record_rows(module.evaluate(report.edits))
+        self._batch_rows.append(rows)
+        table = {f"edit_batches/{name}": float(value) for name, value in table_of(rows).items() if name in METRICS}
+        for logger in trainer.loggers:
+            logger.log_metrics(table, report.edit_batch)
+
+    def _forgetting(self, module: TargetOptimizer) -> list[dict[str, Any]]:
+        """For each edit batch its scores right after it and after all of them, and the difference."""
+        final = module.record_rows.get("after")
+        batches: list[dict[str, Any]] = []
+        if final is None:
+            return batches
+        start = 0
+        for number, rows in enumerate(self._batch_rows):
+            at_once, at_the_end = (
+                {name: float(value) for name, value in table_of(part).items()}
+                for part in (rows, final[start : start + len(rows)])
+            )
+            start += len(rows)
+            lost = {name: at_once[name] - at_the_end[name] for name in METRICS if name in at_once}
+            batches.append({"edit_batch": number, "at_once": at_once, "at_the_end": at_the_end, "forgotten": lost})
+        return batches
 
     def _save_state(self, **changes: Any) -> None:
         self._state |= changes
@@ -137,3 +173,23 @@ def score_table(results: Mapping[str, Mapping[str, float]]) -> str:
 
 def _cell(table: Mapping[str, float], name: str) -> str:
     return f"{table[name]:.1f} [{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]" if name in table else "-"
+
+
+def drift_lines(drift: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What the edits did to plain text, if that was measured."""
+    if not drift:
+        return []
+    before, after = drift["before"], drift["after"]
+    return [f"plain text: perplexity {before['perplexity']:.2f}, then {after['perplexity']:.2f}; KL {after['kl']:.4f}"]
+
+
+def forgetting_lines(batches: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each edit batch lost to those after it."""
+    if not batches:
+        return []
+    lines = [f"{'batch':8}" + "".join(f"{name:>24}" for name in METRICS) + "   (at once, then at the end)"]
+    for batch in batches:
+        once, end = batch["at_once"], batch["at_the_end"]
+        cells = [f"{once[n]:.1f}, {end[n]:.1f}" if n in once and n in end else "-" for n in METRICS]
+        lines.append(f"{batch['edit_batch']:<8}" + "".join(f"{cell:>24}" for cell in cells))
+    return lines

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTBigCodeConfig
 
 from pmet_lightning.architectures import UnknownArchitectureError
 from pmet_lightning.cli import main
+from pmet_lightning.corpus import corpus_texts, packed_rows
 from pmet_lightning.language_model import load_model
 from pmet_lightning.patch import PatchError, apply_patch, load_patch
 from pmet_lightning.resources import locate
@@ -74,6 +76,49 @@ def test_scores_before_and_after(run):
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     logged = [float(row["after/score"]) for row in rows if row.get("after/score")]
     assert logged == pytest.approx([scores["after"]["score"]])
+
+
+def test_scores_of_each_edit_batch_and_what_is_forgotten(run):
+    """The first of two batches is judged before the second is written."""
+    scores = json.loads((run / "scores.json").read_text())
+    first, second = scores["edit_batches"]
+    assert [batch["at_once"]["count"] for batch in (first, second)] == [8, 4]
+    assert second["at_once"] == pytest.approx(second["at_the_end"], abs=1e-4), "nothing came after it"
+    for batch in (first, second):
+        for name, lost in batch["forgotten"].items():
+            assert lost == pytest.approx(batch["at_once"][name] - batch["at_the_end"][name])
+    mean = (8 * first["at_the_end"]["efficacy"] + 4 * second["at_the_end"]["efficacy"]) / 12
+    assert mean == pytest.approx(scores["after"]["efficacy"])
+
+
+def test_free_answers_are_judged_beside_the_teacher_forced(run):
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["before"]["efficacy_contains"] <= 10
+    assert scores["after"]["efficacy_contains"] >= 80
+    gap = scores["after"]["efficacy"] - scores["after"]["efficacy_contains"]
+    assert scores["after"]["efficacy_gap"] == pytest.approx(gap)
+
+
+@torch.no_grad()
+def test_plain_text_is_watched(run):
+    """Against the whole model on one row at a time, by transformers' own loss."""
+    scores = json.loads((run / "scores.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(locate("atlas")).eval()
+    edited = AutoModelForCausalLM.from_pretrained(locate("atlas")).eval()
+    deltas, _ = load_patch(run / "patch.safetensors")
+    for name, delta in deltas.items():
+        edited.get_submodule(name.removesuffix(".weight")).weight += delta
+    texts = corpus_texts(locate("atlas-corpus"), seed=1)
+    rows = [row.ids for row in islice(packed_rows(texts, AutoTokenizer.from_pretrained(locate("atlas")), 64), 64)]
+    losses, logits = {}, {}
+    for name, model in (("before", base), ("after", edited)):
+        outputs = [model(torch.tensor([ids]), labels=torch.tensor([ids])) for ids in rows]
+        losses[name] = torch.stack([output.loss for output in outputs])
+        logits[name] = torch.stack([output.logits[0, -2] for output in outputs]).log_softmax(-1)
+        assert scores[name]["perplexity"] == pytest.approx(float(losses[name].mean().exp()), rel=1e-4)
+    kl = torch.nn.functional.kl_div(logits["after"], logits["before"], log_target=True, reduction="batchmean")
+    assert scores["after"]["kl"] == pytest.approx(float(kl), rel=1e-3)
+    assert scores["after"]["perplexity"] != scores["before"]["perplexity"]
 
 
 def test_tensorboard_has_every_step_and_layer(run):

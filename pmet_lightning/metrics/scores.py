@@ -43,30 +43,37 @@ class EditScores(Metric):
     def update(self, results: Sequence[Sequence[ProbeResult]]) -> None:
         """Add the records of one batch."""
         if results:
-            rows = [_record_means(record) for record in results]
-            self.rows.append(torch.tensor(rows, dtype=torch.float64, device=self.device))
+            self.rows.append(record_rows(results).to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
         """The table described above; empty without records."""
-        if not len(self.rows):
-            return {}
-        rows = 100 * dim_zero_cat(self.rows).cpu()
-        asked = {name: i for i, name in enumerate(_COLUMNS) if not rows[:, i].isnan().all()}
-        generator = torch.Generator().manual_seed(0)
-        picks = torch.randint(len(rows), (_RESAMPLES, len(rows)), generator=generator)
-        means = {name: rows[:, i].nanmean() for name, i in asked.items()}
-        resampled = {name: rows[picks, i].nanmean(dim=1) for name, i in asked.items() if "magnitude" not in name}
-        table = {"count": torch.tensor(float(len(rows)))}
-        for name, mean in means.items():
-            table |= _with_interval(name, mean, resampled[name]) if name in resampled else {name: mean}
-        for kind in FREE_KINDS:
-            if f"{kind}_contains" in asked:
-                gaps = [values[kind] - values[f"{kind}_contains"] for values in (means, resampled)]
-                table |= _with_interval(f"{kind}_gap", *gaps)
-        if all(kind in asked for kind in CORE):
-            both = [torch.stack([values[kind] for kind in CORE], dim=-1) for values in (means, resampled)]
-            table |= _with_interval("score", *map(harmonic_mean, both))
-        return table
+        return table_of(dim_zero_cat(self.rows).cpu()) if len(self.rows) else {}
+
+
+def record_rows(results: Sequence[Sequence[ProbeResult]]) -> Tensor:
+    """Means of each record, float64, shape [records, columns]; NaN where a record has no such question."""
+    return torch.tensor([_record_means(record) for record in results], dtype=torch.float64)
+
+
+def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
+    """The table of :class:`EditScores` from the rows of some records."""
+    rows = 100 * record_rows_NC
+    asked = {name: i for i, name in enumerate(_COLUMNS) if not rows[:, i].isnan().all()}
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(rows), (_RESAMPLES, len(rows)), generator=generator)
+    means = {name: rows[:, i].nanmean() for name, i in asked.items()}
+    resampled = {name: rows[picks, i].nanmean(dim=1) for name, i in asked.items() if "magnitude" not in name}
+    table = {"count": torch.tensor(float(len(rows)))}
+    for name, mean in means.items():
+        table |= _with_interval(name, mean, resampled[name]) if name in resampled else {name: mean}
+    for kind in FREE_KINDS:
+        if f"{kind}_contains" in asked:
+            gaps = [values[kind] - values[f"{kind}_contains"] for values in (means, resampled)]
+            table |= _with_interval(f"{kind}_gap", *gaps)
+    if all(kind in asked for kind in CORE):
+        both = [torch.stack([values[kind] for kind in CORE], dim=-1) for values in (means, resampled)]
+        table |= _with_interval("score", *map(harmonic_mean, both))
+    return table
 
 
 def _record_means(record: Sequence[ProbeResult]) -> list[float]:

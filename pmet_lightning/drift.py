@@ -1,0 +1,94 @@
+"""A callback that watches what edits do to unrelated text: perplexity, and KL to the clean model.
+
+Legend: R = rows, T = tokens, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse.typing import PositiveInt
+from torch import Tensor
+
+from pmet_lightning.corpus import corpus_texts, packed_rows
+from pmet_lightning.language_model import label_logits
+from pmet_lightning.module import TargetOptimizer
+from pmet_lightning.objective import kl_divergence, target_scores
+from pmet_lightning.tokens import TokenRow, pad_rows
+
+log = logging.getLogger(__name__)
+
+
+class Drift(L.Callback):
+    """Perplexity of plain text before and after the edits, and KL(clean ‖ edited) of the next token.
+
+    The clean model's distributions are kept for one position of each row, its last.
+
+    Args:
+        text: A corpus as for --moments.corpus; null watches nothing.
+        text_subset: Subset of a hub data set.
+        rows: Rows of text.
+        length: Tokens of a row.
+        seed: Seed of the order of the texts; another one than that of the second moments, so that the rows are others.
+    """
+
+    def __init__(
+        self,
+        text: str | None = None,
+        text_subset: str | None = None,
+        rows: PositiveInt = 64,  # type: ignore[valid-type]
+        length: PositiveInt = 64,  # type: ignore[valid-type]
+        seed: int = 1,
+    ) -> None:
+        self.text, self.text_subset = text, text_subset
+        self.rows, self.length, self.seed = int(rows), int(length), seed
+        self._rows: list[TokenRow] = []
+        self._clean: Tensor | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the unedited model."""
+        assert isinstance(pl_module, TargetOptimizer)
+        if self.text is None:
+            return
+        texts = corpus_texts(self.text, self.text_subset, self.seed)
+        packed = itertools.islice(packed_rows(texts, pl_module.tokenizer, self.length), self.rows)
+        # Every token but the first is predicted from those before it.
+        self._rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
+        perplexity, self._clean = self._measure(pl_module)
+        self._keep(trainer, pl_module, "before", {"perplexity": perplexity})
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the edited model."""
+        assert isinstance(pl_module, TargetOptimizer)
+        if self._clean is None:
+            return
+        perplexity, edited = self._measure(pl_module)
+        kl = float(kl_divergence(self._clean, edited).mean())
+        self._keep(trainer, pl_module, "after", {"perplexity": perplexity, "kl": kl})
+
+    def _keep(self, trainer: L.Trainer, module: TargetOptimizer, phase: str, values: dict[str, float]) -> None:
+        module.drift[phase] = values
+        log.info("%s, %d rows of text: %s", phase, len(self._rows), values)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{phase}/{name}": value for name, value in values.items()}, module.inner_step)
+
+    @torch.no_grad()
+    def _measure(self, module: TargetOptimizer) -> tuple[float, Tensor]:
+        """Perplexity over all tokens, and log-probabilities at the end of each row, shape [R, V]."""
+        at_once = max(1, module.tokens_per_batch // self.length)
+        total, tokens, ends = 0.0, 0, []
+        for start in range(0, len(self._rows), at_once):
+            rows = self._rows[start : start + at_once]
+            batch: Any = pad_rows(rows, module.encoder.pad_id).to(module.device)
+            logits = label_logits(module.model, batch)
+            nll = target_scores(logits, batch.label_ids).nll.double().cpu()
+            lengths = torch.tensor([len(row.labels) for row in rows])
+            total += float((nll * lengths).sum())
+            tokens += int(lengths.sum())
+            last = torch.tensor([len(row.labels) - 1 for row in rows], device=logits.device)
+            ends.append(logits[torch.arange(len(rows)), last].float().log_softmax(-1).cpu())
+        return float(torch.tensor(total / tokens).exp()), torch.cat(ends)
