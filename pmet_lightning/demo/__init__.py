@@ -12,7 +12,9 @@ log = logging.getLogger(__name__)
 PARTS = {"tuning": slice(0, 400), "records": slice(400, 600), "spare": slice(600, None)}
 
 
-def demo(out: str, seed: int = 0, architecture: str = "gptj", epochs: int = 10, precision: str = "32-true") -> None:
+def demo(
+    out: str, seed: int = 0, architecture: str = "gptj", epochs: int | None = None, precision: str = "32-true"
+) -> None:
     """Rebuild the Atlas world and its model from a seed.
 
     Atlas is a made-up world of persons, cities, companies and products. The result is what the package ships
@@ -26,20 +28,20 @@ def demo(out: str, seed: int = 0, architecture: str = "gptj", epochs: int = 10, 
         seed: Seed of the world, of the records and of the training; equal seeds give equal files up to the
             rounding of the machine.
         architecture: Architecture of the language model: gptj (parallel blocks), gpt2 or llama (sequential).
-        epochs: How often the model reads each sentence.
+        epochs: How often the model reads each sentence; by default as often as the architecture needs to know Atlas.
         precision: Lightning's precision of the training, e.g. bf16-mixed where the processor is fast at it.
 
     Raises:
         ValueError: The architecture is not known.
         FileExistsError: `out` holds something already.
     """
-    from pmet_lightning.demo.training import ARCHITECTURES  # torch, Lightning, transformers: not at import
+    from pmet_lightning.demo.training import ARCHITECTURES, EPOCHS  # torch, Lightning, transformers: not at import
 
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"--architecture: expected one of {known}, got {architecture}")
     with new_folder(out, "--out") as unfinished:
-        _write(unfinished, seed, architecture, epochs, precision)
+        _write(unfinished, seed, architecture, epochs or EPOCHS[architecture], precision)
     log.info("Atlas is in %s", out)
 
 

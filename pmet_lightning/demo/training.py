@@ -77,6 +77,8 @@ def _gpt2(**common: Any) -> PretrainedConfig:
     )
 
 
+# Readings of every sentence after which all facts are known.
+EPOCHS = {"gptj": 10, "gpt2": 16, "llama": 16}
 ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {"gptj": _gptj, "gpt2": _gpt2, "llama": _llama}
 
 
