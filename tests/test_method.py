@@ -218,15 +218,15 @@ def test_a_failing_solve_leaves_every_weight(folder_of, tmp_path, monkeypatch):
 
     folder = folder_of("gpt2")
     module = tiny_module(folder)
-    solve, seen = spread_module.solve_update, []
+    collect, seen = spread_module.collect_keys, []
 
     def fail_on_the_second(*args):
         seen.append(1)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return solve(*args)
+        return collect(*args)
 
-    monkeypatch.setattr(spread_module, "solve_update", fail_on_the_second)
+    monkeypatch.setattr(spread_module, "collect_keys", fail_on_the_second)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         edit(module, RECORDS, moments_for(folder), tmp_path, lam=2.0)
     assert len(seen) == 2  # the first layer had been written
