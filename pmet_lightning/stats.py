@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -74,7 +74,8 @@ class SecondMoments(L.Callback):
             CorpusError: If the corpus has no text.
         """
         assert isinstance(pl_module, TargetOptimizer)
-        most = getattr(pl_module.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
+        config: Any = pl_module.model.config
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
         if most is not None and most < self.settings.length:
             log.info("rows of %d tokens instead of %d: the model has no more positions", most, self.settings.length)
             self.settings = replace(self.settings, length=int(most))
