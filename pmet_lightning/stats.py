@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -73,6 +74,11 @@ class SecondMoments(L.Callback):
             CorpusError: If the corpus has no text.
         """
         assert isinstance(pl_module, TargetOptimizer)
+        config: Any = pl_module.model.config
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and most < self.settings.length:
+            log.info("rows of %d tokens instead of %d: the model has no more positions", most, self.settings.length)
+            self.settings = replace(self.settings, length=int(most))
         places: list[Place] = [(site, layer) for layer in pl_module.layers for site in self.sites]
         widths = {place: in_features(pl_module.sites.module(*place)) for place in places}
         key = self.key(pl_module)

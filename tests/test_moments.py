@@ -390,6 +390,13 @@ def test_layers_that_do_not_fit_together_take_turns(folder, corpus, tmp_path, mo
     assert torch.equal(everything(together), everything(apart))
 
 
+def test_rows_are_no_longer_than_the_model_s_positions(folder, corpus, tmp_path, caplog):
+    caplog.set_level("INFO")
+    moments = collect(folder, corpus, tmp_path / "out", length=4096)
+    assert "rows of 128 tokens instead of 4096" in caplog.text
+    assert moments.moment(("ffn", 1)).isfinite().all()
+
+
 def test_an_empty_corpus_is_said(folder, tmp_path):
     path = tmp_path / "empty.txt"
     path.write_text("\n\n")
