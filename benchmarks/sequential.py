@@ -4,8 +4,8 @@
     python -m pmet_lightning demo --architecture gpt2 --out /tmp/gpt2
     python benchmarks/sequential.py /tmp/llama /tmp/gpt2
 
-For each model and value: λ 50 and 200 on 200 tuning records; the highest efficacy, then Score, wins. The table is made on
-200 other records.
+For each model and value: λ 50 and 200 on 200 tuning records; the highest efficacy, then Score, wins. The table is made
+on 200 other records.
 """
 
 from __future__ import annotations
