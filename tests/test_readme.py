@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_equation_is_where_the_table_says():
     table = README.split("## The equations")[1].split("##")[0]
-    names = re.findall(r"\| `([\w.]+)` \|", table)
+    names = re.findall(r"\| `([\w.]+)`(?:, `[\w.]+`)? \|", table)
     assert len(names) >= 10
     source = "\n".join(path.read_text() for path in (ROOT / "pmet_lightning").rglob("*.py"))
     for name in names:
@@ -27,7 +27,7 @@ def test_every_file_of_the_tree_exists():
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 170
 
 
 def test_ci_runs_the_readme_s_test_command():
