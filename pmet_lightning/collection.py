@@ -104,6 +104,7 @@ class Collection:
         name = hashlib.sha256(repr(sorted(self.sums.lower)).encode()).hexdigest()[:12]
         self.unfinished = store.folder / f"unfinished-{name}"
         self.blocks_done = 0
+        self.texts_read = 0
 
     def run(self) -> None:
         """Collect, reduce and store.
@@ -139,6 +140,8 @@ class Collection:
                     continue
                 self._add(block[self.rank :: self.world])
                 bar.update(sum(len(row.ids) for row in block))
+                if self.settings.samples:  # how many tokens they will be shows as they are read
+                    bar.total = round(bar.n * self.settings.samples / max(self.texts_read, 1))
                 self.blocks_done = number + 1
                 if number and self.blocks_done.bit_count() == 1 and self._look():
                     return
@@ -149,12 +152,17 @@ class Collection:
 
     def _blocks(self) -> Iterator[list[TokenRow]]:
         settings = self.settings
-        texts = corpus_texts(settings.corpus, settings.subset, settings.seed)
+        texts = self._counted(corpus_texts(settings.corpus, settings.subset, settings.seed))
         rows = packed_rows(itertools.islice(texts, settings.samples), self.module.tokenizer, settings.length)
         if settings.samples is None:
             rows = itertools.islice(rows, math.ceil(self.most / settings.length))
         while block := list(itertools.islice(rows, BLOCK)):
             yield block
+
+    def _counted(self, texts: Iterator[str]) -> Iterator[str]:
+        for text in texts:
+            self.texts_read += 1
+            yield text
 
     def _add(self, rows: Sequence[TokenRow]) -> None:
         at_once = max(1, self.module.tokens_per_batch // self.settings.length)
