@@ -9,7 +9,10 @@ import pytest
 from pmet_lightning.cli import main
 
 
-@pytest.mark.parametrize(("name", "count"), [("counterfact_250.json", 250), ("zsre_300.json", 300)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("counterfact_250.json", 250), pytest.param("zsre_300.json", 300, marks=pytest.mark.slow)],  # over a minute
+)
 def test_the_target_becomes_more_probable(shared, tmp_path, name, count, caplog):
     main([
         "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu",
