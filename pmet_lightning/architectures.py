@@ -177,10 +177,7 @@ class Sites:
     @property
     def width(self) -> int:
         """Width of the residual stream (the embedding's may differ, as in OPT-350m)."""
-        projection = self.module("ffn", 0)
-        weight = projection.weight
-        assert isinstance(weight, Tensor)
-        return int(weight.shape[1 if is_transposed(projection) else 0])
+        return out_features(self.module("ffn", 0))
 
 
 def is_transposed(projection: nn.Module) -> bool:
@@ -203,6 +200,13 @@ def in_features(projection: nn.Module) -> int:
     weight = projection.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0 if is_transposed(projection) else 1])
+
+
+def out_features(projection: nn.Module) -> int:
+    """Width of the values of a projection."""
+    weight = projection.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[1 if is_transposed(projection) else 0])
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class SaveFitConfig(SaveConfigCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Save only what belongs to a run."""
-        if stage == "fit" and trainer.fit_loop.max_epochs != 0:
+        if stage == "fit" and trainer.max_epochs != 0:
             super().setup(trainer, pl_module, stage)
 
 

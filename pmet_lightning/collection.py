@@ -37,7 +37,7 @@ from pmet_lightning.moments import (
     unpacked_symmetric,
 )
 from pmet_lightning.progress import counter
-from pmet_lightning.tokens import TokenRow
+from pmet_lightning.tokens import TokenRow, by_token_budget
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +165,8 @@ class Collection:
             yield text
 
     def _add(self, rows: Sequence[TokenRow]) -> None:
-        at_once = max(1, self.module.tokens_per_batch // self.settings.length)
-        for start in range(0, len(rows), at_once):
-            self.sums.add(rows[start : start + at_once])
+        for indices in by_token_budget([len(row.ids) for row in rows], self.module.tokens_per_batch):
+            self.sums.add([rows[i] for i in indices])
 
     def _look(self) -> bool:
         """Compare the moments with those from half the text; whether that is enough."""

@@ -36,10 +36,10 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
     import datasets
 
     path = Path(locate(name))
+    kind = _BUILDERS.get(path.suffix, "text")
     try:
         if path.is_file():
-            builder = _BUILDERS.get(path.suffix, "text")
-            rows = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
         else:
             rows = datasets.load_dataset(name, subset, split="train", streaming=True)
         for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLED_AT_ONCE):
@@ -52,7 +52,6 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
         raise
     except Exception as error:
         if path.is_file():
-            kind = _BUILDERS.get(path.suffix, "text")
             raise CorpusError(f"{name}: unreadable as {kind} ({str(error).splitlines()[0]})") from error
         raise FileNotFoundError(
             f"no corpus {name!r}: not a local file, and not to be had from the hub ({str(error).splitlines()[0]}). "

@@ -18,7 +18,7 @@ from pmet_lightning.corpus import corpus_texts, packed_rows
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.objective import kl_divergence, target_scores
-from pmet_lightning.tokens import TokenRow, pad_rows
+from pmet_lightning.tokens import TokenRow, by_token_budget, pad_rows
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +79,9 @@ class Drift(L.Callback):
     @torch.no_grad()
     def _measure(self, module: TargetOptimizer) -> tuple[float, Tensor]:
         """Perplexity over all tokens, and log-probabilities at the end of each row, shape [R, V]."""
-        at_once = max(1, module.tokens_per_batch // self.length)
         total, tokens, ends = 0.0, 0, []
-        for start in range(0, len(self._rows), at_once):
-            rows = self._rows[start : start + at_once]
+        for indices in by_token_budget([len(row.ids) for row in self._rows], module.tokens_per_batch):
+            rows = [self._rows[i] for i in indices]
             batch: Any = pad_rows(rows, module.encoder.pad_id).to(module.device)
             logits = label_logits(module.model, batch)
             nll = target_scores(logits, batch.label_ids).nll.double().cpu()

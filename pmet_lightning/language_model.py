@@ -107,11 +107,12 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{_checksum(tensor)}".encode())
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{checksum(tensor)}".encode())
     return digest.hexdigest()[:16]
 
 
-def _checksum(tensor: Tensor) -> str:
+def checksum(tensor: Tensor) -> str:
+    """Exact sums of a tensor's bits, plain and weighted by position."""
     views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().flatten().view(views[tensor.element_size()])
     plain = weighted = 0

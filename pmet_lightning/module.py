@@ -47,6 +47,7 @@ from pmet_lightning.language_model import (
 from pmet_lightning.metrics import EditScores, ProbeResult, score_probes
 from pmet_lightning.optimisation import LossWeights, TargetLoop
 from pmet_lightning.patch import apply_patch
+from pmet_lightning.solve import written_sites
 from pmet_lightning.targets import Target, TargetStore
 from pmet_lightning.tokens import PaddingSide, PromptEncoder
 
@@ -54,7 +55,6 @@ log = logging.getLogger(__name__)
 
 Optimised = Literal["attn+ffn", "ffn", "hidden"]
 TargetValue = Literal["stored", "realised"]
-_WRITABLE: tuple[SiteName, ...] = ("attn", "ffn")
 _SITES: dict[Optimised, tuple[SiteName, ...]] = {
     "attn+ffn": ("attn", "ffn"),
     "ffn": ("ffn",),
@@ -153,8 +153,7 @@ class TargetOptimizer(L.LightningModule):
         self.deltas = nn.ParameterDict({site: nn.Parameter(torch.zeros(0)) for site in self.sites_optimised})
         self.contexts: list[str] = []
         self.lm: nn.Module | None = None
-        self.tokenizer: Any = None
-        self.encoder: PromptEncoder = PromptEncoder(None)
+        self._encoder: PromptEncoder | None = None
         self.base_fingerprint = ""
         self.inner_step = 0
         self.scores = EditScores()
@@ -186,9 +185,8 @@ class TargetOptimizer(L.LightningModule):
                 "layer %d is the model's last: a target there changes only what follows a subject at once, and "
                 "nothing in prompts that go on; leave the upper layers out of --model.layers", self.target_layer,
             )  # fmt: skip
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.model_name)
-            self.encoder = PromptEncoder.of(self.tokenizer, self.chat)
+        if self._encoder is None:
+            self._encoder = PromptEncoder.of(load_tokenizer(self.model_name), self.chat)
 
     def configure_model(self) -> None:
         """Load the language model, once."""
@@ -199,7 +197,7 @@ class TargetOptimizer(L.LightningModule):
         self.base_fingerprint = fingerprint(self.lm)
         if self.keep_float32 and self.lm.dtype in (torch.bfloat16, torch.float16):
             for layer in self.layers:
-                for site in _WRITABLE:
+                for site in written_sites("attn+ffn"):
                     keep_in_float32(self.sites.module(site, layer))
         if self.patch is not None:
             apply_patch(self.lm, Sites.of(self.lm, self._architecture), self.patch, self.base_fingerprint)
@@ -212,6 +210,17 @@ class TargetOptimizer(L.LightningModule):
         if self.lm is None:
             raise RuntimeError("the language model is not loaded; run this module in a Trainer")
         return self.lm
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """What makes its token rows."""
+        assert self._encoder is not None, "setup has not run"
+        return self._encoder
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.encoder.tokenizer
 
     @property
     def sites(self) -> Sites:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pmet_lightning.architectures import SiteName, Sites, in_features
 from pmet_lightning.files import atomic_path
-from pmet_lightning.language_model import run_to
+from pmet_lightning.language_model import checksum, run_to
 from pmet_lightning.sites import stop_after
 from pmet_lightning.solve import factorise
 from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
@@ -112,13 +112,17 @@ class MomentStore:
 
     def save(self, place: Place, moment_II: Tensor, tokens: int, key: MomentKey) -> None:
         """Store a mean second moment, one triangle of it in float32."""
-        described = {**vars(key), "site": place[0], "layer": place[1], "tokens": tokens, "width": len(moment_II)}
+        lower = packed_lower(moment_II.to(torch.float32).cpu())
+        described = {
+            **vars(key),
+            "site": place[0],
+            "layer": place[1],
+            "tokens": tokens,
+            "width": len(moment_II),
+            "checksum": checksum(lower),
+        }
         with atomic_path(self.path(place)) as temporary:
-            save_file(
-                {"lower": packed_lower(moment_II.to(torch.float32).cpu())},
-                temporary,
-                metadata={name: str(value) for name, value in described.items()},
-            )
+            save_file({"lower": lower}, temporary, metadata={name: str(value) for name, value in described.items()})
 
     def check(self, place: Place, model: str, width: int, weight_name: str) -> None:
         """See that a moment is there and is of this model, layer and width, without reading it whole.
@@ -158,28 +162,26 @@ class MomentStore:
         except (SafetensorError, OSError) as error:
             raise _broken(path, error) from error
 
-    def factor(self, place: Place, moment_II: Tensor) -> Tensor:
-        """Cholesky factor of the moment (plus a ridge where it is singular), float64, kept beside the moment.
+    def factor(self, place: Place, width: int, weight_name: str, device: torch.device) -> Tensor:
+        """Cholesky factor of a moment (plus a ridge where it is singular), float64, kept beside it.
 
-        Args:
-            place: Site and layer.
-            moment_II: The moment, on the device to work on.
+        A kept factor is known by the checksum of the moment that it is of, and the moment is not read then.
 
         Returns:
-            Lower triangular, shape [I, I], on the moment's device.
+            Lower triangular, shape [I, I], on the device.
         """
         path = self.path(place).with_suffix(".factor.safetensors")
-        digest = hashlib.sha256(moment_II.diagonal().cpu().numpy().tobytes()).hexdigest()
+        kept = self._described(self.path(place))[0].get("checksum", "") if self.path(place).is_file() else ""
         try:
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("diagonal") == digest:
-                    return unpacked_lower(file.get_tensor("lower"), len(moment_II)).to(moment_II.device)
+                if kept and (file.metadata() or {}).get("checksum") == kept:
+                    return unpacked_lower(file.get_tensor("lower"), width).to(device)
         except (SafetensorError, OSError):
             pass  # absent or broken: made anew
-        factor_II, _ = factorise(moment_II.double())
+        factor_II, _ = factorise(self.load(place, width, weight_name).to(device).double())
         if not self.read_only:
             with atomic_path(path) as temporary:
-                save_file({"lower": packed_lower(factor_II.cpu())}, temporary, metadata={"diagonal": digest})
+                save_file({"lower": packed_lower(factor_II.cpu())}, temporary, metadata={"checksum": kept})
         return factor_II
 
     def _described(self, path: Path) -> tuple[dict[str, str], int]:

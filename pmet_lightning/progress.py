@@ -29,8 +29,7 @@ class EditProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Count edits, not micro-batches."""
         super().on_train_epoch_start(trainer, *_)
-        edits = getattr(getattr(trainer, "datamodule", None), "edits", None)
-        self.train_progress_bar.reset(len(edits) if edits else None)
+        self.train_progress_bar.reset(edit_count(trainer) or None)
         self.train_progress_bar.unit = "edit"
         self.train_progress_bar.set_description("Targets")
 
@@ -58,6 +57,11 @@ def counter(trainer: L.Trainer, total: int | None, description: str, unit: str) 
     bar = trainer.progress_bar_callback
     disable = bar.is_disabled if isinstance(bar, EditProgressBar) else True
     return Tqdm(total=total, desc=description, unit=unit, unit_scale=True, leave=False, disable=disable)
+
+
+def edit_count(trainer: L.Trainer) -> int:
+    """How many edits the trainer's data module has; 0 if it has none."""
+    return len(getattr(getattr(trainer, "datamodule", None), "edits", ()))
 
 
 def find_callback(trainer: L.Trainer, kind: type[Found]) -> Found | None:

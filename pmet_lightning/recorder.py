@@ -19,7 +19,7 @@ from pmet_lightning.metrics import METRICS
 from pmet_lightning.metrics.scores import record_rows, table_of
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.patch import save_patch
-from pmet_lightning.progress import find_callback
+from pmet_lightning.progress import edit_count, find_callback
 from pmet_lightning.spread import SpreadReport, WeightSpread
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,7 @@ class RunRecorder(L.Callback):
         self._ledger += ledger_lines(pl_module, report)
         with atomic_path(self.folder / "ledger.jsonl") as temporary:
             temporary.write_text("\n".join(self._ledger) + "\n", encoding="utf-8")
-        edits = getattr(getattr(trainer, "datamodule", None), "edits", ())
-        if len(edits) > len(report.edits):  # with a single edit batch the end says it all
+        if edit_count(trainer) > len(report.edits):  # with a single edit batch the end says it all
             self._judge(trainer, pl_module, report)
         self._save_state(edit_batches_written=report.edit_batch + 1, edits_written=len(self._ledger))
 
@@ -165,13 +164,14 @@ def score_table(results: Mapping[str, Mapping[str, float]]) -> str:
     for phase, table in results.items():
         for label, suffix in ((phase, ""), ("  freely", "_contains")):
             if suffix == "" or any(f"{name}{suffix}" in table for name in METRICS):
-                cells = [_cell(table, f"{name}{suffix}") for name in METRICS]
+                cells = [score_cell(table, f"{name}{suffix}") for name in METRICS]
                 lines.append(f"{label:8}" + "".join(f"{cell:>24}" for cell in cells))
     counts = {int(table["count"]) for table in results.values() if "count" in table}
     return "\n".join([*lines, f"records: {', '.join(map(str, sorted(counts)))}"])
 
 
-def _cell(table: Mapping[str, float], name: str) -> str:
+def score_cell(table: Mapping[str, float], name: str) -> str:
+    """A score with its interval, or a dash."""
     return f"{table[name]:.1f} [{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]" if name in table else "-"
 
 

@@ -113,8 +113,7 @@ class WeightSpread(L.Callback):
         """
         if not isinstance(pl_module, TargetOptimizer):
             raise TypeError(f"WeightSpread works with TargetOptimizer, got {type(pl_module).__name__}")
-        collecting_only = getattr(trainer, "max_epochs", None) == 0
-        if stage == "fit" and trainer.world_size > 1 and not collecting_only:
+        if stage == "fit" and trainer.world_size > 1 and trainer.max_epochs != 0:  # 0: statistics alone
             raise ValueError(f"editing runs on one process for now, got {trainer.world_size}; set --trainer.devices 1")
         if "attn" in self.sites and "attn" not in pl_module.sites_optimised:
             raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -102,16 +103,19 @@ class SecondMoments(L.Callback):
 
     def moment(self, place: Place) -> Tensor:
         """The second moment of a projection, shape [I, I], float32, read when it is asked for."""
-        assert self._store is not None, "on_fit_start has not run"
-        assert self._module is not None
-        sites = self._module.sites
-        return self._store.load(place, in_features(sites.module(*place)), sites.weight_name(*place))
+        store, width, name, _ = self._stored(place)
+        return store.load(place, width, name)
 
     def factor(self, place: Place) -> Tensor:
         """Its lower Cholesky factor, float64, on the module's device; kept beside it."""
+        store, width, name, device = self._stored(place)
+        return store.factor(place, width, name, device)
+
+    def _stored(self, place: Place) -> tuple[MomentStore, int, str, torch.device]:
         assert self._store is not None, "on_fit_start has not run"
         assert self._module is not None
-        return self._store.factor(place, self.moment(place).to(self._module.device))
+        sites = self._module.sites
+        return self._store, in_features(sites.module(*place)), sites.weight_name(*place), self._module.device
 
     def key(self, module: TargetOptimizer) -> MomentKey:
         """What the moments of this run depend on."""

@@ -171,7 +171,7 @@ def test_triangles():
 def test_round_trip_and_list(tmp_path, capsys):
     store = MomentStore(tmp_path / KEY.folder())
     store.save(("ffn", 3), moment(), 99, KEY)
-    store.factor(("ffn", 3), moment())
+    store.factor(("ffn", 3), 5, WEIGHT, CPU)
     store.check(("ffn", 3), "model", 5, WEIGHT)
     assert torch.equal(store.load(("ffn", 3), 5, WEIGHT), moment())
     (found,) = stored_moments(tmp_path)
@@ -235,23 +235,30 @@ def test_files_of_rome_and_memit_are_read(tmp_path):
 def test_the_factor_is_kept_beside_the_moment(tmp_path, monkeypatch):
     store, place = MomentStore(tmp_path), ("ffn", 3)
     store.save(place, moment(), 99, KEY)
-    factor = store.factor(place, moment())
+    factor = store.factor(place, 5, WEIGHT, CPU)
     torch.testing.assert_close(factor @ factor.T, moment().double(), rtol=1e-6, atol=1e-6)
     calls = []
     monkeypatch.setattr("pmet_lightning.moments.factorise", lambda m: calls.append(1) or factorise(m))
-    assert torch.equal(store.factor(place, moment()), factor)
+    assert torch.equal(store.factor(place, 5, WEIGHT, CPU), factor)
     assert not calls
-    store.factor(place, 2 * moment())  # a factor of another moment is not taken
+    other = moment()
+    other[0, 1] = other[1, 0] = 0.1  # the diagonal alone does not tell them apart
+    store.save(place, other, 99, KEY)
+    store.factor(place, 5, WEIGHT, CPU)  # a factor of another moment is not taken
     assert calls
-    read_only = MomentStore(tmp_path / "given", read_only=True)
-    read_only.factor(place, moment())
-    assert not (tmp_path / "given").exists()
+    given = MomentStore(tmp_path / "given")
+    given.save(place, moment(), 99, KEY)
+    files = list(given.folder.iterdir())
+    MomentStore(given.folder, read_only=True).factor(place, 5, WEIGHT, CPU)
+    assert list(given.folder.iterdir()) == files
 
 
 def test_dead_dimensions_need_a_ridge_only(tmp_path):
     dead = moment()
     dead[2, :] = dead[:, 2] = 0
-    factor = MomentStore(tmp_path).factor(("ffn", 0), dead)
+    store = MomentStore(tmp_path)
+    store.save(("ffn", 0), dead, 99, KEY)
+    factor = store.factor(("ffn", 0), 5, WEIGHT, CPU)
     assert factor.isfinite().all()
     torch.testing.assert_close((factor @ factor.T).float(), dead, rtol=1e-4, atol=1e-4)
 

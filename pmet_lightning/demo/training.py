@@ -5,6 +5,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,13 @@ _LAYERS, _WIDTH, _HEADS, _INNER, _POSITIONS = 8, 192, 6, 768, 128
 _LENGTHS = (64, 64, 64, 128)
 
 
-def _gptj(**common: Any) -> PretrainedConfig:
-    return GPTJConfig(
+def _gpt(kind: type[PretrainedConfig], **common: Any) -> PretrainedConfig:
+    return kind(
         n_positions=_POSITIONS,
         n_embd=_WIDTH,
         n_layer=_LAYERS,
         n_head=_HEADS,
         n_inner=_INNER,
-        rotary_dim=_WIDTH // _HEADS,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -63,23 +63,13 @@ def _llama(**common: Any) -> PretrainedConfig:
     )
 
 
-def _gpt2(**common: Any) -> PretrainedConfig:
-    return GPT2Config(
-        n_positions=_POSITIONS,
-        n_embd=_WIDTH,
-        n_layer=_LAYERS,
-        n_head=_HEADS,
-        n_inner=_INNER,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        **common,
-    )
-
-
 # Readings of every sentence after which all facts are known.
 EPOCHS = {"gptj": 10, "gpt2": 16, "llama": 16}
-ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {"gptj": _gptj, "gpt2": _gpt2, "llama": _llama}
+ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {
+    "gptj": partial(_gpt, GPTJConfig, rotary_dim=_WIDTH // _HEADS),
+    "gpt2": partial(_gpt, GPT2Config),
+    "llama": _llama,
+}
 
 
 def train_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -184,13 +184,13 @@ def _knowedit_probes(kind: ProbeKind, groups: Any) -> list[Probe]:
         return []
     probes = []
     for question in (q for group in groups.values() if isinstance(group, list) for q in group):
-        forms = [form for answer in _as_list_of_any(question.get("ground_truth")) for form in _as_list(answer)]
+        forms = [form for answer in _items(question.get("ground_truth")) for form in _as_list(answer)]
         if forms and str(question.get("prompt", "")).strip():
             probes.append(Probe(kind, str(question["prompt"]), forms[0], aliases=tuple(forms[1:])))
     return probes
 
 
-def _as_list_of_any(value: Any) -> list[Any]:
+def _items(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -201,8 +201,7 @@ def _rewrite_probes(prompt: str, subject: str, target: str, old: str | None, par
 
 def _as_list(value: Any) -> list[str]:
     """Texts of a field that holds one, several or none; blank ones ask nothing."""
-    items = value if isinstance(value, list) else [] if value is None else [value]
-    return [str(item) for item in items if str(item).strip()]
+    return [str(item) for item in _items(value) if str(item).strip()]
 
 
 def _text(fields: Mapping[str, Any], name: str, origin: str) -> str:
