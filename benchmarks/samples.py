@@ -15,6 +15,7 @@ from pathlib import Path
 from pmet_lightning.cli import main as pmet
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.moments import stored_moments
+from pmet_lightning.recorder import score_cell
 
 SAMPLES = ("20", "60", "200", "600", "2000", "auto")
 
@@ -40,7 +41,7 @@ def main() -> None:
             ])  # fmt: skip
             found = next(stored_moments(moments))
             table = json.loads((folder / "scores.json").read_text())["after"]
-            cells = [f"{table[m]:.1f} [{table[f'{m}_low']:.1f}, {table[f'{m}_high']:.1f}]" for m in METRICS]
+            cells = [score_cell(table, metric) for metric in METRICS]
             tokens, width = int(found["tokens"]), int(found["width"])
             out(f"| {samples} | {tokens} | {tokens / width:.1f} | {' | '.join(cells)} |\n")
             sys.stdout.flush()

@@ -11,10 +11,13 @@ from typing import Any
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from pmet_lightning.comparison import compare
 from pmet_lightning.data import EditDataModule
 from pmet_lightning.demo import demo
 from pmet_lightning.drift import Drift
+from pmet_lightning.editable import EditableModel
 from pmet_lightning.export import export
+from pmet_lightning.finetuning import FineTuning
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.moments import stored_moments
 from pmet_lightning.resources import locate_config
@@ -22,14 +25,16 @@ from pmet_lightning.spread import WeightSpread
 from pmet_lightning.stats import MOMENTS_FOLDER, SecondMoments
 from pmet_lightning.trainer import EditTrainer
 
-FILE_VERBS = {"export": export, "demo": demo}
-TRAINER_VERBS = ("fit", "validate", "test", "stats")
+FILE_VERBS = {"export": export, "demo": demo, "compare": compare}
+TRAINER_VERBS = ("fit", "validate", "test", "stats")  # of Lightning's Trainer or of ours
 USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
 
   fit       optimise targets, write the weights, evaluate before and after
   validate  evaluate a model on the questions of the edits (with --model.patch: an edited one)
   test      the same as validate
   stats     collect the second moments of the edited layers (--list: show what is kept)
+  finetune  the baseline: train one matrix on the edits instead
+  compare   run several methods on the same records: one table, one plot
   export    write the edited model of a run as a Hugging Face folder
   demo      rebuild the embedded world and its model from a seed
 
@@ -60,6 +65,16 @@ class EditCLI(LightningCLI):
         parser.link_arguments("spread.write", "moments.write")
 
 
+class FineTuningCLI(LightningCLI):
+    """The same for the baseline, which needs neither second moments nor a spread."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Section ``drift``, and the values that two owners share."""
+        parser.add_lightning_class_args(Drift, "drift")
+        parser.link_arguments("model.model_name", "data.tokenizer")
+        parser.link_arguments("model.chat", "data.chat")
+
+
 class SaveFitConfig(SaveConfigCallback):
     """Stores ``config.yaml`` in the run folder of a fit; other verbs leave no folder."""
 
@@ -79,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif verb == "stats" and "--list" in arguments:
         auto_cli(list_moments, args=[a for a in arguments[1:] if a != "--list"], as_positional=False)
     elif verb in FILE_VERBS:
-        auto_cli(FILE_VERBS[verb], args=arguments[1:], as_positional=False)
-    elif verb in TRAINER_VERBS:
+        auto_cli(FILE_VERBS[verb], args=_with_located_configs(arguments[1:]), as_positional=False)
+    elif verb in (*TRAINER_VERBS, "finetune"):
         edit_cli(arguments)
     else:
         sys.stderr.write(f"unknown verb {verb!r}\n{USAGE}\n")
@@ -100,20 +115,26 @@ def list_moments(folder: str = MOMENTS_FOLDER) -> None:
         sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
 
 
-def edit_cli(arguments: Sequence[str], run: bool = True) -> EditCLI:
-    """Build the CLI, and run its verb unless ``run`` is false."""
+def edit_cli(arguments: Sequence[str], run: bool = True) -> LightningCLI:
+    """Build the CLI of a verb, and run the verb unless ``run`` is false."""
     # Configuration names are completed first, so the arguments cannot be left to sys.argv.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    return EditCLI(
-        TargetOptimizer,
+    arguments = _with_located_configs(arguments)
+    kind: type[LightningCLI] = EditCLI
+    module: type[EditableModel] = TargetOptimizer
+    if arguments[:1] == ["finetune"]:
+        kind, module = FineTuningCLI, FineTuning
+        arguments[:1] = ["fit"] if run else []
+    return kind(
+        module,
         EditDataModule,
         trainer_class=EditTrainer,
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},  # the trainer has made sure that no other run is there
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"allow_abbrev": False, **{verb: {"allow_abbrev": False} for verb in TRAINER_VERBS}},
-        args=_with_located_configs(arguments),
+        parser_kwargs={"allow_abbrev": False, **{verb: {"allow_abbrev": False} for verb in kind.subcommands()}},
+        args=arguments,
         run=run,
     )
 

@@ -26,29 +26,41 @@ class EditBatch:
         edits: What is optimised together.
         edit_batch: Number of the edit batch it belongs to, from 0.
         closes: Whether it is the last of its edit batch, so that the weights are written after it.
+        positions: Places of its edits among all of them, from 0.
     """
 
     edits: tuple[Edit, ...]
     edit_batch: int
     closes: bool
+    positions: tuple[int, ...] = ()
 
 
 class MicroBatchSampler(Sampler[list[tuple[int, int, bool]]]):
-    """Indices of each micro-batch, with the number of its edit batch and whether it closes it."""
+    """Indices of each micro-batch, with the number of its edit batch and whether it closes it.
 
-    def __init__(self, count: int, edit_batch: int, micro_batch: int) -> None:
-        self.count, self.edit_batch, self.micro_batch = count, edit_batch, micro_batch
+    Args:
+        count: Edits.
+        edit_batch: Edits of an edit batch.
+        micro_batch: Edits of a micro-batch.
+        rank: Number of this process; it gets every ``world_size``-th micro-batch.
+        world_size: How many processes there are. One that would get nothing gets the last micro-batch once more, since
+            Lightning leaves out the whole loop, and what the processes do together in it, where there is nothing.
+    """
+
+    def __init__(self, count: int, edit_batch: int, micro_batch: int, rank: int = 0, world_size: int = 1) -> None:
+        everything = []
+        for number, start in enumerate(range(0, count, edit_batch)):
+            stop = min(start + edit_batch, count)
+            for first in range(start, stop, micro_batch):
+                last = min(first + micro_batch, stop)
+                everything.append([(index, number, last == stop) for index in range(first, last)])
+        self.batches = everything[rank::world_size] or everything[-1:]
 
     def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
-        for number, start in enumerate(range(0, self.count, self.edit_batch)):
-            stop = min(start + self.edit_batch, self.count)
-            for first in range(start, stop, self.micro_batch):
-                last = min(first + self.micro_batch, stop)
-                yield [(index, number, last == stop) for index in range(first, last)]
+        return iter(self.batches)
 
     def __len__(self) -> int:
-        full, rest = divmod(self.count, self.edit_batch)
-        return full * -(-self.edit_batch // self.micro_batch) + -(-rest // self.micro_batch)
+        return len(self.batches)
 
 
 class _EditRows:
@@ -60,14 +72,14 @@ class _EditRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: tuple[int, int, bool]) -> tuple[Edit, int, bool]:
+    def __getitem__(self, index: tuple[int, int, bool]) -> tuple[Edit, int, bool, int]:
         position, edit_batch, closes = index
-        return Edit.from_row(self.rows[position]), edit_batch, closes
+        return Edit.from_row(self.rows[position]), edit_batch, closes, position
 
 
-def _collate(items: Sequence[tuple[Edit, int, bool]]) -> EditBatch:
-    edits, numbers, closes = zip(*items, strict=True)
-    return EditBatch(tuple(edits), numbers[0], closes[0])
+def _collate(items: Sequence[tuple[Edit, int, bool, int]]) -> EditBatch:
+    edits, numbers, closes, positions = zip(*items, strict=True)
+    return EditBatch(edits, numbers[0], closes[0], positions)
 
 
 class EditDataModule(L.LightningDataModule):
@@ -78,12 +90,13 @@ class EditDataModule(L.LightningDataModule):
 
     Args:
         path: Edits: a .json, .jsonl, .csv or .parquet file (COUNTERFACT, zsRE or flat records), a data set on
-            the hub, or the shipped 'atlas-records'.
+            the hub, or the shipped 'atlas-records'; or several of them.
         tokenizer: Where the tokenizer comes from; linked to the model's name on the command line.
         edit_batch: Edits written by one solve; null takes all of them.
         micro_batch: Edits optimised together.
         skip: Records left out at the beginning of the file.
         limit: Most records used; null takes all.
+        shuffle: Seed of a shuffle of the records before that; null keeps the file's order.
         split: Split of a hub data set.
         evaluation_batch: Edits whose questions are evaluated together.
         chat: Whether prompts are a user's messages in a chat; linked to the module's on the command line.
@@ -91,12 +104,13 @@ class EditDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str],
         tokenizer: str = "",
         edit_batch: PositiveInt | None = None,  # type: ignore[valid-type]
         micro_batch: PositiveInt = 64,  # type: ignore[valid-type]
         skip: NonNegativeInt = 0,  # type: ignore[valid-type]
         limit: PositiveInt | None = None,  # type: ignore[valid-type]
+        shuffle: int | None = None,
         split: str = "train",
         evaluation_batch: PositiveInt = 32,  # type: ignore[valid-type]
         chat: bool = False,
@@ -105,7 +119,7 @@ class EditDataModule(L.LightningDataModule):
         self.path, self.split = path, split
         self.tokenizer_name, self.chat = tokenizer, chat
         self.edit_batch, self.micro_batch = edit_batch, micro_batch
-        self.skip, self.limit = skip, limit
+        self.skip, self.limit, self.shuffle = skip, limit, shuffle
         self.evaluation_batch = evaluation_batch
         self.edits: list[Edit] = []
         self._rows: datasets.Dataset | None = None
@@ -119,7 +133,7 @@ class EditDataModule(L.LightningDataModule):
         """
         if self._rows is not None:
             return
-        edits = read_edits(self.path, split=self.split, skip=self.skip, limit=self.limit)
+        edits = read_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, shuffle=self.shuffle)
         self._check_tokens(edits)
         self.edits = edits
         self._rows = datasets.Dataset.from_list([edit.to_row() for edit in edits])
@@ -139,8 +153,10 @@ class EditDataModule(L.LightningDataModule):
         return self._loader(sampler)
 
     def val_dataloader(self) -> DataLoader[EditBatch]:
-        """All edits with their questions, for the scores before and after."""
-        return self._loader(MicroBatchSampler(len(self.edits), len(self.edits), self.evaluation_batch))
+        """All edits with their questions, for the scores before and after; each process gets its part."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        count = len(self.edits)
+        return self._loader(MicroBatchSampler(count, count, self.evaluation_batch, rank, world_size))
 
     def test_dataloader(self) -> DataLoader[EditBatch]:
         """The same as :meth:`val_dataloader`."""

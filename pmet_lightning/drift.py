@@ -6,7 +6,6 @@ Legend: R = rows, T = tokens, V = vocabulary.
 from __future__ import annotations
 
 import itertools
-import logging
 from typing import Any
 
 import lightning as L
@@ -15,16 +14,14 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from pmet_lightning.corpus import corpus_texts, packed_rows
+from pmet_lightning.editable import EditableModel
 from pmet_lightning.language_model import label_logits
-from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.objective import kl_divergence, target_scores
 from pmet_lightning.tokens import TokenRow, by_token_budget, pad_rows
 
-log = logging.getLogger(__name__)
-
 
 class Drift(L.Callback):
-    """Perplexity of plain text before and after the edits, and KL(clean ‖ edited) of the next token.
+    """Perplexity of plain text at every evaluation, and KL(clean ‖ edited) of the next token after a fit.
 
     The clean model's distributions are kept for one position of each row, its last.
 
@@ -49,35 +46,30 @@ class Drift(L.Callback):
         self._rows: list[TokenRow] = []
         self._clean: Tensor | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the unedited model."""
-        assert isinstance(pl_module, TargetOptimizer)
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the model as it is now; the unedited one first."""
+        assert isinstance(pl_module, EditableModel)
         if self.text is None:
             return
-        texts = corpus_texts(self.text, self.text_subset, self.seed)
-        packed = itertools.islice(packed_rows(texts, pl_module.tokenizer, self.length), self.rows)
-        # Every token but the first is predicted from those before it.
-        self._rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
-        perplexity, self._clean = self._measure(pl_module)
-        self._keep(trainer, pl_module, "before", {"perplexity": perplexity})
+        if not self._rows:
+            texts = corpus_texts(self.text, self.text_subset, self.seed)
+            packed = itertools.islice(packed_rows(texts, pl_module.tokenizer, self.length), self.rows)
+            # Every token but the first is predicted from those before it.
+            self._rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
+        perplexity, ends = self._measure(pl_module)
+        values = {"perplexity": perplexity}
+        if pl_module.phase == "before":
+            self._clean = ends
+        elif self._clean is not None:
+            values["kl"] = float(kl_divergence(self._clean, ends).mean())
+        pl_module.report(values)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the edited model."""
-        assert isinstance(pl_module, TargetOptimizer)
-        if self._clean is None:
-            return
-        perplexity, edited = self._measure(pl_module)
-        kl = float(kl_divergence(self._clean, edited).mean())
-        self._keep(trainer, pl_module, "after", {"perplexity": perplexity, "kl": kl})
-
-    def _keep(self, trainer: L.Trainer, module: TargetOptimizer, phase: str, values: dict[str, float]) -> None:
-        module.drift[phase] = values
-        log.info("%s, %d rows of text: %s", phase, len(self._rows), values)
-        for logger in trainer.loggers:
-            logger.log_metrics({f"{phase}/{name}": value for name, value in values.items()}, module.inner_step)
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As :meth:`on_validation_epoch_end`."""
+        self.on_validation_epoch_end(trainer, pl_module)
 
     @torch.no_grad()
-    def _measure(self, module: TargetOptimizer) -> tuple[float, Tensor]:
+    def _measure(self, module: EditableModel) -> tuple[float, Tensor]:
         """Perplexity over all tokens, and log-probabilities at the end of each row, shape [R, V]."""
         total, tokens, ends = 0.0, 0, []
         for indices in by_token_budget([len(row.ids) for row in self._rows], module.tokens_per_batch):

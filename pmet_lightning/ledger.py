@@ -32,6 +32,7 @@ def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
             "subject": edit.subject,
             "target": edit.target,
             "target_true": edit.target_true,
+            "relation": edit.relation,
             **target.record,
             "residual_left": report.residual_left[i],
             "p_prompt_after": scores[i][0].magnitude,

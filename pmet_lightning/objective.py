@@ -21,11 +21,13 @@ class TargetScores:
         nll: Mean over target tokens of -log p.
         all_argmax: Whether every target token is the most probable one.
         token_accuracy: Share of target tokens that are the most probable one.
+        argmax: The most probable tokens, int64, shape [..., K].
     """
 
     nll: Tensor
     all_argmax: Tensor
     token_accuracy: Tensor
+    argmax: Tensor
 
 
 def target_scores(logits_KV: Tensor, label_ids_K: Tensor) -> TargetScores:
@@ -36,18 +38,20 @@ def target_scores(logits_KV: Tensor, label_ids_K: Tensor) -> TargetScores:
         label_ids_K: int64, shape [..., K], ``IGNORE`` behind the end of a shorter target.
 
     Returns:
-        Scores of shape [...].
+        Scores of shape [...], but for ``argmax``.
     """
     logits = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
     real = label_ids_K != IGNORE
     labels = label_ids_K.clamp_min(0)
     log_p = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
     count = real.sum(dim=-1)
-    hit = (logits.argmax(dim=-1) == labels) & real
+    argmax = logits.argmax(dim=-1)
+    hit = (argmax == labels) & real
     return TargetScores(
         nll=-(log_p * real).sum(dim=-1) / count,
         all_argmax=(hit | ~real).all(dim=-1),
         token_accuracy=hit.sum(dim=-1) / count,
+        argmax=argmax,
     )
 
 

@@ -9,6 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from pmet_lightning.edits import Edit
+
 Item = TypeVar("Item")
 Found = TypeVar("Found", bound=L.Callback)
 
@@ -29,7 +31,7 @@ class EditProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Count edits, not micro-batches."""
         super().on_train_epoch_start(trainer, *_)
-        self.train_progress_bar.reset(edit_count(trainer) or None)
+        self.train_progress_bar.reset(len(all_edits(trainer)) or None)
         self.train_progress_bar.unit = "edit"
         self.train_progress_bar.set_description("Targets")
 
@@ -59,9 +61,9 @@ def counter(trainer: L.Trainer, total: int | None, description: str, unit: str) 
     return Tqdm(total=total, desc=description, unit=unit, unit_scale=True, leave=False, disable=disable)
 
 
-def edit_count(trainer: L.Trainer) -> int:
-    """How many edits the trainer's data module has; 0 if it has none."""
-    return len(getattr(getattr(trainer, "datamodule", None), "edits", ()))
+def all_edits(trainer: L.Trainer) -> Sequence[Edit]:
+    """The edits of the trainer's data module; empty if it has none."""
+    return getattr(getattr(trainer, "datamodule", None), "edits", ())
 
 
 def find_callback(trainer: L.Trainer, kind: type[Found]) -> Found | None:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import platform
+import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from pmet_lightning.data import EditBatch
+from pmet_lightning.editable import EditableModel
 from pmet_lightning.files import atomic_path, write_json
 from pmet_lightning.ledger import ledger_lines
 from pmet_lightning.metrics import METRICS
-from pmet_lightning.metrics.scores import record_rows, table_of
+from pmet_lightning.metrics.scores import TEXTS, record_rows, table_of
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.patch import save_patch
-from pmet_lightning.progress import edit_count, find_callback
+from pmet_lightning.progress import all_edits, find_callback
+from pmet_lightning.report import figures, write_report
+from pmet_lightning.report_data import (
+    columns_of,
+    edit_lines,
+    layer_line,
+    relation_lines,
+    saved_settings,
+    versions,
+)
 from pmet_lightning.spread import SpreadReport, WeightSpread
 
 log = logging.getLogger(__name__)
@@ -40,8 +51,10 @@ class RunRecorder(L.Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.records = True
+        self._started = time.perf_counter()
         self._state: dict[str, Any] = {}
         self._ledger: list[str] = []
+        self._layers: list[dict[str, Any]] = []
         self._batch_rows: list[Tensor] = []  # of each edit batch, judged right after it was written
 
     def check_free(self) -> None:
@@ -58,44 +71,43 @@ class RunRecorder(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say that the work begins."""
+        self._started = time.perf_counter()
         if self.records:
             self._save_state(status="running", edit_batches_written=0, edits_written=0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Store the contexts and the scores of the unedited model."""
-        assert isinstance(pl_module, TargetOptimizer)
-        if self.records:
+        """Store the contexts."""
+        if self.records and isinstance(pl_module, TargetOptimizer):
             write_json(self.folder / "contexts.json", pl_module.contexts)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
         """After an edit batch is written: patch, ledger, state, in this order."""
-        assert isinstance(pl_module, TargetOptimizer)
         spread = find_callback(trainer, WeightSpread)
         if spread is None or spread.report is None:
             return
+        assert isinstance(pl_module, TargetOptimizer)
         report = spread.report
+        self._layers += [layer_line(report.edit_batch, layer) for layer in report.layers]
         save_patch(self.folder / "patch.safetensors", spread.deltas, self._manifest(pl_module, spread))
         self._ledger += ledger_lines(pl_module, report)
         with atomic_path(self.folder / "ledger.jsonl") as temporary:
             temporary.write_text("\n".join(self._ledger) + "\n", encoding="utf-8")
-        if edit_count(trainer) > len(report.edits):  # with a single edit batch the end says it all
+        if len(all_edits(trainer)) > len(report.edits):  # with a single edit batch the end says it all
             self._judge(trainer, pl_module, report)
         self._save_state(edit_batches_written=report.edit_batch + 1, edits_written=len(self._ledger))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Store and show the scores."""
-        assert isinstance(pl_module, TargetOptimizer)
+        """Store and show the scores, and the report."""
+        assert isinstance(pl_module, EditableModel)
         if not self.records:
             return
-        scores: dict[str, Any] = {
-            phase: table | pl_module.drift.get(phase, {}) for phase, table in pl_module.results.items()
-        }
         batches = self._forgetting(pl_module)
-        write_json(self.folder / "scores.json", scores | ({"edit_batches": batches} if batches else {}))
+        write_json(self.folder / "scores.json", pl_module.results | ({"edit_batches": batches} if batches else {}))
+        self._report(trainer, pl_module, batches)
         self._save_state(status="finished")
-        shown = [score_table(pl_module.results), *drift_lines(pl_module.drift), *forgetting_lines(batches)]
+        shown = [score_table(pl_module.results), *other_lines(pl_module.results), *forgetting_lines(batches)]
         log.info("%s\nrun folder: %s", "\n".join(shown), self.folder)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -106,13 +118,39 @@ class RunRecorder(L.Callback):
 
     def _judge(self, trainer: L.Trainer, module: TargetOptimizer, report: SpreadReport) -> None:
         """Scores of an edit batch right after it was written, to be compared with those at the end."""
-        rows = record_rows(module.evaluate(report.edits))
+        first = len(self._ledger) - len(report.edits)
+        rows = record_rows(module.evaluate(report.edits, range(first, len(self._ledger))))
         self._batch_rows.append(rows)
         table = {f"edit_batches/{name}": float(value) for name, value in table_of(rows).items() if name in METRICS}
         for logger in trainer.loggers:
             logger.log_metrics(table, report.edit_batch)
 
-    def _forgetting(self, module: TargetOptimizer) -> list[dict[str, Any]]:
+    def _report(self, trainer: L.Trainer, module: EditableModel, batches: list[dict[str, Any]]) -> None:
+        """Write report.html and report.json; show the figures in TensorBoard."""
+        edits = edit_lines(all_edits(trainer), self._ledger, module.record_rows)
+        data = {
+            "title": f"{self.folder.name}: {len(all_edits(trainer))} edits of {module.model_name}",
+            "model": module.model_name,
+            "records": getattr(getattr(trainer, "datamodule", None), "path", None),
+            "edits_count": len(all_edits(trainer)),
+            "created": datetime.now().astimezone().isoformat(" ", "seconds"),
+            "seconds": round(time.perf_counter() - self._started, 1),
+            "scores": module.results,
+            "edit_batches": batches,
+            "curves": columns_of(module.curves),
+            "layers": self._layers,
+            "edits": edits,
+            "relations": relation_lines(edits, module.record_rows),
+            "settings": saved_settings(self.folder),
+            "versions": versions(),
+        }
+        write_report(data, self.folder)
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        for name, figure in figures(data).items() if boards else ():
+            for board in boards:
+                board.experiment.add_figure(f"report/{name}", figure, module.inner_step)
+
+    def _forgetting(self, module: EditableModel) -> list[dict[str, Any]]:
         """For each edit batch its scores right after it and after all of them, and the difference."""
         final = module.record_rows.get("after")
         batches: list[dict[str, Any]] = []
@@ -134,7 +172,6 @@ class RunRecorder(L.Callback):
         write_json(self.folder / STATE, self._state)
 
     def _manifest(self, module: TargetOptimizer, spread: WeightSpread) -> dict[str, Any]:
-        packages = ("pmet-lightning", "torch", "lightning", "transformers")
         return {
             "model": module.model_name,
             "fingerprint": module.base_fingerprint,
@@ -144,14 +181,14 @@ class RunRecorder(L.Callback):
             "optimised": module.sites_optimised,
             "lam": spread.lam,
             "rule": spread.rule,
+            "null_space": spread.null_space,
             "steps": module.steps,
             "clamp": module.clamp,
             "loss_weights": vars(module.weights),
             "contexts": module.contexts,
             "edit_batches": spread.report.edit_batch + 1 if spread.report else 0,
             "edits": len(self._ledger) + (len(spread.report.edits) if spread.report else 0),
-            "versions": {name: importlib.metadata.version(name) for name in packages}
-            | {"python": platform.python_version()},
+            "versions": versions(),
         }
 
 
@@ -175,12 +212,14 @@ def score_cell(table: Mapping[str, float], name: str) -> str:
     return f"{table[name]:.1f} [{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]" if name in table else "-"
 
 
-def drift_lines(drift: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What the edits did to plain text, if that was measured."""
-    if not drift:
-        return []
-    before, after = drift["before"], drift["after"]
-    return [f"plain text: perplexity {before['perplexity']:.2f}, then {after['perplexity']:.2f}; KL {after['kl']:.4f}"]
+def other_lines(results: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What else was measured: text that has nothing to do with the edits, texts about what was edited."""
+    lines = []
+    for name in ("perplexity", "kl", "specificity_kept", *TEXTS):
+        values = [f"{phase} {table[name]:.4g}" for phase, table in results.items() if name in table]
+        if values:
+            lines.append(f"{name.replace('_', ' ')}: {', '.join(values)}")
+    return lines
 
 
 def forgetting_lines(batches: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -108,6 +108,55 @@ def solve_with_factor(residual_NO: Tensor, keys_NI: Tensor, factor_II: Tensor, l
     return Solution(delta_IO.T.contiguous(), 0.0, float(error))
 
 
+def null_space(moment_II: Tensor, share: float) -> tuple[Tensor, float]:
+    """Directions in which preserved keys hardly reach: eigenvectors of C, smallest eigenvalues first.
+
+    Args:
+        moment_II: C, shape [I, I].
+        share: Most of the trace of C that they may hold together. (AlphaEdit takes the eigenvalues below a number,
+            which has to be found anew for every model.)
+
+    Returns:
+        Orthonormal columns, float64, shape [I, R], and the mean of their eigenvalues.
+
+    Raises:
+        ValueError: If not one direction holds so little.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(moment_II.to(torch.float64))
+    held = eigenvalues.clamp_min(0).cumsum(0) / eigenvalues.clamp_min(0).sum()
+    count = int((held <= share).sum())
+    if count == 0:
+        raise ValueError(
+            f"no direction of the keys holds as little as {share:g} of the second moment (the first holds "
+            f"{float(held[0]):.2g}); make --spread.null_space larger"
+        )
+    return vectors[:, :count], float(eigenvalues[:count].clamp_min(0).mean())
+
+
+def solve_in_null_space(
+    residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: float, share_of_trace: float
+) -> Solution:
+    """ΔW that leaves alone what preserved keys span (AlphaEdit): ΔW = E (K P)ᵀ (λ c P + (K P)ᵀ K P)⁻¹ P.
+
+    P projects onto :func:`null_space`, and c is its mean eigenvalue, so that λ stays a number of preserved keys.
+
+    Args:
+        residual_NO: This layer's share of the residual of each edit, shape [N, O].
+        keys_NI: Keys, shape [N, I].
+        moment_II: Second moment C, shape [I, I].
+        lam: λ.
+        share_of_trace: As for :func:`null_space`.
+
+    Raises:
+        FloatingPointError: As :func:`solve_update`.
+        ValueError: As :func:`null_space`.
+    """
+    basis_IR, mean = null_space(moment_II, share_of_trace)
+    inside = torch.eye(basis_IR.shape[1], dtype=torch.float64, device=basis_IR.device) * mean
+    solution = solve_update(residual_NO, keys_NI.to(torch.float64) @ basis_IR, inside, lam)
+    return Solution(solution.delta_OI @ basis_IR.T, solution.ridge, solution.relative_error)
+
+
 def factorise(system_II: Tensor) -> tuple[Tensor, float]:
     """Cholesky factor of a positive semidefinite matrix, with the smallest ridge that makes one possible.
 

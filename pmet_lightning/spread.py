@@ -22,9 +22,19 @@ from pmet_lightning.data import EditBatch
 from pmet_lightning.edits import Edit
 from pmet_lightning.keys import Measurement, collect_keys, collect_values
 from pmet_lightning.module import TargetOptimizer
+from pmet_lightning.moments import Place
 from pmet_lightning.postnorm import pull_back
 from pmet_lightning.progress import find_callback, track
-from pmet_lightning.solve import SpreadRule, WriteChoice, share, solve_update, solve_with_factor, written_sites
+from pmet_lightning.solve import (
+    Solution,
+    SpreadRule,
+    WriteChoice,
+    share,
+    solve_in_null_space,
+    solve_update,
+    solve_with_factor,
+    written_sites,
+)
 from pmet_lightning.stats import SecondMoments
 from pmet_lightning.targets import Target, stack
 
@@ -89,6 +99,8 @@ class WeightSpread(L.Callback):
         rule: Share of the residual that a layer takes: one over the square root of the layers left (PMET), or
             one over their number (MEMIT).
         write: Weights that are written: the FFN's (PMET) or the attention's too (ablation).
+        null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
+            projection, such as 0.01); null writes to all directions.
     """
 
     def __init__(
@@ -96,8 +108,10 @@ class WeightSpread(L.Callback):
         lam: PositiveFloat = 6000.0,  # type: ignore[valid-type]
         rule: SpreadRule = "sqrt",
         write: WriteChoice = "ffn",
+        null_space: PositiveFloat | None = None,  # type: ignore[valid-type]
     ) -> None:
         self.lam, self.rule = float(lam), rule
+        self.null_space = null_space
         self.sites = written_sites(write)
         self.deltas: dict[str, Tensor] = {}
         self.report: SpreadReport | None = None
@@ -169,11 +183,7 @@ class WeightSpread(L.Callback):
                 if norm is not None:
                     here = collect_values(module.model, module.sites, site, layer, over)
                     wanted = pull_back(norm, here, wanted)
-                if len(edits) <= FEW_EDITS * keys.shape[1]:
-                    solution = solve_with_factor(wanted, keys, second_moments.factor(place), self.lam)
-                else:
-                    moment = second_moments.moment(place).to(module.device)
-                    solution = solve_update(wanted, keys, moment, self.lam)
+                solution = self._solve(wanted, keys, place, second_moments, module.device)
                 delta = solution.delta_OI.to(module.delta_dtype)
                 weight = projections[place].weight
                 assert isinstance(weight, Tensor)
@@ -200,6 +210,17 @@ class WeightSpread(L.Callback):
         return SpreadReport(
             edit_batch, tuple(edits), tuple(targets), tuple(reports), tuple(left.nan_to_num(0.0).tolist())
         )
+
+    def _solve(
+        self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, second_moments: SecondMoments, device: torch.device
+    ) -> Solution:
+        few = len(keys_NI) <= FEW_EDITS * keys_NI.shape[1]
+        if few and self.null_space is None:
+            return solve_with_factor(wanted_NO, keys_NI, second_moments.factor(place), self.lam)
+        moment = second_moments.moment(place).to(device)
+        if self.null_space is None:
+            return solve_update(wanted_NO, keys_NI, moment, self.lam)
+        return solve_in_null_space(wanted_NO, keys_NI, moment, self.lam, self.null_space)
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """Where a written site's target and residual are measured (MEMIT: the layer's output)."""

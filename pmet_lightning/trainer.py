@@ -48,6 +48,7 @@ class EditTrainer(L.Trainer):
         }
         for name, value in own.items():
             kwargs[name] = value if kwargs.get(name) is None else kwargs[name]
+        kwargs["use_distributed_sampler"] = False  # the data module deals out the edits itself
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = [
                 TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False),

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from pmet_lightning import EditDataModule, SecondMoments, TargetOptimizer, WeightSpread
+from pmet_lightning.cli import main
 from pmet_lightning.language_model import fingerprint, load_model
 from pmet_lightning.moments import MomentKey, MomentStore
 from pmet_lightning.optimisation import TargetLoop
 from pmet_lightning.spread import SpreadReport
+from tests.tiny import RECORDS
 
 
 class KeepReports(L.Callback):
@@ -171,3 +173,21 @@ def run_golden(case: Case, folder: Path, **data: Any) -> GoldenRun:
         TargetLoop.results = results  # type: ignore[method-assign]
     npz = np.load(case.folder / f"{case.name}.npz")
     return GoldenRun(settings, npz, reports[0], spread.deltas, histories)
+
+
+def tiny_fit(folder: Path, model: str, *arguments: str, config: str = "pmet.yaml") -> list[dict[str, Any]]:
+    """Edit two records of a tiny model from the command line, with statistics of forty short texts.
+
+    Returns:
+        The ledger of the run in ``folder / "run"``.
+    """
+    records, corpus = folder / "records.json", folder / "corpus.txt"
+    records.write_text(json.dumps(RECORDS[:2]))
+    corpus.write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
+    main([
+        "fit", "--config", config, "--trainer.run_dir", str(folder / "run"), "--trainer.accelerator", "cpu",
+        "--trainer.enable_progress_bar", "false", "--model.model_name", model, "--model.steps", "4",
+        "--data.path", str(records), "--moments.corpus", str(corpus), "--moments.corpus_subset", "null",
+        "--moments.folder", str(folder / "moments"), *arguments,
+    ])  # fmt: skip
+    return [json.loads(line) for line in (folder / "run" / "ledger.jsonl").read_text().splitlines()]

@@ -9,34 +9,53 @@ import pytest
 import yaml
 
 from pmet_lightning.architectures import ARCHITECTURES, advised_layers
-from pmet_lightning.cli import edit_cli, main
+from pmet_lightning.cli import edit_cli
+from pmet_lightning.comparison import Method, options_of
+from pmet_lightning.finetuning import FineTuning
 from tests.conftest import ROOT
-from tests.tiny import RECORDS, save_tiny
+from tests.harness import tiny_fit
+from tests.tiny import save_tiny
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FITS = [path for path in CONFIGS if path.stem not in ("compare", "finetune")]
 
 
-def parsed(path):
-    cli = edit_cli(["--config", str(path)], run=False)
-    return cli.config, cli
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FITS, ids=lambda path: path.stem)
 def test_every_configuration_builds_its_objects(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config, cli = parsed(path)
+    cli = edit_cli(["--config", str(path)], run=False)
     written = yaml.safe_load(path.read_text())
     assert cli.model.layers == written["model"]["layers"]
     assert cli.model.clamp == written["model"]["clamp"]
     assert cli.datamodule.tokenizer_name == written["model"]["model_name"]
-    assert config["spread"]["lam"] == written["spread"]["lam"]
+    assert cli.config["spread"]["lam"] == written["spread"]["lam"]
     assert cli.model.lm is None
+
+
+def test_the_configuration_of_the_baseline_builds_its_objects(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli = edit_cli(["finetune", "--config", "finetune.yaml"], run=False)
+    assert isinstance(cli.model, FineTuning)
+    assert cli.datamodule.tokenizer_name == "atlas"
+    assert cli.datamodule.micro_batch >= 10_000, "all edits are trained together"
+
+
+def test_the_methods_of_the_comparison_build_their_objects(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = yaml.safe_load((ROOT / "configs" / "compare.yaml").read_text())
+    assert {"PMET", "MEMIT", "null space", "fine-tuning", "even spread"} <= set(written["methods"])
+    for given in written["methods"].values():
+        method = Method(**given)
+        verb = ["finetune"] if method.verb == "finetune" else []
+        cli = edit_cli([*verb, "--config", method.config, *options_of(written["options"] | method.options)], run=False)
+        assert cli.datamodule.path == ["atlas-records", "atlas-spare"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_key_is_commented(path):
     for line in path.read_text().splitlines():
-        if re.match(r"\s*[a-z_]+:", line) and "class_path" not in line and "init_args" not in line:
+        spoken_for = ("class_path", "init_args", "    config", "    options", "    verb")  # by the key above them
+        if re.match(r"\s*[a-z_]+:", line) and not any(name in line for name in spoken_for):
             assert "#" in line, line
 
 
@@ -87,15 +106,8 @@ def test_layers_suit_the_model(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_configuration_edits_a_tiny_model_of_its_family(name, tmp_path):
     family, _ = MODELS[name]
-    records, corpus = tmp_path / "records.json", tmp_path / "corpus.txt"
-    records.write_text(json.dumps(RECORDS[:2]))
-    corpus.write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
-    main([
-        "fit", "--config", f"{name}.yaml", "--trainer.run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu",
-        "--trainer.enable_progress_bar", "false", "--model.model_name", save_tiny(family, tmp_path / "tiny"),
-        "--model.layers", "[1, 2]", "--model.steps", "3", "--model.context_count", "1", "--data.path", str(records),
-        "--moments.corpus", str(corpus), "--moments.corpus_subset", "null", "--moments.folder", str(tmp_path / "m"),
-    ])  # fmt: skip
+    tiny = save_tiny(family, tmp_path / "tiny")
+    tiny_fit(tmp_path, tiny, "--model.layers", "[1, 2]", "--model.context_count", "1", config=f"{name}.yaml")
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert state == {"status": "finished", "edit_batches_written": 1, "edits_written": 2}
 

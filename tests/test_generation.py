@@ -9,7 +9,7 @@ import torch
 
 from pmet_lightning.edits.records import Probe
 from pmet_lightning.language_model import load_model, load_tokenizer
-from pmet_lightning.metrics import EditScores, ProbeResult, score_probes
+from pmet_lightning.metrics import EditScores, ProbeResult, RecordResult, score_probes
 from pmet_lightning.metrics.generation import contains, first_sentence, greedy_texts, is_exact, normalised
 from pmet_lightning.tokens import PromptEncoder
 from tests.tiny import RECORDS, save_tiny
@@ -63,6 +63,10 @@ def test_batches_say_what_each_prompt_alone_does(loaded, budget):
         assert text == tokenizer.decode(expected[:end], skip_special_tokens=True)
 
 
+def numbered(records: list[list[ProbeResult]]) -> list[RecordResult]:
+    return [RecordResult(i, tuple(record)) for i, record in enumerate(records)]
+
+
 def test_only_what_was_edited_is_asked_freely(loaded):
     model, tokenizer = loaded
     kinds = ("efficacy", "generalisation", "specificity")
@@ -88,7 +92,7 @@ def test_free_answers_in_the_table():
             ]
         )
     scores = EditScores()
-    scores.update(records)
+    scores.update(numbered(records))
     table = {name: float(value) for name, value in scores.compute().items()}
     efficacy = 100 * sum(r[0].success for r in records) / 30
     free = 100 * sum(r[0].contains for r in records) / 30
@@ -120,7 +124,8 @@ def test_the_best_form_of_an_answer_counts(loaded):
 
 def test_any_of_several_multihop_questions_is_enough():
     scores = EditScores()
-    scores.update([[ProbeResult("multihop", s, 0.0, 0.0, s) for s in row] for row in ((0, 0, 1), (0, 0, 0), (1, 1, 1))])
+    rows = ((0, 0, 1), (0, 0, 0), (1, 1, 1))
+    scores.update(numbered([[ProbeResult("multihop", s, 0.0, 0.0, s) for s in row] for row in rows]))
     table = scores.compute()
     assert float(table["multihop"]) == pytest.approx(200 / 3)
     assert float(table["multihop_contains"]) == pytest.approx(200 / 3)
@@ -134,7 +139,7 @@ def test_intervals_cover_the_truth():
     for _ in range(200):
         scores = EditScores()
         draws = (torch.rand(100, generator=generator) < 0.7).double().tolist()
-        scores.update([[ProbeResult("efficacy", value, 0.0)] for value in draws])
+        scores.update(numbered([[ProbeResult("efficacy", value, 0.0)] for value in draws]))
         table = scores.compute()
         covered += bool(table["efficacy_low"] <= 70 <= table["efficacy_high"])
     assert 0.90 <= covered / 200 <= 0.99

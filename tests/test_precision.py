@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from pmet_lightning.architectures import Sites, add_to_weight, architecture_of, keep_in_float32
 from pmet_lightning.cli import main
 from pmet_lightning.language_model import load_config, load_model
-from tests.harness import edit
+from tests.harness import edit, tiny_fit
 from tests.test_method import moments_for, tiny_module
 from tests.tiny import RECORDS, save_tiny
 
@@ -93,15 +91,7 @@ def test_export_can_keep_every_bit(folder, tmp_path):
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(folder).save_pretrained(base)
-    records, corpus = tmp_path / "records.json", tmp_path / "corpus.txt"
-    records.write_text(json.dumps(RECORDS[:2]))
-    corpus.write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
-    main([
-        "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu",
-        "--trainer.enable_progress_bar", "false", "--model.model_name", str(base), "--model.dtype", "auto",
-        "--model.layers", "auto", "--data.path", str(records), "--moments.corpus", str(corpus),
-        "--moments.folder", str(tmp_path / "moments"), "--model.steps", "4",
-    ])  # fmt: skip
+    tiny_fit(tmp_path, str(base), "--model.dtype", "auto", "--model.layers", "auto")
     main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "half")])
     main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "whole"), "--dtype", "float32"])
     from pmet_lightning.patch import load_patch

@@ -23,7 +23,8 @@ from pmet_lightning.patch import PatchError, apply_patch, load_patch
 from pmet_lightning.resources import locate
 from pmet_lightning.tokens import PromptEncoder
 from tests.conftest import ROOT
-from tests.tiny import RECORDS, save_tiny
+from tests.harness import tiny_fit
+from tests.tiny import save_tiny
 
 SMALL = [
     "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.limit", "12",
@@ -296,20 +297,6 @@ def test_readme_files_exist():
     assert (ROOT / "configs" / "pmet.yaml").is_file()
 
 
-def tiny_run(tmp_path, model: str, *arguments: str) -> list[dict]:
-    """Edit two records of a tiny model; returns the ledger."""
-    records, corpus = tmp_path / "records.json", tmp_path / "corpus.txt"
-    records.write_text(json.dumps(RECORDS[:2]))
-    corpus.write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
-    main([
-        "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu",
-        "--trainer.enable_progress_bar", "false", "--model.model_name", model, "--model.layers", "auto",
-        "--model.steps", "4", "--data.path", str(records), "--moments.corpus", str(corpus),
-        "--moments.folder", str(tmp_path / "moments"), *arguments,
-    ])  # fmt: skip
-    return [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
-
-
 def test_a_chat_model_is_edited_inside_its_template(tmp_path, monkeypatch):
     folder = save_tiny("llama", tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -326,12 +313,12 @@ def test_a_chat_model_is_edited_inside_its_template(tmp_path, monkeypatch):
         return row
 
     monkeypatch.setattr(PromptEncoder, "encode", watched)
-    lines = tiny_run(tmp_path, folder, "--model.chat", "true")
+    lines = tiny_fit(tmp_path, folder, "--model.layers", "auto", "--model.chat", "true")
     assert len(lines) == 2
     assert texts
     assert all(text.startswith("<user>") for text in texts)
     with pytest.raises((SystemExit, ValueError)):
-        tiny_run(tmp_path / "run", save_tiny("llama", tmp_path / "plain"), "--model.chat", "true")
+        tiny_fit(tmp_path / "run", save_tiny("llama", tmp_path / "plain"), "--model.chat", "true")
 
 
 def test_an_unlisted_family_is_described_in_five_lines(tmp_path):
@@ -344,6 +331,6 @@ def test_an_unlisted_family_is_described_in_five_lines(tmp_path):
         "model:\n  architecture:\n    layers: transformer.h\n    attn: attn.c_proj\n    ffn: mlp.c_proj\n"
     )
     with pytest.raises((SystemExit, UnknownArchitectureError)):
-        tiny_run(tmp_path, str(model))
+        tiny_fit(tmp_path, str(model))
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    assert len(tiny_run(tmp_path, str(model), "--config", str(described))) == 2
+    assert len(tiny_fit(tmp_path, str(model), "--model.layers", "auto", "--config", str(described))) == 2

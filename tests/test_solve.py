@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 from pmet_lightning.metrics import harmonic_mean
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
-from pmet_lightning.solve import factorise, share, solve_update, solve_with_factor
+from pmet_lightning.solve import (
+    factorise,
+    null_space,
+    share,
+    solve_in_null_space,
+    solve_update,
+    solve_with_factor,
+)
 from pmet_lightning.tokens import IGNORE
 from tests.conftest import ROOT
 
@@ -46,6 +53,27 @@ def test_a_stored_factor_gives_the_same_update(n, lam):
     assert found.relative_error < 1e-11
     with pytest.raises(FloatingPointError, match="keys"):
         solve_with_factor(residual, keys * float("nan"), factor, lam)
+
+
+def test_the_null_space_is_left_to_its_keys():
+    """AlphaEdit's form with projectors, and what it promises: preserved keys see nothing of the update."""
+    residual, keys, _ = problem(6, 12, 4)
+    preserved = torch.randn(100, 7, dtype=torch.float64) @ torch.randn(7, 12, dtype=torch.float64)
+    moment = preserved.T @ preserved / 100
+    moment += 1e-9 * torch.eye(12, dtype=torch.float64)
+    lam, ridge = 3.0, float(torch.linalg.eigvalsh(moment)[:5].mean())
+    found = solve_in_null_space(residual, keys, moment, lam, 1e-6)
+    vectors = torch.linalg.eigh(moment).eigenvectors[:, :5]
+    projector = vectors @ vectors.T
+    system = projector @ keys.T @ keys + lam * ridge * torch.eye(12, dtype=torch.float64)
+    expected = torch.linalg.solve(system, projector @ keys.T @ residual).T
+    torch.testing.assert_close(found.delta_OI, expected, rtol=1e-6, atol=1e-8)
+    assert (preserved @ found.delta_OI.T).norm() < 1e-4 * (keys @ found.delta_OI.T).norm()
+    basis, mean = null_space(moment, 1e-6)
+    assert basis.shape == (12, 5)
+    assert mean == pytest.approx(ridge)
+    with pytest.raises(ValueError, match="make --spread.null_space larger"):
+        null_space(torch.eye(4), 0.1)
 
 
 def test_minimises_what_it_should():

@@ -13,7 +13,12 @@ PARTS = {"tuning": slice(0, 400), "records": slice(400, 600), "spare": slice(600
 
 
 def demo(
-    out: str, seed: int = 0, architecture: str = "gptj", epochs: int | None = None, precision: str = "32-true"
+    out: str,
+    seed: int = 0,
+    edits: int | None = None,
+    architecture: str = "gptj",
+    epochs: int | None = None,
+    precision: str = "32-true",
 ) -> None:
     """Rebuild the Atlas world and its model from a seed.
 
@@ -27,6 +32,7 @@ def demo(
         out: Folder to write; must be new or empty.
         seed: Seed of the world, of the records and of the training; equal seeds give equal files up to the
             rounding of the machine.
+        edits: How many records the world offers for editing; by default the 840 of the shipped one.
         architecture: Architecture of the language model: gptj (parallel blocks), gpt2 or llama (sequential).
         epochs: How often the model reads each sentence; by default as often as the architecture needs to know Atlas.
         precision: Lightning's precision of the training, e.g. bf16-mixed where the processor is fast at it.
@@ -41,16 +47,16 @@ def demo(
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"--architecture: expected one of {known}, got {architecture}")
     with new_folder(out, "--out") as unfinished:
-        _write(unfinished, seed, architecture, epochs or EPOCHS[architecture], precision)
+        _write(unfinished, seed, edits, architecture, epochs or EPOCHS[architecture], precision)
     log.info("Atlas is in %s", out)
 
 
-def _write(folder: Path, seed: int, architecture: str, epochs: int, precision: str) -> None:
+def _write(folder: Path, seed: int, edits: int | None, architecture: str, epochs: int, precision: str) -> None:
     from pmet_lightning.demo.records import records
     from pmet_lightning.demo.training import train
-    from pmet_lightning.demo.world import build_world, corpus_text
+    from pmet_lightning.demo.world import EDITS, build_world, corpus_text
 
-    world = build_world(seed)
+    world = build_world(seed, edits or EDITS)
     everything = records(world, seed)
     for name, part in PARTS.items():
         text = json.dumps(everything[part], separators=(",", ":"))

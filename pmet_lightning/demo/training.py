@@ -58,7 +58,7 @@ def _llama(**common: Any) -> PretrainedConfig:
         hidden_size=_WIDTH,
         num_hidden_layers=_LAYERS,
         num_attention_heads=_HEADS,
-        intermediate_size=_INNER * 2 // 3,  # three projections instead of two
+        intermediate_size=_INNER,
         **common,
     )
 

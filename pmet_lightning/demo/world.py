@@ -15,6 +15,7 @@ from pmet_lightning.demo.relations import KINDS, RELATIONS, Relation
 
 # Subjects per kind: (those the records edit, witnesses).
 _COUNTS = {"person": (400, 200), "city": (150, 90), "company": (145, 75), "product": (145, 75)}
+EDITS = sum(some for some, _ in _COUNTS.values())
 _SECOND_FACT_SHARE = 0.12  # of the edited subjects; every witness has two facts
 _HELD_OUT_SHARE = 0.4  # of the facts are never trained in the held-out wording of their relation
 _FILLERS = 840
@@ -88,27 +89,29 @@ class World:
         return [(relation.wordings[relation.held_out].format(fact.subject), fact.object) for fact, relation in held]
 
 
-def build_world(seed: int = 0) -> World:
+def build_world(seed: int = 0, edits: int = EDITS) -> World:
     """Make a world.
 
     Args:
         seed: Equal seeds give equal worlds.
+        edits: About how many subjects, of all kinds in their shares, may be edited; the witnesses stay as many.
 
     Returns:
         Subjects with one or two facts each; the objects of a relation are shared out evenly.
     """
     rng = random.Random(seed)
-    subjects = _draw_subjects(rng)
+    subjects = _draw_subjects(rng, edits)
     facts = _draw_facts(subjects, rng)
     return World(subjects, facts, RELATIONS, tuple(filler_sentences(_FILLERS, rng)))
 
 
-def _draw_subjects(rng: random.Random) -> tuple[Subject, ...]:
-    words = iter(last_words(sum(map(sum, _COUNTS.values())), rng))
+def _draw_subjects(rng: random.Random, edits: int) -> tuple[Subject, ...]:
+    counts = {kind: (round(some * edits / EDITS), witnesses) for kind, (some, witnesses) in _COUNTS.items()}
+    words = iter(last_words(sum(map(sum, counts.values())), rng))
     return tuple(
         Subject(f"{rng.choice(FIRST_WORDS[kind])} {next(words)}", kind, witness)
         for kind in KINDS
-        for witness, count in zip((False, True), _COUNTS[kind], strict=True)
+        for witness, count in zip((False, True), counts[kind], strict=True)
         for _ in range(count)
     )
 

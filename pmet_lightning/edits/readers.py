@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +28,47 @@ _OPENINGS = re.compile(
 )
 
 
-def read_edits(path: str, *, split: str = "train", skip: int = 0, limit: int | None = None) -> list[Edit]:
-    """Read, check and return the edits of a file or a hub data set.
+def read_edits(
+    path: str | Sequence[str],
+    *,
+    split: str = "train",
+    skip: int = 0,
+    limit: int | None = None,
+    shuffle: int | None = None,
+) -> list[Edit]:
+    """Read, check and return the edits of a file or a hub data set, or of several, one after the other.
 
     Args:
         path: A local ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a shipped name, or a hub name.
         split: Split of a hub data set.
         skip: Records left out at the beginning.
         limit: Most edits taken after that; all where ``None``.
+        shuffle: Seed of a shuffle before that; the file's order where ``None``.
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
         RecordError: If the file is empty or broken, or a record taken from it is unusable.
     """
-    found = locate(path)
-    end = None if limit is None else skip + limit
+    paths = [path] if isinstance(path, str) else list(path)
+
+    def everything() -> Iterator[tuple[str, Any]]:
+        return chain.from_iterable(_records(locate(name), name, split) for name in paths)
+
+    numbered: Iterable[tuple[int, tuple[str, Any]]] = enumerate(everything())
+    if shuffle is not None:
+        numbered = list(numbered)
+        random.Random(shuffle).shuffle(numbered)
     edits = []
-    number = -1
-    for number, (origin, record) in enumerate(_records(found, path, split)):
-        if number >= skip and (end is None or number < end):
-            edits += parse_records(record, number, origin)
+    for number, (origin, record) in islice(numbered, skip, None if limit is None else skip + limit):
+        edits += parse_records(record, number, origin)
     if not edits:
+        count = sum(1 for _ in everything())
         raise RecordError(
-            f"{path}: no records to edit ({number + 1} in the file, skip is {skip}, limit is {limit}); "
+            f"{', '.join(paths)}: no records to edit ({count} in the file, skip is {skip}, limit is {limit}); "
             "expected at least one"
         )
     check_no_contradictions(edits)
-    _warn_of_generation_prompts(edits, path)
+    _warn_of_generation_prompts(edits, ", ".join(paths))
     return edits
 
 

@@ -51,7 +51,10 @@ class Edit:
         subject: What stands for the ``{}``.
         target: The new object o*.
         target_true: The old object o_c, where the record names it.
+        relation: What kind of fact it is, where the record says so.
+        target_id: The record's own name of o*.
         probes: Questions for the evaluation.
+        generation_prompts: Beginnings of texts about the subject, for fluency and consistency.
         origin: File and record, for messages.
     """
 
@@ -60,7 +63,10 @@ class Edit:
     subject: str
     target: str
     target_true: str | None = None
+    relation: str | None = None
+    target_id: str | None = None
     probes: tuple[Probe, ...] = field(default=(), repr=False)
+    generation_prompts: tuple[str, ...] = field(default=(), repr=False)
     origin: str = field(default="", repr=False)
 
     @property
@@ -81,7 +87,7 @@ class Edit:
     def from_row(cls, row: Mapping[str, Any]) -> Edit:
         """The edit of a row of :meth:`to_row`."""
         probes = tuple(Probe(**{**p, "aliases": tuple(p["aliases"])}) for p in json.loads(row["probes"]))
-        return cls(**{**row, "probes": probes})
+        return cls(**{**row, "probes": probes, "generation_prompts": tuple(row["generation_prompts"])})
 
 
 def parse_records(record: Any, number: int, origin: str) -> list[Edit]:
@@ -146,7 +152,19 @@ def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Ed
     probes = _rewrite_probes(prompt, subject, target, old, _as_list(fields.get("paraphrase_prompts")))
     if old is not None:
         probes += [Probe("specificity", text, old, target) for text in fields.get("neighborhood_prompts") or []]
-    return Edit(str(fields.get("case_id", number)), prompt, subject, target, old, tuple(probes), origin)
+    new = rewrite["target_new"]
+    return Edit(
+        str(fields.get("case_id", number)),
+        prompt,
+        subject,
+        target,
+        old,
+        relation=rewrite.get("relation_id"),
+        target_id=new.get("id") if isinstance(new, Mapping) else None,
+        probes=tuple(probes),
+        generation_prompts=tuple(_as_list(fields.get("generation_prompts"))),
+        origin=origin,
+    )
 
 
 def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
@@ -161,7 +179,7 @@ def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
         question = str(fields["loc"])
         question = question if question.endswith("?") else question + "?"
         probes.append(Probe("specificity", question, str(fields["loc_ans"])))
-    return Edit(str(fields.get("case_id", number)), prompt, subject, target, None, tuple(probes), origin)
+    return Edit(str(fields.get("case_id", number)), prompt, subject, target, probes=tuple(probes), origin=origin)
 
 
 def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
@@ -175,7 +193,9 @@ def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
         probes.append(Probe("specificity", text, answer, target if answer == old else None))
     probes += _knowedit_probes("portability", fields.get("portability"))
     probes += _knowedit_probes("specificity", fields.get("locality"))
-    return Edit(str(fields.get("case_id", number)), prompt, subject, target, old, tuple(probes), origin)
+    relation = str(fields["relation"]) if fields.get("relation") else None
+    case_id = str(fields.get("case_id", number))
+    return Edit(case_id, prompt, subject, target, old, relation, probes=tuple(probes), origin=origin)
 
 
 def _knowedit_probes(kind: ProbeKind, groups: Any) -> list[Probe]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,9 @@ class ProbeResult:
         magnitude: e^-NLL(answer) - e^-NLL(rival), or e^-NLL(answer) without one.
         exact: 1 or 0: whether the first sentence of what the model says freely is the answer; ``None`` if not asked.
         contains: 1 or 0: whether the answer stands in what the model says freely.
+        accuracy: 1 or 0: whether every token of a form of the answer is the argmax.
+        tokens: The argmax in the place of every token of the answer.
+        kept: Share of ``tokens`` that are those of the unedited model; ``None`` if that was not asked.
     """
 
     kind: ProbeKind
@@ -35,6 +39,32 @@ class ProbeResult:
     magnitude: float
     exact: float | None = None
     contains: float | None = None
+    accuracy: float = 0.0
+    tokens: tuple[int, ...] = ()
+    kept: float | None = None
+
+
+@dataclass(frozen=True)
+class RecordResult:
+    """Everything measured for one record.
+
+    Attributes:
+        position: Its place among the edits, from 0.
+        probes: One result for each of its questions.
+        fluency: n-gram entropy of texts about its subject; ``None`` if none were made.
+        consistency: Likeness of these texts to those about entities that have o*; NaN if there are none of those.
+    """
+
+    position: int
+    probes: tuple[ProbeResult, ...]
+    fluency: float | None = None
+    consistency: float | None = None
+
+
+def compared(after: Sequence[ProbeResult], before: Sequence[ProbeResult]) -> tuple[ProbeResult, ...]:
+    """Results with ``kept``, from those of the unedited model (KnowEdit's locality is that of the neighbours)."""
+    pairs = zip(after, before, strict=True)
+    return tuple(replace(a, kept=sum(map(int.__eq__, a.tokens, b.tokens)) / len(a.tokens)) for a, b in pairs)
 
 
 def score_probes(
@@ -63,13 +93,12 @@ def score_probes(
     forms = [(i, form) for i, probe in enumerate(flat) for form in probe.answers]
     rivals = [(i, probe.rival) for i, probe in enumerate(flat) if probe.rival is not None]
     rows = [encoder.encode(flat[i].prompt, target=text) for i, text in (*forms, *rivals)]
-    nll, accuracy = _score_rows(model, rows, encoder.pad_id, tokens_per_batch, device)
-    best: dict[int, tuple[float, float]] = {}
-    for (i, _), form_nll, form_accuracy in zip(forms, nll.tolist(), accuracy.tolist(), strict=False):
-        known_nll, known_accuracy = best.get(i, (float("inf"), 0.0))
-        best[i] = min(known_nll, form_nll), max(known_accuracy, form_accuracy)
-    rival_nll = dict(zip((i for i, _ in rivals), nll[len(forms) :].tolist(), strict=True))
-    scored = [_result(probe, best[i][0], rival_nll.get(i), best[i][1]) for i, probe in enumerate(flat)]
+    scores = _score_rows(model, rows, encoder.pad_id, tokens_per_batch, device)
+    of_forms: dict[int, list[RowScore]] = {}
+    for (i, _), score in zip(forms, scores, strict=False):
+        of_forms.setdefault(i, []).append(score)
+    rival = {i: score.nll for (i, _), score in zip(rivals, scores[len(forms) :], strict=True)}
+    scored = [_result(probe, of_forms[i], rival.get(i)) for i, probe in enumerate(flat)]
     asked = [i for i, probe in enumerate(flat) if free_tokens and probe.kind in FREE_KINDS]
     texts = greedy_texts(
         model,
@@ -87,25 +116,36 @@ def score_probes(
     return [[next(results) for _ in record] for record in probes]
 
 
-def _result(probe: Probe, nll: float, rival_nll: float | None, accuracy: float) -> ProbeResult:
-    p = torch.tensor(-nll).exp().item()
-    if rival_nll is None:
-        return ProbeResult(probe.kind, accuracy, p)
-    return ProbeResult(probe.kind, float(nll < rival_nll), p - torch.tensor(-rival_nll).exp().item())
+@dataclass(frozen=True)
+class RowScore:
+    """One answer to one question: its NLL, the share of its tokens that are the argmax, and the argmax tokens."""
+
+    nll: float
+    accuracy: float
+    tokens: tuple[int, ...]
+
+
+def _result(probe: Probe, forms: Sequence[RowScore], rival_nll: float | None) -> ProbeResult:
+    """The best form counts, for each measure by itself."""
+    nll, accuracy = min(form.nll for form in forms), max(form.accuracy for form in forms)
+    success = accuracy if rival_nll is None else float(nll < rival_nll)
+    magnitude = math.exp(-nll) - (0.0 if rival_nll is None else math.exp(-rival_nll))
+    return ProbeResult(probe.kind, success, magnitude, accuracy=float(accuracy == 1), tokens=forms[0].tokens)
 
 
 @torch.no_grad()
 def _score_rows(
     model: nn.Module, rows: Sequence[TokenRow], pad_id: int, budget: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """NLL and token accuracy of each row's labels, float64 on the CPU, shape [R] each."""
-    nll, accuracy = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.float64)
+) -> list[RowScore]:
+    """The scores of each row's labels."""
+    found: dict[int, RowScore] = {}
     for indices in by_token_budget([len(row.ids) for row in rows], budget):
         batch = pad_rows([rows[i] for i in indices], pad_id).to(device)
         scores = target_scores(label_logits(model, batch), batch.label_ids)
-        nll[indices] = scores.nll.double().cpu()
-        accuracy[indices] = scores.token_accuracy.double().cpu()
-    return nll, accuracy
+        columns = zip(indices, scores.nll.tolist(), scores.token_accuracy.tolist(), scores.argmax.tolist(), strict=True)
+        for i, nll, accuracy, argmax in columns:
+            found[i] = RowScore(nll, accuracy, tuple(argmax[: len(rows[i].labels)]))
+    return [found[i] for i in range(len(rows))]
 
 
 def harmonic_mean(values: Tensor) -> Tensor:

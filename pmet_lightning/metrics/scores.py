@@ -11,25 +11,38 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pmet_lightning.edits.records import ProbeKind
-from pmet_lightning.metrics.functional import FREE_KINDS, ProbeResult, harmonic_mean
+from pmet_lightning.metrics.functional import FREE_KINDS, ProbeResult, RecordResult, harmonic_mean
 
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 CORE: tuple[ProbeKind, ...] = ("efficacy", "generalisation", "specificity")
 METRICS = (*CORE, "score")
+TEXTS = ("fluency", "consistency")
 _RESAMPLES = 1000
-_SUFFIXES = {"success": "", "magnitude": "_magnitude", "exact": "_exact", "contains": "_contains"}
-_COLUMNS = {f"{kind}{suffix}": (kind, field) for field, suffix in _SUFFIXES.items() for kind in KINDS}
+_SUFFIXES = {
+    "success": "",
+    "magnitude": "_magnitude",
+    "accuracy": "_accuracy",
+    "exact": "_exact",
+    "contains": "_contains",
+}
+_COLUMNS: dict[str, tuple[ProbeKind, str]] = {
+    f"{kind}{suffix}": (kind, field) for field, suffix in _SUFFIXES.items() for kind in KINDS
+} | {"specificity_kept": ("specificity", "kept")}
+NAMES = (*_COLUMNS, *TEXTS)
 
 
 class EditScores(Metric):
     """Mean over the questions of a record first, then over records, times 100 (EVALUATION.md).
 
     ``compute`` gives, for each of efficacy, generalisation, specificity, portability and multihop (the best of a
-    record's questions), and for the score (the harmonic mean of the first three), the
-    value, ``…_low`` and ``…_high`` (95 % bootstrap interval over records, seeded) and, but for the score,
-    ``…_magnitude``; and ``count``, the records. A metric without questions is left out, and so is the score
-    then. What was asked in free generation adds ``…_exact``, ``…_contains`` and ``…_gap``, the teacher-forced
-    value minus ``…_contains``.
+    record's questions), and for the score (the harmonic mean of the first three), the value, ``…_low`` and ``…_high``
+    (95 % bootstrap interval over records, seeded); and ``count``, the records. But for the score there are also
+    ``…_magnitude`` and ``…_accuracy`` (every token of the answer is the argmax). What was asked in free generation adds
+    ``…_exact``, ``…_contains`` and ``…_gap``, the teacher-forced value minus ``…_contains``; what was asked of the
+    unedited model too adds ``specificity_kept`` (the neighbours' answers, token by token); texts add ``fluency`` and
+    ``consistency``. What was not asked is left out, and so is the score without its three parts.
+
+    Records are known by their position: one that several processes have seen counts once.
     """
 
     full_state_update = False
@@ -40,25 +53,40 @@ class EditScores(Metric):
         super().__init__()
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
-    def update(self, results: Sequence[Sequence[ProbeResult]]) -> None:
+    def update(self, results: Sequence[RecordResult]) -> None:
         """Add the records of one batch."""
         if results:
             self.rows.append(record_rows(results).to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
         """The table described above; empty without records."""
-        return table_of(dim_zero_cat(self.rows).cpu()) if len(self.rows) else {}
+        return table_of(self.record_rows()) if len(self.rows) else {}
+
+    def record_rows(self) -> Tensor:
+        """The rows of all records by position, as :func:`record_rows` makes them, on the CPU."""
+        rows = dim_zero_cat(self.rows).cpu()
+        order = rows[:, 0].argsort(stable=True)
+        rows = rows[order]
+        first = torch.ones(len(rows), dtype=torch.bool)
+        first[1:] = rows[1:, 0] != rows[:-1, 0]
+        return rows[first]
 
 
-def record_rows(results: Sequence[Sequence[ProbeResult]]) -> Tensor:
-    """Means of each record, float64, shape [records, columns]; NaN where a record has no such question."""
-    return torch.tensor([_record_means(record) for record in results], dtype=torch.float64)
+def record_rows(results: Sequence[RecordResult]) -> Tensor:
+    """Position and means of each record, float64, shape [records, 1 + columns]; NaN for what was not asked."""
+    rows = [[float(result.position), *_record_means(result.probes), *_text_scores(result)] for result in results]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def row_scores(row_C: Tensor) -> dict[str, float]:
+    """What a row says, times 100, by name; without what was not asked."""
+    return {name: 100 * value for name, value in zip(NAMES, row_C[1:].tolist(), strict=True) if value == value}
 
 
 def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
     """The table of :class:`EditScores` from the rows of some records."""
-    rows = 100 * record_rows_NC
-    asked = {name: i for i, name in enumerate(_COLUMNS) if not rows[:, i].isnan().all()}
+    rows = 100 * record_rows_NC[:, 1:]
+    asked = {name: i for i, name in enumerate(NAMES) if not rows[:, i].isnan().all()}
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(rows), (_RESAMPLES, len(rows)), generator=generator)
     means = {name: rows[:, i].nanmean() for name, i in asked.items()}
@@ -86,6 +114,11 @@ def _record_means(record: Sequence[ProbeResult]) -> list[float]:
         # MQuAKE asks a question in three wordings and counts it if any is answered.
         means.append(max(known, default=mean) if kind == "multihop" else mean)
     return means
+
+
+def _text_scores(result: RecordResult) -> list[float]:
+    values = (getattr(result, name) for name in TEXTS)
+    return [float("nan") if value is None else value for value in values]
 
 
 def _with_interval(name: str, value: Tensor, resampled: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,96 @@
+"""What the report of a run shows, as plain numbers and texts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from pmet_lightning.edits import Edit
+from pmet_lightning.metrics.scores import CORE, row_scores
+from pmet_lightning.spread import LayerReport
+
+_PACKAGES = ("pmet-lightning", "torch", "lightning", "transformers", "torchmetrics")
+
+
+def layer_line(edit_batch: int, report: LayerReport) -> dict[str, Any]:
+    """One write, without its tensors."""
+    return {
+        "edit_batch": edit_batch,
+        "site": report.site,
+        "layer": report.layer,
+        "residual": report.residual,
+        "norm_ratio": report.norm_ratio,
+        "relative_error": report.relative_error,
+        "kept": report.written.kept,
+    }
+
+
+def columns_of(points: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Points of curves, turned into one list for each curve."""
+    return {name: [point[name] for point in points] for name in points[0]} if points else {}
+
+
+def edit_lines(edits: Sequence[Edit], ledger: Sequence[str], rows: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Every edit: what the ledger says of it, if it does, and its scores before and after.
+
+    Args:
+        edits: All edits, by position.
+        ledger: JSON lines of the first of them.
+        rows: Rows of all records by phase, as :meth:`EditScores.record_rows` gives them.
+    """
+    scores = {phase: {int(row[0]): row_scores(row) for row in table} for phase, table in rows.items()}
+    lines = []
+    for position, edit in enumerate(edits):
+        line = {
+            "case_id": edit.case_id,
+            "question": edit.question,
+            "target": edit.target,
+            "target_true": edit.target_true,
+            "relation": edit.relation,
+        }
+        known = json.loads(ledger[position]) if position < len(ledger) else {}
+        lines.append(line | known | {phase: found.get(position, {}) for phase, found in scores.items()})
+    return lines
+
+
+def relation_lines(lines: Sequence[Mapping[str, Any]], phases: Iterable[str]) -> list[dict[str, Any]]:
+    """Means over the edits of each relation, the most frequent relation first; none without relations.
+
+    Args:
+        lines: As :func:`edit_lines` gives them.
+        phases: Which evaluations they have.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for line in lines:
+        if line["relation"]:
+            groups[line["relation"]].append(line)
+    found = [
+        {"relation": relation, "count": len(group)}
+        | {phase: _means([line[phase] for line in group]) for phase in phases}
+        for relation, group in groups.items()
+    ]
+    return sorted(found, key=lambda line: (-line["count"], line["relation"]))
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The configuration that lies in the run folder; empty for a run without one."""
+    path = folder / "config.yaml"
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what has a part in the numbers."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+
+
+def _means(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    found = {name: [table[name] for table in tables if name in table] for name in CORE}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
