@@ -6,18 +6,21 @@ Legend: R = rows, T = tokens, V = vocabulary.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Sequence
 
 import lightning as L
 import torch
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from pmet_lightning.corpus import corpus_texts, packed_rows
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.objective import kl_divergence, target_scores
 from pmet_lightning.tokens import TokenRow, by_token_budget, pad_rows
+
+_MOST_LOGITS = 2**27
 
 
 class Drift(L.Callback):
@@ -43,7 +46,7 @@ class Drift(L.Callback):
     ) -> None:
         self.text, self.text_subset = text, text_subset
         self.rows, self.length, self.seed = int(rows), int(length), seed
-        self._rows: list[TokenRow] = []
+        self._rows: list[TokenRow] | None = None
         self._clean: Tensor | None = None
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -51,35 +54,43 @@ class Drift(L.Callback):
         assert isinstance(pl_module, EditableModel)
         if self.text is None:
             return
-        if not self._rows:
+        if self._rows is None:
             texts = corpus_texts(self.text, self.text_subset, self.seed)
             packed = itertools.islice(packed_rows(texts, pl_module.tokenizer, self.length), self.rows)
             # Every token but the first is predicted from those before it.
-            self._rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
-        perplexity, ends = self._measure(pl_module)
-        values = {"perplexity": perplexity}
-        if pl_module.phase == "before":
-            self._clean = ends
-        elif self._clean is not None:
-            values["kl"] = float(kl_divergence(self._clean, ends).mean())
-        pl_module.report(values)
+            rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
+            self._rows = rows[trainer.global_rank :: trainer.world_size]
+        perplexity, kl = self._measure(pl_module, self._rows)
+        pl_module.report({"perplexity": perplexity} | ({} if kl is None else {"kl": kl}))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """As :meth:`on_validation_epoch_end`."""
         self.on_validation_epoch_end(trainer, pl_module)
 
     @torch.no_grad()
-    def _measure(self, module: EditableModel) -> tuple[float, Tensor]:
-        """Perplexity over all tokens, and log-probabilities at the end of each row, shape [R, V]."""
-        total, tokens, ends = 0.0, 0, []
-        for indices in by_token_budget([len(row.ids) for row in self._rows], module.tokens_per_batch):
-            rows = [self._rows[i] for i in indices]
-            batch: Any = pad_rows(rows, module.encoder.pad_id).to(module.device)
+    def _measure(self, module: EditableModel, rows: Sequence[TokenRow]) -> tuple[float, float | None]:
+        """Perplexity over all tokens, and KL at the end of each row, over the rows of all processes."""
+        nll, kl = (MeanMetric().set_dtype(torch.float64).to(module.device) for _ in range(2))
+        ends_RV = torch.empty(len(rows), _vocabulary(module))
+        for indices in by_token_budget([len(row.ids) for row in rows], _budget(module)):
+            batch = pad_rows([rows[i] for i in indices], module.encoder.pad_id).to(module.device)
             logits = label_logits(module.model, batch)
-            nll = target_scores(logits, batch.label_ids).nll.double().cpu()
-            lengths = torch.tensor([len(row.labels) for row in rows])
-            total += float((nll * lengths).sum())
-            tokens += int(lengths.sum())
-            last = torch.tensor([len(row.labels) - 1 for row in rows], device=logits.device)
-            ends.append(logits[torch.arange(len(rows)), last].float().log_softmax(-1).cpu())
-        return float(torch.tensor(total / tokens).exp()), torch.cat(ends)
+            lengths = torch.tensor([len(rows[i].labels) for i in indices], device=module.device)
+            nll.update(target_scores(logits, batch.label_ids).nll.double(), weight=lengths.double())
+            last = logits[torch.arange(len(indices)), lengths - 1]
+            ends_RV[indices] = last.float().log_softmax(-1).cpu()
+        if module.phase == "before":
+            self._clean = ends_RV
+        elif self._clean is not None:
+            kl.update(kl_divergence(self._clean, ends_RV).double())
+        known = module.phase != "before" and self._clean is not None
+        return float(nll.compute().exp()), float(kl.compute()) if known else None
+
+
+def _vocabulary(module: EditableModel) -> int:
+    return int(module.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def _budget(module: EditableModel) -> int:
+    """Tokens of one forward pass whose logits, which are needed at all positions, take half a GiB at most."""
+    return max(1, min(module.tokens_per_batch, _MOST_LOGITS // _vocabulary(module)))

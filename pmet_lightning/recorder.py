@@ -129,7 +129,7 @@ class RunRecorder(L.Callback):
         """Write report.html and report.json; show the figures in TensorBoard."""
         edits = edit_lines(all_edits(trainer), self._ledger, module.record_rows)
         data = {
-            "title": f"{self.folder.name}: {len(all_edits(trainer))} edits of {module.model_name}",
+            "title": self.folder.name,
             "model": module.model_name,
             "records": getattr(getattr(trainer, "datamodule", None), "path", None),
             "edits_count": len(all_edits(trainer)),

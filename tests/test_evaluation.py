@@ -213,7 +213,7 @@ def validated(folder: Path, devices: int, *arguments: str) -> dict[str, float]:
         [
             sys.executable, "-m", "pmet_lightning", "validate", "--config", "pmet.yaml", "--trainer.accelerator", "cpu",
             "--trainer.run_dir", str(folder), "--trainer.devices", str(devices), *strategy, "--data.limit", "5",
-            "--trainer.enable_progress_bar", "false", "--drift.text", "null", *arguments,
+            "--trainer.enable_progress_bar", "false", "--drift.rows", "5", *arguments,
         ],
         capture_output=True, text=True, check=False, cwd=folder.parent,
     )  # fmt: skip
@@ -231,6 +231,7 @@ def test_one_and_two_processes_agree(tmp_path, batch):
     assert one["count"] == two["count"] == 5
     assert one == pytest.approx(two, abs=1e-3)
     assert len(one) > 20
+    assert one["perplexity"] > 1
 
 
 def test_texts_and_drift_in_a_run(tmp_path):

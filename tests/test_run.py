@@ -132,6 +132,8 @@ def test_tensorboard_has_every_step_and_layer(run):
     steps = [point.step for point in events.Scalars("targets/loss")]
     assert steps == list(range(len(steps)))
     assert len(events.Scalars("spread/residual/ffn/layer_0")) == 2  # edit batches
+    figures = {f"report/{name}" for name in ("loss_curves", "steps", "residual", "norms", "relations", "forgetting")}
+    assert figures <= set(events.Tags()["images"])
 
 
 def test_the_patch_holds_the_edited_layers_only(run):
