@@ -69,7 +69,10 @@ class Bench:
             options["model.targets_folder"] = str(self.base / "targets")
         main([method.verb, "--config", method.config, *options_of(options)])
         after = json.loads((folder / "scores.json").read_text())["after"]
-        return Rank(after["efficacy"], after["score"])
+        rank = Rank(after["efficacy"], after["score"])
+        sys.stdout.write(f"{dict(setting)}, from {skip}: efficacy {rank.efficacy:.1f}, Score {rank.score:.1f}\n")
+        sys.stdout.flush()
+        return rank
 
 
 def settings(grid: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
@@ -90,9 +93,8 @@ def tune(bench: Bench, name: str, method: Method) -> None:
     for setting, first in sorted(tried, key=lambda pair: pair[1], reverse=True)[:4]:
         second = bench.run(method, setting, skip=bench.limit)
         final.append((setting, Rank(*((a + b) / 2 for a, b in zip(first, second, strict=True)))))
-    for setting, rank in [*tried, *final]:
-        sys.stdout.write(f"{name}: {setting}: efficacy {rank.efficacy:.2f}, Score {rank.score:.2f}\n")
-    sys.stdout.write(f"{name}: chosen {max(final, key=lambda pair: pair[1])[0]}\n")
+    setting, rank = max(final, key=lambda pair: pair[1])
+    sys.stdout.write(f"{name}: chosen {setting}: efficacy {rank.efficacy:.2f}, Score {rank.score:.2f}\n\n")
     sys.stdout.flush()
 
 

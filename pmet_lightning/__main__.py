@@ -8,7 +8,7 @@ import sys
 log = logging.getLogger("pmet_lightning")
 
 # What a user can mend: shown as a message, without a traceback.
-_EXPECTED = (ValueError, OSError, FloatingPointError)
+_EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # ImportError: an extra is not installed
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pmet_lightning.drift import Drift
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.export import export
 from pmet_lightning.finetuning import FineTuning
+from pmet_lightning.harness import harness
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.moments import stored_moments
 from pmet_lightning.resources import locate_config
@@ -25,7 +26,7 @@ from pmet_lightning.spread import WeightSpread
 from pmet_lightning.stats import MOMENTS_FOLDER, SecondMoments
 from pmet_lightning.trainer import EditTrainer
 
-FILE_VERBS = {"export": export, "demo": demo, "compare": compare}
+FILE_VERBS = {"export": export, "demo": demo, "compare": compare, "harness": harness}
 TRAINER_VERBS = ("fit", "validate", "test", "stats")  # of Lightning's Trainer or of ours
 USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
 
@@ -36,6 +37,7 @@ USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
   finetune  the baseline: train one matrix on the edits instead
   compare   run several methods on the same records: one table, one plot
   export    write the edited model of a run as a Hugging Face folder
+  harness   hand an exported model to lm-evaluation-harness
   demo      rebuild the embedded world and its model from a seed
 
 VERB --help lists the options of a verb; VERB --config FILE --print_config shows its settings."""

@@ -74,10 +74,10 @@ def harness(
 def _imported() -> Any:
     """The package ``lm_eval``, with all it needs to open a Hugging Face folder."""
     try:
-        import lm_eval  # type: ignore[import-not-found]
-        import lm_eval.models.huggingface  # type: ignore[import-not-found]
-        import lm_eval.tasks  # type: ignore[import-not-found]
-        import lm_eval.utils  # type: ignore[import-not-found]
+        import lm_eval
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+        import lm_eval.utils
     except ImportError as error:
         raise ImportError(
             f'the verb harness needs lm-evaluation-harness ({error}): pip install "pmet-lightning[harness]"'

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from pmet_lightning.data import EditBatch
@@ -109,6 +110,16 @@ class RunRecorder(L.Callback):
         self._save_state(status="finished")
         shown = [score_table(pl_module.results), *other_lines(pl_module.results), *forgetting_lines(batches)]
         log.info("%s\nrun folder: %s", "\n".join(shown), self.folder)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the scores of an evaluation that is not part of a fit."""
+        assert isinstance(pl_module, EditableModel)
+        if trainer.state.fn != TrainerFn.FITTING:
+            log.info("%s", "\n".join([score_table(pl_module.results), *other_lines(pl_module.results)]))
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As :meth:`on_validation_end`."""
+        self.on_validation_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say how the run ended, and that the patch holds whole edit batches only."""

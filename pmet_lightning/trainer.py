@@ -69,12 +69,12 @@ class EditTrainer(L.Trainer):
     def validate(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the questions of the edits and show the scores."""
         with _intended_warnings_off():
-            return super().validate(*args, **kwargs)
+            return super().validate(*args, **kwargs | {"verbose": False})  # the recorder shows a table that can be read
 
     def test(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the questions of the edits and show the scores; the same as validate."""
         with _intended_warnings_off():
-            return super().test(*args, **kwargs)
+            return super().test(*args, **kwargs | {"verbose": False})  # the recorder shows a table that can be read
 
     def stats(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> None:
         """Collect and store the second moments of the edited layers; a later fit finds them.

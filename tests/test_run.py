@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pmet_lightning.architectures import UnknownArchitectureError
 from pmet_lightning.cli import main
 from pmet_lightning.corpus import corpus_texts, packed_rows
 from pmet_lightning.language_model import load_model
+from pmet_lightning.metrics import METRICS
 from pmet_lightning.patch import PatchError, apply_patch, load_patch
 from pmet_lightning.resources import locate
 from pmet_lightning.tokens import PromptEncoder
@@ -163,12 +165,14 @@ def test_export_opens_anywhere_and_knows_the_new_facts(run, tmp_path):
         main(["export", "--run", str(run), "--out", str(tmp_path / "model")])
 
 
-def test_validate_sees_the_patched_model(run, tmp_path, capsys):
+def test_validate_sees_the_patched_model(run, tmp_path, caplog):
     arguments = ["validate", "--config", "pmet.yaml", "--trainer.run_dir", str(tmp_path / "v"), *SMALL]
-    main([*arguments, "--trainer.logger", "false", "--model.patch", str(run / "patch.safetensors")])
-    shown = capsys.readouterr().out
-    assert "efficacy" in shown
-    assert "specificity" in shown
+    with caplog.at_level("INFO"):
+        main([*arguments, "--trainer.logger", "false", "--model.patch", str(run / "patch.safetensors")])
+    after = json.loads((run / "scores.json").read_text())["after"]
+    line = next(line for line in caplog.text.splitlines() if line.startswith("test "))
+    shown = [float(value) for value in re.findall(r"(\S+) \[", line)]
+    assert shown == pytest.approx([after[name] for name in METRICS], abs=0.06)
 
 
 def test_a_patch_of_another_model_is_refused(run, tmp_path):
@@ -282,7 +286,7 @@ def test_the_command_line_from_any_folder(tmp_path):
 def test_help(capsys):
     main(["--help"])
     shown = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "stats", "export", "demo"):
+    for verb in ("fit", "validate", "test", "stats", "finetune", "compare", "export", "harness", "demo"):
         assert f"\n  {verb} " in shown
     with pytest.raises(SystemExit, match="2"):
         main(["fti"])

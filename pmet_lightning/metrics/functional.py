@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from pmet_lightning.edits.records import Probe, ProbeKind
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.metrics.generation import contains, greedy_texts, is_exact
 from pmet_lightning.objective import target_scores
-from pmet_lightning.tokens import PromptEncoder, TokenRow, by_token_budget, pad_rows
+from pmet_lightning.tokens import IGNORE, PromptEncoder, TokenRow, by_token_budget, pad_rows
 
+_CPU_TOKENS = 1024  # larger batches leave a processor's caches, and pad more (benchmarks/evaluate.py)
 FREE_KINDS: tuple[ProbeKind, ...] = ("efficacy", "generalisation", "portability", "multihop")
 
 
@@ -137,11 +139,24 @@ def _result(probe: Probe, forms: Sequence[RowScore], rival_nll: float | None) ->
 def _score_rows(
     model: nn.Module, rows: Sequence[TokenRow], pad_id: int, budget: int, device: torch.device
 ) -> list[RowScore]:
-    """The scores of each row's labels."""
+    """The scores of each row's labels; rows that differ in nothing but the last label are run once.
+
+    The last label is predicted, not read, so a new and an old object of one token make one row.
+    """
+    groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault((tuple(row.ids), len(row.labels)), []).append(i)
+    members = list(groups.values())
+    if device.type == "cpu":
+        budget = min(budget, _CPU_TOKENS)
     found: dict[int, RowScore] = {}
-    for indices in by_token_budget([len(row.ids) for row in rows], budget):
-        batch = pad_rows([rows[i] for i in indices], pad_id).to(device)
-        scores = target_scores(label_logits(model, batch), batch.label_ids)
+    for batch in by_token_budget([len(rows[group[0]].ids) for group in members], budget):
+        run = pad_rows([rows[members[g][0]] for g in batch], pad_id).to(device)
+        logits = label_logits(model, run)
+        indices = [i for g in batch for i in members[g]]
+        place = torch.tensor([place for place, g in enumerate(batch) for _ in members[g]], device=device)
+        labels = pad_sequence([torch.tensor(rows[i].labels) for i in indices], batch_first=True, padding_value=IGNORE)
+        scores = target_scores(logits[place], labels.to(device))
         columns = zip(indices, scores.nll.tolist(), scores.token_accuracy.tolist(), scores.argmax.tolist(), strict=True)
         for i, nll, accuracy, argmax in columns:
             found[i] = RowScore(nll, accuracy, tuple(argmax[: len(rows[i].labels)]))
