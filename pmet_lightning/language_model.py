@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pmet_lightning.prefix import Prefix
 from pmet_lightning.resources import locate
 from pmet_lightning.sites import narrow_input
 from pmet_lightning.tokens import RowBatch
@@ -75,14 +76,19 @@ def _from_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
         ) from error
 
 
-def label_logits(model: nn.Module, rows: RowBatch) -> Tensor:
+def label_logits(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> Tensor:
     """Logits at the label columns of each row only: the vocabulary head is most of a small model's work.
+
+    Args:
+        model: The language model.
+        rows: What is run.
+        prefix: What stands before the rows, if anything does.
 
     Returns:
         Shape [R, K, V], in the model's dtype.
     """
     with narrow_input(model.get_output_embeddings(), rows.label_columns):  # type: ignore[operator]
-        return model(**_inputs(model, rows)).logits  # type: ignore[no-any-return]
+        return model(**_inputs(model, rows, prefix)).logits  # type: ignore[no-any-return]
 
 
 def run_to(model: nn.Module, rows: RowBatch) -> None:
@@ -91,9 +97,12 @@ def run_to(model: nn.Module, rows: RowBatch) -> None:
     body(**_inputs(body, rows))
 
 
-def _inputs(model: nn.Module, rows: RowBatch) -> dict[str, Any]:
+def _inputs(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> dict[str, Any]:
     """Inputs that the model takes; a family without position ids counts positions from the mask."""
     inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}
+    if prefix is not None:
+        mask = torch.cat([prefix.mask_RP, rows.attention_mask], dim=1)
+        inputs |= {"attention_mask": mask, "use_cache": True, "past_key_values": prefix.fresh()}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = rows.position_ids
     return inputs

@@ -65,6 +65,8 @@ class TargetOptimizer(EditableModel):
         context_length: New tokens of each sampled context.
         seed: Seed of the sampled contexts.
         targets_folder: Folder in which finished targets are kept and found again; null keeps none.
+        suffix_only: Whether what stands before the subjects and below layer L is computed once; the whole model at
+            every step gives the same, and is there for comparison.
         kwargs: Everything that :class:`~pmet_lightning.editable.EditableModel` takes.
     """
 
@@ -85,6 +87,7 @@ class TargetOptimizer(EditableModel):
         context_length: PositiveInt = 10,  # type: ignore[valid-type]
         seed: NonNegativeInt = 0,  # type: ignore[valid-type]
         targets_folder: str | None = None,
+        suffix_only: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(model_name, **kwargs)
@@ -96,7 +99,7 @@ class TargetOptimizer(EditableModel):
         self.optimizer_callable = optimizer
         self.given_contexts = None if contexts is None else check_contexts(contexts)
         self.context_count, self.context_length, self.seed = context_count, context_length, seed
-        self.targets_folder = targets_folder
+        self.targets_folder, self.suffix_only = targets_folder, suffix_only
 
         # Their width is not known before the model is: configure_model gives them their shape.
         self.deltas = nn.ParameterDict({site: nn.Parameter(torch.zeros(0)) for site in self.sites_optimised})
@@ -187,6 +190,7 @@ class TargetOptimizer(EditableModel):
             modules={site: self.sites.module(site, self.target_layer) for site in self.sites_optimised},
             deltas={site: self.deltas[site] for site in self.sites_optimised},
             rows=rows,
+            layers=[self.sites.module("hidden", i) for i in range(self.target_layer + 1)] if self.suffix_only else None,
             rows_per_edit=len(self.contexts) + 2,
             weights=self.weights,
             loss_tolerance=self.loss_tolerance,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pmet_lightning.architectures import SiteName
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
+from pmet_lightning.prefix import Entry, Prefix, split_at_subject
 from pmet_lightning.sites import record_and_add
 from pmet_lightning.targets import Target
 from pmet_lightning.tokens import RowBatch
@@ -49,6 +50,8 @@ class TargetLoop:
         loss_tolerance: An edit whose loss is below stops.
         argmax_rule: Whether PMET's rule for targets that are the argmax holds (MEMIT has none).
         names: What to call each edit in an error.
+        layers: The model's first layers up to and with layer L. What stands before the subjects and below layer L is
+            then computed once; ``None`` runs the whole model at every step, which gives the same.
     """
 
     def __init__(
@@ -63,9 +66,15 @@ class TargetLoop:
         loss_tolerance: float,
         argmax_rule: bool,
         names: Sequence[str],
+        layers: Sequence[nn.Module] | None = None,
     ) -> None:
         self.model, self.modules, self.deltas = model, modules, deltas
         self.rows, self.rows_per_edit = rows, rows_per_edit
+        self.prefix: Prefix | None = None
+        self.entry: Entry | None = None
+        if layers is not None:
+            self.prefix, self.rows = split_at_subject(model, rows)
+            self.entry = Entry(layers)
         self.weights, self.loss_tolerance, self.argmax_rule = weights, loss_tolerance, argmax_rule
         self.names = names
         count = len(names)
@@ -121,7 +130,12 @@ class TargetLoop:
                 moved = project_to_ball(delta, clamp * self.clean[site].norm(dim=-1))
                 delta.copy_(torch.where(self.active.unsqueeze(-1), moved, before[site]))
         if not bool(self._still_active.all()):
-            self.rows = self.rows.select(self._still_active.repeat_interleave(self.rows_per_edit))
+            left = self._still_active.repeat_interleave(self.rows_per_edit)
+            if self.entry is not None:
+                self.entry.select(left, self.rows.used_columns(left))
+            if self.prefix is not None:
+                self.prefix = self.prefix.select(left)
+            self.rows = self.rows.select(left)
 
     def results(self, *, realised: bool) -> list[Target]:
         """The target of every edit: clean output plus delta, or with the output as realised beside it."""
@@ -153,7 +167,9 @@ class TargetLoop:
             for site, module in self.modules.items():
                 added = self.deltas[site][index_A].repeat_interleave(self.rows_per_edit, dim=0)
                 recordings[site] = stack.enter_context(record_and_add(module, self.rows.subject, added))
-            logits = label_logits(self.model, self.rows)
+            if self.entry is not None:
+                stack.enter_context(self.entry())
+            logits = label_logits(self.model, self.rows, self.prefix)
         bare = slice(None, None, self.rows_per_edit)
         dtype = self.nll_factor.dtype
         outputs = {site: r.take().detach()[bare].to(dtype) for site, r in recordings.items()}

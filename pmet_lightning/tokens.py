@@ -70,13 +70,17 @@ class RowBatch:
     def select(self, rows: Tensor) -> RowBatch:
         """The given rows (an index or a boolean mask, shape [R]), without columns nobody uses."""
         picked = {name: value[rows] for name, value in vars(self).items()}
-        used = picked["attention_mask"].any(dim=0).nonzero().flatten()
-        first, last = int(used[0]), int(used[-1]) + 1
+        used = self.used_columns(rows)
         for name in ("input_ids", "attention_mask", "position_ids"):
-            picked[name] = picked[name][:, first:last]
-        picked["subject"] = picked["subject"] - first
-        picked["label_columns"] = picked["label_columns"] - first
+            picked[name] = picked[name][:, used]
+        picked["subject"] = picked["subject"] - used.start
+        picked["label_columns"] = picked["label_columns"] - used.start
         return RowBatch(**picked)
+
+    def used_columns(self, rows: Tensor) -> slice:
+        """From the first to the last column that any of the given rows uses."""
+        used = self.attention_mask[rows].any(dim=0).nonzero().flatten()
+        return slice(int(used[0]), int(used[-1]) + 1)
 
 
 def with_leading_space(target: str) -> str:
