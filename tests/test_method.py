@@ -129,6 +129,7 @@ VARIANTS = {
     "left padding": {"padding_side": "left", "attn_implementation": None},
     "small passes": {"tokens_per_batch": 30},
     "shuffled": {"shuffle": True},
+    "whole model": {"suffix_only": False},
 }
 
 
