@@ -36,7 +36,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "fine-tuning": {
         "model.layers": ([0], [1], [2], [3]),
         "model.optimizer.init_args.lr": (0.0003, 0.001, 0.003),
-        "model.max_change": (None, 0.1, 0.3),
+        "model.epochs": (30, 100),
     },
 }
 
