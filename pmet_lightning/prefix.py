@@ -40,7 +40,7 @@ class Prefix:
         return self._with_layers([copy.copy(layer) for layer in self.cache.layers])
 
     def select(self, rows: Tensor) -> Prefix:
-        """The given rows (a boolean mask, shape [R])."""
+        """The given rows (a boolean mask, shape [R], or an index)."""
         layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
@@ -71,20 +71,37 @@ def split_at_subject(model: nn.Module, rows: RowBatch) -> tuple[Prefix | None, R
     most = int(before.max())
     if most == 0:
         return None, rows
-    # Rows that end in padding first: what stands before padding does not see it, whatever a family makes of a position
-    # that may look at nothing. A sliding window would keep the padding and lose tokens; such rows begin with it.
-    at_start = _run(model, _columns(rows, first.unsqueeze(1) + columns[:most], first, rows.subject - 1))
-    at_end = _columns(rows, rows.subject.unsqueeze(1) - most + columns[:most], first, last)
-    if at_start is None:
+    prefix = prefix_of(model, _columns(rows, first.unsqueeze(1) + columns[:most], first, rows.subject - 1))
+    if prefix is None:
         return None, rows
-    if all(layer.keys.shape[-2] == most for layer in at_start.layers):
-        prefix = Prefix(_moved_to_the_end(at_start, at_end.attention_mask), at_end.attention_mask)
-    else:
-        prefix = Prefix(_run(model, at_end), at_end.attention_mask)
     count = int((last - rows.subject).max()) + 1
     tail = _columns(rows, rows.subject.unsqueeze(1) + columns[:count], first, last)
     shifted = rows.label_columns - rows.subject.unsqueeze(1)
     return prefix, replace(tail, subject=torch.zeros_like(rows.subject), label_columns=shifted)
+
+
+def prefix_of(model: nn.Module, head: RowBatch) -> Prefix | None:
+    """The prefix that some rows are, once and for all.
+
+    Args:
+        model: The language model.
+        head: Rows padded on the right; a row may be empty.
+
+    Returns:
+        ``None`` where the model keeps no plain keys and values.
+    """
+    # What stands before padding does not see it, whatever a family makes of a position that may look at nothing. But a
+    # sliding window would keep the padding and lose tokens: such rows begin with it.
+    cache = _run(model, head)
+    if cache is None:
+        return None
+    count = head.input_ids.shape[1]
+    lengths = head.attention_mask.sum(dim=1)
+    wanted = torch.arange(count, device=lengths.device) - (count - lengths).unsqueeze(1)
+    at_end = _columns(head, wanted, torch.zeros_like(lengths), lengths - 1)
+    if all(layer.keys.shape[-2] == count for layer in cache.layers):
+        return Prefix(_moved_to_the_end(cache, at_end.attention_mask), at_end.attention_mask)
+    return Prefix(_run(model, at_end), at_end.attention_mask)
 
 
 def _columns(rows: RowBatch, wanted_RC: Tensor, first_R: Tensor, last_R: Tensor) -> RowBatch:

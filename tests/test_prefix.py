@@ -7,9 +7,10 @@ import torch
 
 from pmet_lightning import prefix as module
 from pmet_lightning.architectures import Sites, architecture_of
-from pmet_lightning.edits.records import parse_records
+from pmet_lightning.edits.records import Probe, parse_records
 from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.language_model import label_logits, load_config, load_model, load_tokenizer
+from pmet_lightning.metrics import functional, score_probes
 from pmet_lightning.prefix import Entry, split_at_subject
 from pmet_lightning.sites import record_and_add
 from pmet_lightning.tokens import PromptEncoder
@@ -114,3 +115,20 @@ def test_a_model_with_another_cache_runs_whole_rows(loaded, monkeypatch):
     prefix, tails = split_at_subject(model, rows)
     assert prefix is None
     assert tails is rows
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_prompts_are_run_once_for_all_answers(family, loaded, monkeypatch):
+    """Scores with shared prompts, among them one of a single token, against whole rows."""
+    model, _, tokenizer = loaded(family)
+    encoder, cpu = PromptEncoder(tokenizer), torch.device("cpu")
+    prompts = ["X", "The river runs to", LONG.replace("{}", "The seat of Quillon Motors is in")]
+    probes = [[Probe("efficacy", prompt, "New Zealand", "ice hockey"), Probe("efficacy", prompt, "Norway", "Lisbon")]
+              for prompt in prompts]  # fmt: skip
+    found = score_probes(model, encoder, probes, 512, cpu)
+    monkeypatch.setattr(functional, "prefix_of", lambda *_: None)
+    expected = score_probes(model, encoder, probes, 40, cpu)
+    for ours, plain in zip(found, expected, strict=True):
+        for a, b in zip(ours, plain, strict=True):
+            assert a.magnitude == pytest.approx(b.magnitude, rel=1e-3, abs=1e-7)
+            assert (a.success, a.tokens, a.accuracy) == (b.success, b.tokens, b.accuracy)

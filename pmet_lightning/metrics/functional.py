@@ -14,6 +14,7 @@ from pmet_lightning.edits.records import Probe, ProbeKind
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.metrics.generation import contains, greedy_texts, is_exact
 from pmet_lightning.objective import target_scores
+from pmet_lightning.prefix import prefix_of
 from pmet_lightning.tokens import IGNORE, PromptEncoder, TokenRow, by_token_budget, pad_rows
 
 _CPU_TOKENS = 1024  # larger batches leave a processor's caches, and pad more (benchmarks/evaluate.py)
@@ -139,28 +140,52 @@ def _result(probe: Probe, forms: Sequence[RowScore], rival_nll: float | None) ->
 def _score_rows(
     model: nn.Module, rows: Sequence[TokenRow], pad_id: int, budget: int, device: torch.device
 ) -> list[RowScore]:
-    """The scores of each row's labels; rows that differ in nothing but the last label are run once.
+    """The scores of each row's labels; what rows have in common is run once.
 
-    The last label is predicted, not read, so a new and an old object of one token make one row.
+    A prompt, but for its last token, is run once for all answers to it. An answer's last token is predicted and not
+    read, so that a new and an old object of one token make one row.
     """
-    groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    prompts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault((tuple(row.ids), len(row.labels)), []).append(i)
-    members = list(groups.values())
-    if device.type == "cpu":
-        budget = min(budget, _CPU_TOKENS)
+        cut = len(row.ids) - len(row.labels)
+        prompts.setdefault(tuple(row.ids[:cut]), {}).setdefault(tuple(row.ids[cut:]), []).append(i)
+    heads = list(prompts)
+    lengths = [len(head) + sum(map(len, prompts[head])) for head in heads]
     found: dict[int, RowScore] = {}
-    for batch in by_token_budget([len(rows[group[0]].ids) for group in members], budget):
-        run = pad_rows([rows[members[g][0]] for g in batch], pad_id).to(device)
-        logits = label_logits(model, run)
-        indices = [i for g in batch for i in members[g]]
-        place = torch.tensor([place for place, g in enumerate(batch) for _ in members[g]], device=device)
+    for batch in by_token_budget(lengths, min(budget, _CPU_TOKENS) if device.type == "cpu" else budget):
+        together = [heads[h] for h in batch]
+        members = [members for head in together for members in prompts[head].values()]
+        logits = _answer_logits(model, together, [list(prompts[head]) for head in together], pad_id, device)
+        place = torch.tensor([place for place, some in enumerate(members) for _ in some], device=device)
+        indices = [i for some in members for i in some]
         labels = pad_sequence([torch.tensor(rows[i].labels) for i in indices], batch_first=True, padding_value=IGNORE)
         scores = target_scores(logits[place], labels.to(device))
         columns = zip(indices, scores.nll.tolist(), scores.token_accuracy.tolist(), scores.argmax.tolist(), strict=True)
         for i, nll, accuracy, argmax in columns:
             found[i] = RowScore(nll, accuracy, tuple(argmax[: len(rows[i].labels)]))
     return [found[i] for i in range(len(rows))]
+
+
+def _answer_logits(
+    model: nn.Module,
+    heads: Sequence[tuple[int, ...]],
+    tails: Sequence[Sequence[tuple[int, ...]]],
+    pad_id: int,
+    device: torch.device,
+) -> Tensor:
+    """Logits at each token of each tail behind its head, shape [tails, K, V]; the heads are run once if they can be."""
+    prefix = None
+    if any(heads):
+        prefix = prefix_of(model, pad_rows([TokenRow(list(head)) for head in heads], pad_id).to(device))
+    # Logits are wanted at every token of a tail; what the labels are does not matter here.
+    if prefix is None:
+        whole = [TokenRow([*head, *tail], labels=tail) for head, own in zip(heads, tails, strict=True) for tail in own]
+        return label_logits(model, pad_rows(whole, pad_id).to(device))
+    rows = pad_rows([TokenRow(list(tail), labels=tail) for own in tails for tail in own], pad_id).to(device)
+    place = torch.tensor([place for place, own in enumerate(tails) for _ in own], device=device)
+    lengths = torch.tensor([len(head) for head in heads], device=device)[place]
+    rows = replace(rows, position_ids=rows.position_ids + lengths.unsqueeze(1))
+    return label_logits(model, rows, prefix.select(place))
 
 
 def harmonic_mean(values: Tensor) -> Tensor:
