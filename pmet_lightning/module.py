@@ -60,6 +60,8 @@ class TargetOptimizer(EditableModel):
         kl_factor: Weight of the divergence at "{subject} is a".
         norm_factor: Weight of the norm term.
         loss_tolerance: An edit whose loss is below this stops.
+        stop_at_argmax: Whether an edit also stops as soon as every target token is the argmax and the subject's
+            meaning has not drifted (PMET; MEMIT never does). Without it targets become more certain, and take longer.
         contexts: Templates with one {} each; null samples them from the model.
         context_count: How many contexts are sampled.
         context_length: New tokens of each sampled context.
@@ -82,6 +84,7 @@ class TargetOptimizer(EditableModel):
         kl_factor: NonNegativeFloat = 1.0,  # type: ignore[valid-type]
         norm_factor: NonNegativeFloat = 0.5,  # type: ignore[valid-type]
         loss_tolerance: NonNegativeFloat = 0.05,  # type: ignore[valid-type]
+        stop_at_argmax: bool = True,
         contexts: list[str] | None = None,
         context_count: NonNegativeInt = 5,  # type: ignore[valid-type]
         context_length: PositiveInt = 10,  # type: ignore[valid-type]
@@ -95,6 +98,7 @@ class TargetOptimizer(EditableModel):
         self.sites_optimised = _SITES[optimise]
         self.target_value = target_value
         self.steps, self.clamp, self.loss_tolerance = steps, clamp, loss_tolerance
+        self.argmax_rule = stop_at_argmax and optimise != "hidden"
         self.weights = LossWeights(nll_factor, kl_factor, norm_factor)
         self.optimizer_callable = optimizer
         self.given_contexts = None if contexts is None else check_contexts(contexts)
@@ -194,7 +198,7 @@ class TargetOptimizer(EditableModel):
             rows_per_edit=len(self.contexts) + 2,
             weights=self.weights,
             loss_tolerance=self.loss_tolerance,
-            argmax_rule="hidden" not in self.sites_optimised,
+            argmax_rule=self.argmax_rule,
             names=[edit.origin or edit.question for edit in edits],
         )
         with torch.enable_grad():
@@ -225,6 +229,7 @@ class TargetOptimizer(EditableModel):
                     "clamp": self.clamp,
                     "weights": vars(self.weights),
                     "loss_tolerance": self.loss_tolerance,
+                    "argmax_rule": self.argmax_rule,
                     "optimizer": [type(optimizer).__name__, defaults],
                 },
             )

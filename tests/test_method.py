@@ -173,6 +173,20 @@ def test_edits_stop_on_their_own_and_then_stay(folder_of, tmp_path):
         torch.testing.assert_close(values[question], value, rtol=0, atol=1e-9)
 
 
+def test_without_the_argmax_rule_only_the_loss_stops(folder_of, tmp_path_factory):
+    """Until an edit stops both go the same way; from there on the target only becomes more certain."""
+    folder, records = folder_of("gpt2"), RECORDS[:4]
+    changes = {"steps": 20, "clamp": 50.0, "norm_factor": 0.0, "kl_factor": 0.0}
+    _, _, ruled = run(folder, tmp_path_factory.mktemp("a"), records, **changes)
+    _, _, free = run(folder, tmp_path_factory.mktemp("b"), records, stop_at_argmax=False, **changes)
+    pairs = [(a.record, b.record) for a, b in zip(ruled[0].targets, free[0].targets, strict=True)]
+    assert {a["stop_reason"] for a, _ in pairs} == {"argmax"}
+    for a, b in pairs:
+        assert b["stop_reason"] in ("loss", "steps")
+        assert b["steps"] > a["steps"]
+        assert b["p_after"] > a["p_after"]
+
+
 def test_realised_and_stored_targets(folder_of, tmp_path_factory):
     """Equal in a parallel block, different in a sequential one."""
     for family, equal in (("gptj", True), ("gpt2", False)):
