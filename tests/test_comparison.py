@@ -35,7 +35,7 @@ def test_finetuning_is_gradient_descent_on_one_matrix(tmp_path):
     report = finetuned(tmp_path / "run", **batch)
     model = AutoModelForCausalLM.from_pretrained(locate("atlas")).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(locate("atlas"))
-    weight = model.transformer.h[2].mlp.fc_out.weight.requires_grad_(True)
+    weight = model.transformer.h[0].mlp.fc_out.weight.requires_grad_(True)
     optimizer = torch.optim.Adam([weight], lr=0.003)
     losses = []
     for _ in range(3):
