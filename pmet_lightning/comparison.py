@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
 
 from pmet_lightning.files import atomic_path, write_json
 from pmet_lightning.metrics import METRICS
-from pmet_lightning.metrics.scores import NAMES, table_of
+from pmet_lightning.metrics.scores import NAMES, score_difference, table_of
 from pmet_lightning.page import STYLE, panels, svg, write_page
 from pmet_lightning.recorder import score_cell
 
@@ -159,48 +161,49 @@ def _collect(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
     groups: dict[tuple[int, str], list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.edits, run.method].append(run)
-    results, seen = [], set()
+    results: list[dict[str, Any]] = []
+    first: dict[int, Tensor] = {}
     for (count, method), group in groups.items():
         reports = [json.loads((folder / run.name / "report.json").read_text(encoding="utf-8")) for run in group]
-        if count not in seen:
-            seen.add(count)
-            results.append(_result(UNEDITED, count, group, reports, "before"))
-        results.append(_result(method, count, group, reports, "after"))
+        rows = _rows(reports, "after")
+        if count not in first:
+            first[count] = rows
+            results.append(_result(UNEDITED, count, group, reports, _rows(reports, "before")))
+        row = _result(method, count, group, reports, rows)
+        row["seconds"] = sum(report["seconds"] for report in reports) / len(reports)
+        row |= _floats(score_difference(rows, first[count]))
+        results.append(row)
     return results
 
 
+def _rows(reports: Sequence[Mapping[str, Any]], phase: str) -> Tensor:
+    """Rows of the records of some runs, one after the other."""
+    tables = [edit[phase] for report in reports for edit in report["edits"]]
+    values = [[float(i), *(row.get(name, math.nan) / 100 for name in NAMES)] for i, row in enumerate(tables)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def _result(
-    method: str, count: int, runs: Sequence[Run], reports: Sequence[Mapping[str, Any]], phase: str
+    method: str, count: int, runs: Sequence[Run], reports: Sequence[Mapping[str, Any]], rows: Tensor
 ) -> dict[str, Any]:
-    rows = [[edit[phase] for edit in report["edits"]] for report in reports]
-    by_seed = {
-        seed: _table([row for run, part in zip(runs, rows, strict=True) if run.seed == seed for row in part])
-        for seed in {run.seed for run in runs}
-    }
-    return {
-        "method": method,
-        "edits": count,
-        "runs": len(runs),
-        **_table([row for part in rows for row in part]),
-        "score_by_seed": {seed: table.get("score") for seed, table in sorted(by_seed.items())},
-        "seconds": sum(report["seconds"] for report in reports) / len(reports) if phase == "after" else None,
-    }
+    seeds = [run.seed for run, report in zip(runs, reports, strict=True) for _ in report["edits"]]
+    parts = {seed: rows[torch.tensor([s == seed for s in seeds])] for seed in sorted(set(seeds))}
+    by_seed = {seed: _floats(table_of(part)).get("score") for seed, part in parts.items()}
+    return {"method": method, "edits": count, "runs": len(runs), **_floats(table_of(rows)), "score_by_seed": by_seed}
 
 
-def _table(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The table over the scores of some records."""
-    values = [[float(i), *(row.get(name, float("nan")) / 100 for name in NAMES)] for i, row in enumerate(rows)]
-    return {name: float(value) for name, value in table_of(torch.tensor(values, dtype=torch.float64)).items()}
+def _floats(table: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in table.items()}
 
 
 def table_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """The results as a Markdown table."""
-    head = ["edits", "method", *METRICS, "records", "Score by seed", "seconds"]
+    head = ["edits", "method", *METRICS, "to the first", "records", "Score by seed", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in results:
         seeds = ", ".join("-" if score is None else f"{score:.1f}" for score in row["score_by_seed"].values())
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        cells = [str(row["edits"]), row["method"], *(score_cell(row, name) for name in METRICS)]
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+        cells = [str(row["edits"]), row["method"], *(score_cell(row, name) for name in (*METRICS, "difference"))]
         lines.append("| " + " | ".join([*cells, f"{row['count']:.0f}", seeds, seconds]) + " |")
     return lines
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pmet_lightning.cli import main
 from pmet_lightning.comparison import options_of
 from pmet_lightning.edits import read_edits
+from pmet_lightning.metrics.scores import NAMES, score_difference
 from pmet_lightning.resources import locate
 
 FAST = {
@@ -104,6 +105,26 @@ def test_a_comparison_pools_the_records_of_its_runs(comparison):
     page = (out / "comparison.html").read_text()
     assert "fine-tuning" in page
     assert "<svg" in page
+
+
+def test_differences_are_paired():
+    """Against a plain loop; twins that differ by a constant have no spread, however much the records vary."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.rand(40, 1 + len(NAMES), generator=generator, dtype=torch.float64)
+    other = rows.clone()
+    assert float(score_difference(rows, other)["difference_high"]) == 0
+    columns = [1 + NAMES.index(kind) for kind in ("efficacy", "generalisation", "specificity")]
+    other[:, columns] = torch.rand(40, 3, generator=generator, dtype=torch.float64)
+
+    def score(table):
+        return 3 / sum(1 / float(table[:, c].mean()) for c in columns)
+
+    found = {name: float(value) for name, value in score_difference(rows, other).items()}
+    assert found["difference"] == pytest.approx(100 * (score(rows) - score(other)))
+    draws = [torch.randint(40, (40,), generator=generator) for _ in range(2000)]
+    differences = sorted(100 * (score(rows[i]) - score(other[i])) for i in draws)
+    assert found["difference_low"] == pytest.approx(differences[50], abs=1.0)
+    assert found["difference_high"] == pytest.approx(differences[-50], abs=1.0)
 
 
 def test_all_methods_see_the_same_records_and_contexts(comparison):
