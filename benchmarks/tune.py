@@ -31,6 +31,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "attention not optimised": _PMET,
     "attention written too": _PMET,
     "even spread": _PMET,
+    "PMET to the loss": _PMET,
     "MEMIT": _PMET | {"model.clamp": (0.75, 1.5, 3)},  # measured on the layer's output, which is longer
     "null space": {"model.clamp": (3, 5), "spread.null_space": (0.003, 0.01, 0.03, 0.1), LAM: (10, 50, 200)},
     "fine-tuning": {
