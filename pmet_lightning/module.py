@@ -51,8 +51,9 @@ class TargetOptimizer(EditableModel):
         model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
         optimise: What gets a delta: attention and FFN output (PMET), FFN output only, or the layer's output
             (MEMIT).
-        target_value: v* as 'stored' by the reference (clean output plus delta) or as 'realised' by the model
-            while the delta is in place; they differ in sequential blocks only.
+        target_value: v* as 'realised' by the model while the deltas are in place, or as 'stored' by the reference
+            (clean output plus delta); they differ where one delta reaches the other, in sequential blocks only, and
+            there the realised one was better (docs/results.md).
         steps: Most iterations for one edit; the last one makes no update.
         optimizer: Adam and its learning rate; must be element-wise, or edits would disturb each other.
         clamp: Radius of the ball of each delta, in norms of its clean output.
@@ -76,7 +77,7 @@ class TargetOptimizer(EditableModel):
         self,
         model_name: str,
         optimise: Optimised = "attn+ffn",
-        target_value: TargetValue = "stored",
+        target_value: TargetValue = "realised",
         steps: PositiveInt = 30,  # type: ignore[valid-type]
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.2),
         clamp: PositiveFloat = 0.75,  # type: ignore[valid-type]

@@ -121,6 +121,7 @@ def golden_module(case: Case, **changed: Any) -> tuple[TargetOptimizer, dict[str
         **{
             "model_name": str(case.folder / "model"),
             "layers": hp["layers"],
+            "target_value": "stored",
             "optimise": "hidden" if memit else "attn+ffn",
             "steps": hp["v_num_grad_steps"],
             "optimizer": partial(torch.optim.Adam, lr=hp["v_lr"]),

@@ -26,7 +26,9 @@ EXACT = {"gpt2": 1e-9}
 # Where a window holds nothing but padding, eager attention gives NaN in float64: its mask overflows the softmax, which
 # is taken in float32.
 SLIDING = ("cohere2", "gemma2", "gemma3", "gemma3_text", "mistral", "olmo3", "gpt_neo")
-SETTINGS = {"layers": [1, 2], "steps": 8, "clamp": 2.0, "kl_factor": 0.5, "norm_factor": 0.2}
+SETTINGS = {
+    "layers": [1, 2], "steps": 8, "clamp": 2.0, "kl_factor": 0.5, "norm_factor": 0.2, "target_value": "stored",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
