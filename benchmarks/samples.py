@@ -6,13 +6,12 @@ python benchmarks/samples.py [--records atlas-tuning] [--limit 200]
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import tempfile
 from pathlib import Path
 
-from pmet_lightning.cli import main as pmet
+from pmet_lightning.comparison import Method, quiet_run
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.moments import stored_moments
 from pmet_lightning.recorder import score_cell
@@ -33,14 +32,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as base:
         for samples in SAMPLES:
             moments, folder = Path(base) / f"moments-{samples}", Path(base) / samples
-            pmet([
-                "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(folder), "--trainer.logger", "false",
-                "--trainer.enable_progress_bar", "false", "--moments.folder", str(moments),
-                "--moments.samples", samples, "--model.targets_folder", f"{base}/targets",
-                "--data.path", options.records, "--data.limit", str(options.limit),
-            ])  # fmt: skip
+            changes = {
+                "moments.folder": str(moments), "moments.samples": samples, "model.targets_folder": f"{base}/targets",
+                "data.path": options.records, "data.limit": options.limit,
+            }  # fmt: skip
+            table = quiet_run(Method(), changes, folder)["scores"]["after"]
             found = next(stored_moments(moments))
-            table = json.loads((folder / "scores.json").read_text())["after"]
             cells = [score_cell(table, metric) for metric in METRICS]
             tokens, width = int(found["tokens"]), int(found["width"])
             out(f"| {samples} | {tokens} | {tokens / width:.1f} | {' | '.join(cells)} |\n")

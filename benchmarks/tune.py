@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from pmet_lightning.comparison import Method, options_of
+from pmet_lightning.comparison import Method, quiet_run
 from pmet_lightning.resources import locate_config
 
 LAM = "spread.lam"
@@ -57,19 +56,15 @@ class Bench:
 
     def run(self, method: Method, setting: Mapping[str, Any], skip: int = 0) -> Rank:
         """Edit with one setting."""
-        from pmet_lightning.cli import main
-
         folder = self.base / str(self.runs)
         self.runs += 1
         options = method.options | dict(setting) | {
             "data.path": self.records, "data.limit": self.limit, "data.skip": skip, "model.free_tokens": 0,
-            "drift.text": None, "trainer.run_dir": str(folder), "trainer.logger": False,
-            "trainer.enable_progress_bar": False,
+            "drift.text": None,
         }  # fmt: skip
         if method.verb == "fit":
             options["model.targets_folder"] = str(self.base / "targets")
-        main([method.verb, "--config", method.config, *options_of(options)])
-        after = json.loads((folder / "scores.json").read_text())["after"]
+        after = quiet_run(method, options, folder)["scores"]["after"]
         rank = Rank(after["efficacy"], after["score"])
         sys.stdout.write(f"{dict(setting)}, from {skip}: efficacy {rank.efficacy:.1f}, Score {rank.score:.1f}\n")
         sys.stdout.flush()

@@ -252,10 +252,12 @@ def add_to_weight(projection: nn.Module, delta_OI: Tensor) -> Written:
 def keep_in_float32(projection: nn.Module) -> None:
     """Hold a half-precision projection's weight in float32, so that edits of it are not rounded away.
 
-    Its inputs are converted on the way in and its outputs on the way out; the rest of the model stays as it is.
+    Its inputs are converted on the way in and its outputs on the way out; the rest of the model stays as it is. A
+    projection of higher precision stays as it is, too.
     """
-    projection.float()
-    projection.forward = partial(_forward_in_float32, projection)
+    if projection.weight.dtype in (torch.bfloat16, torch.float16):
+        projection.float()
+        projection.forward = partial(_forward_in_float32, projection)
 
 
 def _forward_in_float32(projection: nn.Module, inputs: Tensor) -> Tensor:

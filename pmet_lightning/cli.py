@@ -27,7 +27,7 @@ from pmet_lightning.stats import MOMENTS_FOLDER, SecondMoments
 from pmet_lightning.trainer import EditTrainer
 
 FILE_VERBS = {"export": export, "demo": demo, "compare": compare, "harness": harness}
-TRAINER_VERBS = ("fit", "validate", "test", "stats")  # of Lightning's Trainer or of ours
+TRAINER_VERBS = ("fit", "validate", "test", "stats", "finetune")
 USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
 
   fit       optimise targets, write the weights, evaluate before and after
@@ -43,8 +43,18 @@ USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
 VERB --help lists the options of a verb; VERB --config FILE --print_config shows its settings."""
 
 
-class EditCLI(LightningCLI):
-    """Lightning's CLI with the callbacks of editing as sections of their own."""
+class FineTuningCLI(LightningCLI):
+    """Lightning's CLI for the baseline, which needs neither second moments nor a spread."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Section ``drift``, and the values that two owners share."""
+        parser.add_lightning_class_args(Drift, "drift")
+        parser.link_arguments("model.model_name", "data.tokenizer")
+        parser.link_arguments("model.chat", "data.chat")
+
+
+class EditCLI(FineTuningCLI):
+    """The same with the callbacks of editing as sections of their own."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -58,23 +68,11 @@ class EditCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Sections ``moments``, ``spread`` and ``drift``, and the values that two owners share."""
+        """Sections ``moments`` and ``spread`` too."""
         parser.add_lightning_class_args(SecondMoments, "moments")
         parser.add_lightning_class_args(WeightSpread, "spread")
-        parser.add_lightning_class_args(Drift, "drift")
-        parser.link_arguments("model.model_name", "data.tokenizer")
-        parser.link_arguments("model.chat", "data.chat")
+        super().add_arguments_to_parser(parser)
         parser.link_arguments("spread.write", "moments.write")
-
-
-class FineTuningCLI(LightningCLI):
-    """The same for the baseline, which needs neither second moments nor a spread."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Section ``drift``, and the values that two owners share."""
-        parser.add_lightning_class_args(Drift, "drift")
-        parser.link_arguments("model.model_name", "data.tokenizer")
-        parser.link_arguments("model.chat", "data.chat")
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -97,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         auto_cli(list_moments, args=[a for a in arguments[1:] if a != "--list"], as_positional=False)
     elif verb in FILE_VERBS:
         auto_cli(FILE_VERBS[verb], args=_with_located_configs(arguments[1:]), as_positional=False)
-    elif verb in (*TRAINER_VERBS, "finetune"):
+    elif verb in TRAINER_VERBS:
         edit_cli(arguments)
     else:
         sys.stderr.write(f"unknown verb {verb!r}\n{USAGE}\n")
@@ -122,7 +120,7 @@ def edit_cli(arguments: Sequence[str], run: bool = True) -> LightningCLI:
     # Configuration names are completed first, so the arguments cannot be left to sys.argv.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     arguments = _with_located_configs(arguments)
-    kind: type[LightningCLI] = EditCLI
+    kind: type[FineTuningCLI] = EditCLI
     module: type[EditableModel] = TargetOptimizer
     if arguments[:1] == ["finetune"]:
         kind, module = FineTuningCLI, FineTuning

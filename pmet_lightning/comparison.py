@@ -113,8 +113,6 @@ def _planned(methods: Mapping[str, Method], edits: Sequence[int], seeds: Sequenc
 
 def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> None:
     """Run it unless its folder says that it is finished; what a run left unfinished is removed."""
-    from pmet_lightning.cli import edit_cli  # the command line knows this module
-
     place = folder / run.name
     settings = {
         **common,
@@ -123,9 +121,6 @@ def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> N
         "data.skip": run.skip,
         "data.shuffle": run.seed,
         "model.seed": run.seed,
-        "trainer.run_dir": str(place),
-        "trainer.logger": False,
-        "trainer.enable_progress_bar": False,
     }
     if method.verb == "fit":
         settings.setdefault("model.targets_folder", str(folder / "targets"))
@@ -136,14 +131,35 @@ def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> N
         return
     if place.exists():
         shutil.rmtree(place)
-    edit_cli([method.verb, "--config", method.config, *options_of(settings)])
-    found = len(json.loads((place / "report.json").read_text(encoding="utf-8"))["edits"])
+    found = len(quiet_run(method, settings, place)["edits"])
     if found < run.edits:
         raise ValueError(
             f"{run.edits} edits were asked for from record {run.skip} on, and the data has {found}; give more records "
             "(data.path may be a list), or set smaller --edits"
         )
     write_json(place / "run.json", wanted)
+
+
+def quiet_run(method: Method, options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Run a method without loggers and progress bars.
+
+    Args:
+        method: The method; its own options are not looked at.
+        options: What differs from its configuration.
+        folder: The run folder.
+
+    Returns:
+        What the run's report.json holds.
+    """
+    from pmet_lightning.cli import edit_cli  # the command line knows this module
+
+    quiet = {"trainer.run_dir": str(folder), "trainer.logger": False, "trainer.enable_progress_bar": False}
+    edit_cli([method.verb, "--config", method.config, *options_of({**options, **quiet})])
+    return _report_of(folder)
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
 
 def options_of(settings: Mapping[str, Any]) -> list[str]:
@@ -164,7 +180,7 @@ def _collect(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     first: dict[int, Tensor] = {}
     for (count, method), group in groups.items():
-        reports = [json.loads((folder / run.name / "report.json").read_text(encoding="utf-8")) for run in group]
+        reports = [_report_of(folder / run.name) for run in group]
         rows = _rows(reports, "after")
         if count not in first:
             first[count] = rows

@@ -32,7 +32,7 @@ class EditBatch:
     edits: tuple[Edit, ...]
     edit_batch: int
     closes: bool
-    positions: tuple[int, ...] = ()
+    positions: tuple[int, ...]
 
 
 class MicroBatchSampler(Sampler[list[tuple[int, int, bool]]]):

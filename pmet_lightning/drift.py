@@ -79,12 +79,14 @@ class Drift(L.Callback):
             nll.update(target_scores(logits, batch.label_ids).nll.double(), weight=lengths.double())
             last = logits[torch.arange(len(indices)), lengths - 1]
             ends_RV[indices] = last.float().log_softmax(-1).cpu()
+        perplexity = float(nll.compute().exp())
         if module.phase == "before":
             self._clean = ends_RV
-        elif self._clean is not None:
-            kl.update(kl_divergence(self._clean, ends_RV).double())
-        known = module.phase != "before" and self._clean is not None
-        return float(nll.compute().exp()), float(kl.compute()) if known else None
+            return perplexity, None
+        if self._clean is None:
+            return perplexity, None
+        kl.update(kl_divergence(self._clean, ends_RV).double())
+        return perplexity, float(kl.compute())
 
 
 def _vocabulary(module: EditableModel) -> int:

@@ -102,7 +102,8 @@ class EditableModel(L.LightningModule):
         self.strict_loading = False  # the language model is no part of a checkpoint
         self.model_name = model_name
         self.layers_wanted: list[int] | None = None if layers == "auto" else sorted(map(int, layers))
-        self.layers = self.layers_wanted or []  # final after setup
+        self.layers = self.layers_wanted or []  # final after setup, and so is the model's depth
+        self.depth = 0
         self.dtype_name, self.attn_implementation = dtype, attn_implementation
         self.architecture_override = architecture
         self.padding_side: PaddingSide = padding_side
@@ -128,7 +129,7 @@ class EditableModel(L.LightningModule):
         """Check the layers and the family by the configuration alone, before any weight is read."""
         config = load_config(self.model_name)
         self._architecture = architecture_of(config, self.architecture_override)
-        depth = depth_of(config)
+        self.depth = depth = depth_of(config)
         if self.layers_wanted is None:
             self.layers = advised_layers(depth)
             log.info("--model.layers auto: layers %s of %d, by depth alone", self.layers, depth)
@@ -151,7 +152,7 @@ class EditableModel(L.LightningModule):
         assert self._architecture is not None, "setup runs before configure_model"
         self.lm = load_model(self.model_name, self.dtype_name, self.attn_implementation)
         self.base_fingerprint = fingerprint(self.lm)
-        if self.keep_float32 and self.lm.dtype in (torch.bfloat16, torch.float16):
+        if self.keep_float32:
             for layer in self.layers:
                 for site in written_sites("attn+ffn"):
                     keep_in_float32(self.sites.module(site, layer))

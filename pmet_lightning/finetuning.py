@@ -63,8 +63,7 @@ class FineTuning(EditableModel):
         """Load the language model, once; its one trained matrix is held in float32."""
         if self.lm is None:
             super().configure_model()
-            if self.projection.weight.dtype in (torch.bfloat16, torch.float16):
-                keep_in_float32(self.projection)
+            keep_in_float32(self.projection)
             self.projection.weight.requires_grad_(True)  # type: ignore[operator,union-attr]
 
     def configure_optimizers(self) -> Any:

@@ -21,13 +21,13 @@ from jsonargparse.typing import (
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
-from pmet_lightning.architectures import SiteName, depth_of
+from pmet_lightning.architectures import SiteName
 from pmet_lightning.contexts import check_contexts, sample_contexts
 from pmet_lightning.data import EditBatch
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.edits import Edit
 from pmet_lightning.edits.requests import target_rows
-from pmet_lightning.language_model import fingerprint, load_config
+from pmet_lightning.language_model import fingerprint
 from pmet_lightning.optimisation import LossWeights, TargetLoop
 from pmet_lightning.targets import Target, TargetStore
 
@@ -115,7 +115,7 @@ class TargetOptimizer(EditableModel):
     def setup(self, stage: str) -> None:
         """Check the layers and the family by the configuration alone, before any weight is read."""
         super().setup(stage)
-        if self.target_layer == depth_of(load_config(self.model_name)) - 1:
+        if self.target_layer == self.depth - 1:
             log.warning(
                 "layer %d is the model's last: a target there changes only what follows a subject at once, and "
                 "nothing in prompts that go on; leave the upper layers out of --model.layers", self.target_layer,

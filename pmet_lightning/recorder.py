@@ -52,7 +52,7 @@ class RunRecorder(L.Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.records = True
-        self._started = time.perf_counter()
+        self._started = 0.0
         self._state: dict[str, Any] = {}
         self._ledger: list[str] = []
         self._layers: list[dict[str, Any]] = []
@@ -155,10 +155,10 @@ class RunRecorder(L.Callback):
             "settings": saved_settings(self.folder),
             "versions": versions(),
         }
-        write_report(data, self.folder)
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        for name, figure in figures(data).items() if boards else ():
-            for board in boards:
+        drawn = figures(data)
+        write_report(data, self.folder, drawn)
+        for board in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
+            for name, figure in drawn.items():
                 board.experiment.add_figure(f"report/{name}", figure, module.inner_step)
 
     def _forgetting(self, module: EditableModel) -> list[dict[str, Any]]:

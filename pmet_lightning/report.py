@@ -63,12 +63,13 @@ def figures(data: Mapping[str, Any]) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def write_report(data: Mapping[str, Any], folder: Path) -> Path:
+def write_report(data: Mapping[str, Any], folder: Path, drawn: Mapping[str, Figure] | None = None) -> Path:
     """Write ``report.json`` and ``report.html``.
 
     Args:
         data: What the run did; every part of it may be missing.
         folder: Where to; made if it does not exist.
+        drawn: Its :func:`figures`, where they have been drawn for something else already.
 
     Returns:
         The path of ``report.html``.
@@ -79,7 +80,7 @@ def write_report(data: Mapping[str, Any], folder: Path) -> Path:
         "at": lambda *path: _at(known, *path),
         "rows": {name: _rows(known, name) for name in ("edits", "layers", "edit_batches", "relations")},
         "worst": _worst(_rows(known, "edits")),
-        "plots": {name: svg(figure, name) for name, figure in figures(known).items()},
+        "plots": {name: svg(figure, name) for name, figure in (figures(known) if drawn is None else drawn).items()},
         "most_relations": MOST_RELATIONS,
         "core": CORE,
         "kinds": KINDS,
