@@ -117,7 +117,7 @@ class EditableModel(L.LightningModule):
         self.scores = EditScores()
         self.results: dict[str, dict[str, float]] = {}
         self.record_rows: dict[str, torch.Tensor] = {}
-        self.curves: list[dict[str, float]] = []  # of every inner step
+        self.curves: list[dict[str, float]] = []  # a point for each step, for the report
         self._encoder: PromptEncoder | None = None
         self._architecture: Architecture | None = None
         self._before: dict[int, list[ProbeResult]] = {}
@@ -205,8 +205,7 @@ class EditableModel(L.LightningModule):
         return batch
 
     def log_step(self, group: str, means: Mapping[str, float]) -> None:
-        """A point of each curve for every inner step, whatever Lightning's logging interval is."""
-        self.curves.append({"step": float(self.inner_step), **means})
+        """A point for the loggers, whatever Lightning's logging interval is."""
         for logger in self.loggers:
             logger.log_metrics({f"{group}/{name}": value for name, value in means.items()}, self.inner_step)
         self.inner_step += 1

@@ -25,7 +25,7 @@ from pmet_lightning.tokens import TokenRow, pad_rows
 class FineTuning(EditableModel):
     """Trains the FFN output projection of the last of ``layers`` on the edits' prompts and targets.
 
-    One micro-batch of the data module is trained as a whole, so --data.micro_batch must hold all edits.
+    An edit batch is trained as a whole.
 
     Args:
         model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
@@ -82,7 +82,9 @@ class FineTuning(EditableModel):
                 order = torch.randperm(len(rows), generator=generator).split(self.batch)
                 nll = torch.cat([self._step([rows[i] for i in part.tolist()], weight, clean) for part in order])
                 mean = float(nll.mean())
-                self.log_step("finetuning", {"loss": mean, "p": float((-nll).exp().mean())})
+                means = {"loss": mean, "p": float((-nll).exp().mean())}
+                self.curves.append({"step": float(self.inner_step), **means})
+                self.log_step("finetuning", means)
                 if mean < self.loss_tolerance:
                     break
 

@@ -6,15 +6,17 @@ import hashlib
 import inspect
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.prefix import Prefix
 from pmet_lightning.resources import locate
 from pmet_lightning.sites import narrow_input
 from pmet_lightning.tokens import RowBatch
+
+if TYPE_CHECKING:
+    from pmet_lightning.prefix import Prefix
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +93,10 @@ def label_logits(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None)
         return model(**_inputs(model, rows, prefix)).logits  # type: ignore[no-any-return]
 
 
-def run_to(model: nn.Module, rows: RowBatch) -> None:
+def run_to(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> None:
     """Run the layers for the sake of hooks; there is no vocabulary head."""
     body: nn.Module = model.base_model  # type: ignore[assignment]
-    body(**_inputs(body, rows))
+    body(**_inputs(body, rows, prefix))
 
 
 def _inputs(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> dict[str, Any]:

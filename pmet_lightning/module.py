@@ -1,14 +1,13 @@
 """Step 1 of METHOD.md as a LightningModule: the residual deltas are its trainable parameters.
 
-One training batch is one micro-batch of edits; inside it the deltas take up to ``steps`` Adam steps
-(manual optimisation). Edits that stop leave the forward pass, and their deltas no longer move.
-Legend: B = edits of the micro-batch, A = those still active, F = model width.
+One training batch is one edit batch. Some of its edits at a time take up to ``steps`` Adam steps (manual
+optimisation); as soon as some have stopped, others take their places.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,10 +27,16 @@ from pmet_lightning.editable import EditableModel
 from pmet_lightning.edits import Edit
 from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.language_model import fingerprint
-from pmet_lightning.optimisation import LossWeights, TargetLoop
-from pmet_lightning.targets import Target, TargetStore
+from pmet_lightning.memory import ModelSize
+from pmet_lightning.optimisation import DeltaSlots, Request, Rules, TargetLoop, edits_in_flight
+from pmet_lightning.progress import counter
+from pmet_lightning.targets import Target, TargetStore, mean_curves
 
 log = logging.getLogger(__name__)
+
+# Steps between two looks at what has stopped: where the device runs ahead of the host, a look makes it wait.
+_LOOK_EVERY = {"cpu": 1}
+_LOOK_EVERY_ELSEWHERE = 4
 
 Optimised = Literal["attn+ffn", "ffn", "hidden"]
 TargetValue = Literal["stored", "realised"]
@@ -55,7 +60,7 @@ class TargetOptimizer(EditableModel):
             (clean output plus delta); they differ where one delta reaches the other, in sequential blocks only, and
             there the realised one was better (docs/results.md).
         steps: Most iterations for one edit; the last one makes no update.
-        optimizer: Adam and its learning rate; must be element-wise, or edits would disturb each other.
+        optimizer: Adam and its learning rate; the delta of each edit is a parameter of its own.
         clamp: Radius of the ball of each delta, in norms of its clean output.
         nll_factor: Weight of the target's negative log-likelihood.
         kl_factor: Weight of the divergence at "{subject} is a".
@@ -68,6 +73,8 @@ class TargetOptimizer(EditableModel):
         context_length: New tokens of each sampled context.
         seed: Seed of the sampled contexts.
         targets_folder: Folder in which finished targets are kept and found again; null keeps none.
+        micro_batch: Edits optimised together; changes nothing but memory and time. 'auto' takes as many as fit into
+            free memory and pay. An allocation that fails halves them.
         suffix_only: Whether what stands before the subjects and below layer L is computed once; the whole model at
             every step gives the same, and is there for comparison.
         kwargs: Everything that :class:`~pmet_lightning.editable.EditableModel` takes.
@@ -91,23 +98,33 @@ class TargetOptimizer(EditableModel):
         context_length: PositiveInt = 10,  # type: ignore[valid-type]
         seed: NonNegativeInt = 0,  # type: ignore[valid-type]
         targets_folder: str | None = None,
+        micro_batch: PositiveInt | Literal["auto"] = "auto",  # type: ignore[valid-type]
         suffix_only: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(model_name, **kwargs)
         self.automatic_optimization = False
         self.sites_optimised = _SITES[optimise]
-        self.target_value = target_value
-        self.steps, self.clamp, self.loss_tolerance = steps, clamp, loss_tolerance
-        self.argmax_rule = stop_at_argmax and optimise != "hidden"
-        self.weights = LossWeights(nll_factor, kl_factor, norm_factor)
+        self.rules = Rules(
+            nll=nll_factor,
+            kl=kl_factor,
+            norm=norm_factor,
+            steps=steps,
+            clamp=clamp,
+            loss_tolerance=loss_tolerance,
+            argmax_rule=stop_at_argmax and optimise != "hidden",
+            realised=target_value == "realised",
+        )
         self.optimizer_callable = optimizer
         self.given_contexts = None if contexts is None else check_contexts(contexts)
         self.context_count, self.context_length, self.seed = context_count, context_length, seed
         self.targets_folder, self.suffix_only = targets_folder, suffix_only
+        self.micro_batch: int | Literal["auto"] = "auto" if micro_batch == "auto" else int(micro_batch)
 
-        # Their width is not known before the model is: configure_model gives them their shape.
-        self.deltas = nn.ParameterDict({site: nn.Parameter(torch.zeros(0)) for site in self.sites_optimised})
+        # One for each edit in flight: their number and width are not known yet.
+        self.deltas = nn.ModuleDict(
+            {site: nn.ParameterList([nn.Parameter(torch.zeros(0))]) for site in self.sites_optimised}
+        )
         self.contexts: list[str] = []
         self._store: TargetStore | None = None
         self._store_batch = -1
@@ -120,13 +137,6 @@ class TargetOptimizer(EditableModel):
                 "layer %d is the model's last: a target there changes only what follows a subject at once, and "
                 "nothing in prompts that go on; leave the upper layers out of --model.layers", self.target_layer,
             )  # fmt: skip
-
-    def configure_model(self) -> None:
-        """Load the language model, once, and give the deltas its width."""
-        if self.lm is None:
-            super().configure_model()
-            for delta in self.deltas.values():
-                delta.data = torch.zeros(1, self.width, dtype=self.delta_dtype)
 
     @property
     def delta_dtype(self) -> torch.dtype:
@@ -161,54 +171,83 @@ class TargetOptimizer(EditableModel):
         log.info("contexts: %s", self.contexts)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Target]]:
-        """Optimise one micro-batch, or take its targets from the store.
+        """Optimise one edit batch, but for the targets that are in the store.
 
         Returns:
             ``targets``: one for each edit, in order.
         """
-        store = self._target_store(batch.edit_batch)
-        found = [store.load(edit.identity()) if store else None for edit in batch.edits]
-        missing = [edit for edit, target in zip(batch.edits, found, strict=True) if target is None]
-        fresh = iter(self.optimise(missing) if missing else [])
-        targets = []
-        for edit, target in zip(batch.edits, found, strict=True):
-            if target is None:
-                target = next(fresh)
+        store = self._target_store(batch_idx)
+        found = {i: store.load(edit.identity()) for i, edit in enumerate(batch.edits)} if store else {}
+        targets = {i: target for i, target in found.items() if target is not None}
+        missing = [i for i in range(len(batch.edits)) if i not in targets]
+        with counter(self.trainer, len(missing), "Targets", "edit") as bar:
+            for k, target in self.optimised([batch.edits[i] for i in missing]):
+                targets[missing[k]] = target
                 if store:
-                    store.save(edit.identity(), target)
-            targets.append(target)
-        return {"targets": targets}
+                    store.save(batch.edits[missing[k]].identity(), target)
+                bar.update(1)
+        in_order = [targets[i] for i in range(len(batch.edits))]
+        self.curves += mean_curves(in_order)
+        return {"targets": in_order}
 
-    def optimise(self, edits: Sequence[Edit]) -> list[Target]:
+    def optimised(self, edits: Sequence[Edit]) -> Iterator[tuple[int, Target]]:
         """Find the target vectors of some edits on the model as it is now.
+
+        Yields:
+            The place of an edit among ``edits``, and its target, in the order in which they are found.
 
         Raises:
             FloatingPointError: If a loss is not finite; the message names the edit.
+            RuntimeError: If not even one edit fits into memory.
         """
-        rows = target_rows(edits, self.contexts, self.encoder, self.padding_side).to(self.device)
+        if not edits:
+            return
+        requests = [
+            Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question) for edit in edits
+        ]
         optimizer = self.optimizers()
-        optimizer.optimizer.state.clear()  # type: ignore[union-attr]
-        for delta in self.deltas.values():
-            delta.data = torch.zeros(len(edits), self.width, dtype=self.delta_dtype, device=self.device)
+        slots = self._slots(edits_in_flight(self.micro_batch, requests, self._size(), self.device))
         loop = TargetLoop(
             model=self.model,
             modules={site: self.sites.module(site, self.target_layer) for site in self.sites_optimised},
-            deltas={site: self.deltas[site] for site in self.sites_optimised},
-            rows=rows,
+            slots=slots,
+            optimizer=optimizer.optimizer,  # type: ignore[union-attr]
+            step=optimizer.step,  # type: ignore[union-attr]
+            rules=self.rules,
             layers=[self.sites.module("hidden", i) for i in range(self.target_layer + 1)] if self.suffix_only else None,
-            rows_per_edit=len(self.contexts) + 2,
-            weights=self.weights,
-            loss_tolerance=self.loss_tolerance,
-            argmax_rule=self.argmax_rule,
-            names=[edit.origin or edit.question for edit in edits],
+            pad_id=self.encoder.pad_id,
+            padding_side=self.padding_side,
+            look_every=_LOOK_EVERY.get(self.device.type, _LOOK_EVERY_ELSEWHERE),
+            logged=lambda means: self.log_step("targets", means),
         )
-        with torch.enable_grad():
-            for step in range(self.steps):
-                self.log_step("targets", loop.iterate(last=step == self.steps - 1))
-                if not loop.active.any():
-                    break
-                loop.update(optimizer.step, self.clamp)  # type: ignore[union-attr]
-        return loop.results(realised=self.target_value == "realised")
+        yield from loop.run(requests)
+
+    def optimise(self, edits: Sequence[Edit]) -> list[Target]:
+        """The targets of some edits, in their order; raises what :meth:`optimised` does."""
+        targets = dict(self.optimised(edits))
+        return [targets[i] for i in range(len(edits))]
+
+    def _slots(self, count: int) -> DeltaSlots:
+        """Places for so many deltas, as this module's parameters and its optimizer's."""
+        slots = DeltaSlots(self.sites_optimised, count, self.width, self.delta_dtype, self.device)
+        for site, parameters in slots.parameters.items():
+            self.deltas[site] = nn.ParameterList(parameters)
+        optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+        optimizer.state.clear()
+        optimizer.param_groups[0]["params"] = list(self.deltas.parameters())
+        return slots
+
+    def _size(self) -> ModelSize:
+        """What decides how many edits fit into memory."""
+        whole = not self.suffix_only
+        return ModelSize(
+            width=self.width,
+            layers=self.depth,
+            layers_run=self.depth if whole else self.depth - self.target_layer,
+            vocabulary=int(self.model.get_output_embeddings().weight.shape[0]),  # type: ignore[operator,union-attr]
+            itemsize=next(self.model.parameters()).element_size(),
+            whole_rows=whole,
+        )
 
     def _target_store(self, edit_batch: int) -> TargetStore | None:
         """The store of the model as it is now; a later edit batch meets other weights."""
@@ -225,12 +264,7 @@ class TargetOptimizer(EditableModel):
                     "contexts": self.contexts,
                     "layer": self.target_layer,
                     "sites": self.sites_optimised,
-                    "target_value": self.target_value,
-                    "steps": self.steps,
-                    "clamp": self.clamp,
-                    "weights": vars(self.weights),
-                    "loss_tolerance": self.loss_tolerance,
-                    "argmax_rule": self.argmax_rule,
+                    "rules": vars(self.rules),
                     "optimizer": [type(optimizer).__name__, defaults],
                 },
             )

@@ -1,234 +1,479 @@
-"""The inner loop of the target optimisation: one iteration, the stop rules, the masked update.
+"""The inner loop of the target optimisation: edits enter a flight, take their steps, and leave it one by one.
 
-Legend: B = edits of the micro-batch, A = those still active, P = rows per edit, K = target tokens,
-V = vocabulary, F = model width.
+What stops is decided on the device; the host looks every few steps, lets finished edits leave, and others enter.
+Legend: A = edits in flight, P = rows per edit, R = A·P, K = target tokens, V = vocabulary, F = model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pmet_lightning.architectures import SiteName
 from pmet_lightning.language_model import label_logits
+from pmet_lightning.memory import ModelSize, free_memory, is_out_of_memory, longest_tail
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
 from pmet_lightning.prefix import Entry, Prefix, split_at_subject
 from pmet_lightning.sites import record_and_add
-from pmet_lightning.targets import Target
-from pmet_lightning.tokens import RowBatch
+from pmet_lightning.targets import PARTS, Target
+from pmet_lightning.tokens import PaddingSide, RowBatch, TokenRow, pad_rows
+
+log = logging.getLogger(__name__)
 
 # METHOD.md, step 1, choice 6: once every target token is the argmax, its likelihood weighs a tenth, and the
 # edit is done as soon as the subject's meaning has not drifted either.
 ARGMAX_NLL_SHARE = 0.1
 ARGMAX_KL_TOLERANCE = 0.01
+_REASONS = ("", "loss", "argmax", "steps")
+# Edits enter when this share of the places is free: each entry costs a pass over what stands before the subjects.
+_REFILL = 0.25
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    """f_nll, f_kl and f_wd of METHOD.md."""
+class Rules:
+    """What is minimised and when an edit stops.
+
+    Attributes:
+        nll: f_nll, weight of the target's negative log-likelihood.
+        kl: f_kl, weight of the divergence at "{subject} is a".
+        norm: f_wd, weight of the norm term.
+        steps: Most iterations; the last one makes no update.
+        clamp: Radius of the ball of each delta, in norms of its clean output.
+        loss_tolerance: An edit whose loss is below stops.
+        argmax_rule: Whether PMET's rule for targets that are the argmax holds (MEMIT has none).
+        realised: Whether v* is what the model realises, or the clean output plus delta.
+    """
 
     nll: float
     kl: float
     norm: float
+    steps: int
+    clamp: float
+    loss_tolerance: float
+    argmax_rule: bool
+    realised: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """One edit to find a target for.
+
+    Attributes:
+        rows: Bare prompt, contexts, KL prompt.
+        name: What to call it in an error.
+    """
+
+    rows: list[TokenRow]
+    name: str
+
+
+class DeltaSlots:
+    """A place for each edit in flight: one trainable delta for every site.
+
+    Each delta is a parameter of its own, so that an optimizer counts its steps alone; they are rows of one tensor for
+    every site, so that all are read and projected at once.
+
+    Attributes:
+        values: Shape [slots, F] for each site.
+        parameters: Their rows.
+    """
+
+    def __init__(self, sites: Sequence[SiteName], count: int, width: int, dtype: torch.dtype, device: torch.device):
+        self.values = {site: torch.zeros(count, width, dtype=dtype, device=device) for site in sites}
+        self.parameters = {site: [nn.Parameter(row) for row in value] for site, value in self.values.items()}
+        self._gradients = {site: torch.zeros_like(value) for site, value in self.values.items()}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    def open(self, slots: Sequence[int], state: Any) -> None:
+        """Begin with zero, and without an optimizer's memory of who was there before."""
+        for site, parameters in self.parameters.items():
+            self.values[site][list(slots)] = 0
+            for slot in slots:
+                state.pop(parameters[slot], None)
+                parameters[slot].grad = self._gradients[site][slot]
+
+    def close(self, slots: Sequence[int]) -> None:
+        """An optimizer passes over what has no gradient."""
+        for parameters in self.parameters.values():
+            for slot in slots:
+                parameters[slot].grad = None
+
+    def leaves(self, slots: Tensor) -> dict[SiteName, Tensor]:
+        """Copies of some deltas that a gradient can be taken for, shape [A, F]."""
+        return {site: value[slots].requires_grad_() for site, value in self.values.items()}
+
+    def set_gradients(self, slots: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Hand gradients of shape [A, F] to the parameters."""
+        for gradient, own in zip(gradients, self._gradients.values(), strict=True):
+            own[slots] = gradient
+
+
+@dataclass
+class Flight:
+    """The edits that are optimised together at present, one behind the other in every field.
+
+    Attributes:
+        numbers: Which edits.
+        slots: Where their deltas are, int64, shape [A].
+        ages: Steps each has taken.
+        rows: Their rows, those of an edit beside each other.
+        prefix: What stands before the rows, if it is kept.
+        hidden: What enters layer L, shape [R, S, F], if it is kept.
+        active: Whether an edit goes on, bool, shape [A].
+        reason: Why it does not, an index of ``_REASONS``, shape [A].
+        nll_factor: Its weight of the likelihood now, shape [A].
+        clean: Each site's output without deltas in the bare row, shape [A, F]; of newcomers after their first step.
+        clean_kl: Log-probabilities at the KL prompt without deltas, shape [A, V]; likewise.
+        final: v* as it stands, or stood when the edit stopped, shape [A, F].
+        final_norm: Norm of the delta then, relative to the clean output, shape [A].
+        trail: What each step since the last look has brought: ``PARTS`` and whether it counts, shape [A, parts + 1].
+    """
+
+    numbers: list[int]
+    slots: Tensor
+    ages: list[int]
+    rows: RowBatch
+    prefix: Prefix | None
+    hidden: Tensor | None
+    active: Tensor
+    reason: Tensor
+    nll_factor: Tensor
+    clean: dict[SiteName, Tensor] = field(default_factory=dict)
+    clean_kl: Tensor | None = None
+    final: dict[SiteName, Tensor] = field(default_factory=dict)
+    final_norm: dict[SiteName, Tensor] = field(default_factory=dict)
+    trail: list[Tensor] = field(default_factory=list)
+
+    def join(self, other: Flight) -> None:
+        """Let others in behind these; what they learn in their first step is added after it."""
+        self.numbers += other.numbers
+        self.ages += other.ages
+        self.rows = self.rows.join(other.rows)
+        if self.prefix is not None and other.prefix is not None:
+            self.prefix = self.prefix.join(other.prefix)
+        if self.hidden is not None and other.hidden is not None:
+            width = self.rows.input_ids.shape[1]
+            both = [nn.functional.pad(h, (0, 0, 0, width - h.shape[1])) for h in (self.hidden, other.hidden)]
+            self.hidden = torch.cat(both)
+        for name in ("slots", "active", "reason", "nll_factor"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Let all others leave."""
+        index = torch.tensor(places, dtype=torch.long, device=self.slots.device)
+        count = len(self.rows) // len(self.numbers)
+        rows = (index.unsqueeze(1) * count + torch.arange(count, device=index.device)).flatten()
+        if self.hidden is not None:
+            self.hidden = self.hidden[rows][:, self.rows.used_columns(rows)]
+        if self.prefix is not None:
+            self.prefix = self.prefix.select(rows)
+        self.rows = self.rows.select(rows)
+        self.numbers, self.ages = ([values[i] for i in places] for values in (self.numbers, self.ages))
+        for name in ("slots", "active", "reason", "nll_factor", "clean_kl"):
+            setattr(self, name, getattr(self, name)[index])
+        for values in (self.clean, self.final, self.final_norm):
+            values.update({site: value[index] for site, value in values.items()})
 
 
 class TargetLoop:
-    """State of one micro-batch while its deltas are optimised.
+    """Finds the targets of any number of edits, as many of them at a time as there is room for.
 
     Args:
         model: The frozen language model.
         modules: The module of each optimised site at layer L.
-        deltas: Trainable parameters of each site, shape [B, F], zero.
-        rows: Rows of all edits, ``rows_per_edit`` each: bare prompt, contexts, KL prompt.
-        rows_per_edit: P.
-        weights: Factors of the loss.
-        loss_tolerance: An edit whose loss is below stops.
-        argmax_rule: Whether PMET's rule for targets that are the argmax holds (MEMIT has none).
-        names: What to call each edit in an error.
+        slots: Trainable deltas of the same sites.
+        optimizer: The optimizer of their parameters.
+        step: What makes its step.
+        rules: The loss and the stop rules.
         layers: The model's first layers up to and with layer L. What stands before the subjects and below layer L is
             then computed once; ``None`` runs the whole model at every step, which gives the same.
+        pad_id: Padding token.
+        padding_side: Where rows are padded.
+        look_every: Steps between two looks of the host at what has stopped; an edit that has stopped in between
+            stays as it was.
+        logged: Gets means over the edits in flight at every look.
     """
 
     def __init__(
         self,
         *,
         model: nn.Module,
-        modules: dict[SiteName, nn.Module],
-        deltas: dict[SiteName, nn.Parameter],
-        rows: RowBatch,
-        rows_per_edit: int,
-        weights: LossWeights,
-        loss_tolerance: float,
-        argmax_rule: bool,
-        names: Sequence[str],
-        layers: Sequence[nn.Module] | None = None,
+        modules: Mapping[SiteName, nn.Module],
+        slots: DeltaSlots,
+        optimizer: Any,
+        step: Callable[[], Any],
+        rules: Rules,
+        layers: Sequence[nn.Module] | None,
+        pad_id: int,
+        padding_side: PaddingSide,
+        look_every: int,
+        logged: Callable[[dict[str, float]], None],
     ) -> None:
-        self.model, self.modules, self.deltas = model, modules, deltas
-        self.rows, self.rows_per_edit = rows, rows_per_edit
-        self.prefix: Prefix | None = None
-        self.entry: Entry | None = None
-        if layers is not None:
-            self.prefix, self.rows = split_at_subject(model, rows)
-            self.entry = Entry(layers)
-        self.weights, self.loss_tolerance, self.argmax_rule = weights, loss_tolerance, argmax_rule
-        self.names = names
-        count = len(names)
-        first = next(iter(deltas.values()))
-        self.active = torch.ones(count, dtype=torch.bool, device=first.device)
-        self.nll_factor = torch.full((count,), weights.nll, dtype=first.dtype, device=first.device)
-        self.steps = [0] * count
-        self.reasons = [""] * count
-        self.history: list[list[dict[str, float]]] = [[] for _ in range(count)]
-        self.clean: dict[SiteName, Tensor] = {}
-        self.before_delta: dict[SiteName, Tensor] = {}
-        self._clean_kl: Tensor | None = None
-        self._loss_A: Tensor | None = None
-        self._still_active = self.active  # of the edits in the rows at present
+        self.model, self.modules, self.slots, self.rules = model, modules, slots, rules
+        self.optimizer, self.step = optimizer, step
+        self.entry = None if layers is None else Entry(layers)
+        self.pad_id, self.padding_side, self.look_every, self.logged = pad_id, padding_side, look_every, logged
+        self.room = len(slots)
+        self.flight: Flight | None = None
+        self.aboard: list[int] = []  # in flight, or about to be
+        self._steps_since_look = 0
+        self._names: dict[int, str] = {}
+        self._histories: dict[int, list[list[float]]] = {}
+        first = next(iter(slots.values.values()))
+        self.dtype, self.device = first.dtype, first.device
 
-    def iterate(self, *, last: bool) -> dict[str, float]:
-        """Forward, losses, stop rules; the gradient is taken by :meth:`update`.
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Target]]:
+        """Optimise all edits, the longest first, since what fits then always fits.
 
-        Args:
-            last: Whether this is the last iteration, which stops every edit.
+        Yields:
+            The number of each edit and its target, as it is finished.
 
-        Returns:
-            Means over the active edits, for the log.
+        Raises:
+            FloatingPointError: If a loss is not finite; the message names the edit.
+            RuntimeError: If not even one edit fits into memory.
+        """
+        lengths = [longest_tail(request.rows, self.entry is None) for request in requests]
+        waiting = sorted(range(len(requests)), key=lambda i: lengths[i])
+        while waiting or self.flight is not None:
+            short_of_memory = False
+            try:
+                finished = self._round(waiting, requests)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(self.aboard) == 1:
+                    raise RuntimeError(
+                        f"out of memory with a single edit ({requests[self.aboard[0]].name}); use a larger device, "
+                        "--model.dtype bfloat16, or fewer and shorter contexts"
+                    ) from error
+                short_of_memory = True
+            if short_of_memory:  # behind the handler, since the error holds on to what did not fit
+                self._start_again(waiting)
+            else:
+                yield from finished
+
+    def _round(self, waiting: list[int], requests: Sequence[Request]) -> list[tuple[int, Target]]:
+        """Let edits enter if there is room, take one step, and let those that have stopped leave."""
+        self._admit(waiting, requests)
+        assert self.flight is not None
+        flight = self.flight
+        leaves = self.slots.leaves(flight.slots)
+        loss = self._iterate(flight, leaves)
+        self._steps_since_look += 1
+        flight.ages = [age + 1 for age in flight.ages]
+        stopped: list[int] = []
+        if self._steps_since_look >= self.look_every or max(flight.ages) >= self.rules.steps:
+            stopped = self._look(flight)
+        if len(stopped) < len(flight.numbers):
+            self._update(flight, leaves, loss)
+        return self._leave(flight, stopped) if stopped else []
+
+    def _admit(self, waiting: list[int], requests: Sequence[Request]) -> None:
+        free = self.room - len(self.aboard)
+        if not waiting or free < max(1, min(int(_REFILL * self.room), len(waiting))) or self._steps_since_look:
+            return
+        entering = [waiting.pop() for _ in range(min(free, len(waiting)))]
+        self.aboard += entering
+        taken = set() if self.flight is None else set(self.flight.slots.tolist())
+        slots = [slot for slot in range(len(self.slots)) if slot not in taken][: len(entering)]
+        rows = pad_rows([row for i in entering for row in requests[i].rows], self.pad_id, self.padding_side)
+        rows, prefix, hidden = rows.to(self.device), None, None
+        if self.entry is not None:
+            prefix, rows = split_at_subject(self.model, rows)
+            hidden = self.entry.states(self.model, rows, prefix)
+        self._names |= {i: requests[i].name for i in entering}
+        self.slots.open(slots, self.optimizer.state)
+        count = len(entering)
+        newcomers = Flight(
+            numbers=entering,
+            slots=torch.tensor(slots, device=self.device),
+            ages=[0] * count,
+            rows=rows,
+            prefix=prefix,
+            hidden=hidden,
+            active=torch.ones(count, dtype=torch.bool, device=self.device),
+            reason=torch.zeros(count, dtype=torch.long, device=self.device),
+            nll_factor=torch.full((count,), self.rules.nll, dtype=self.dtype, device=self.device),
+        )
+        if self.flight is None:
+            self.flight = newcomers
+        else:
+            self.flight.join(newcomers)
+
+    @torch.enable_grad()
+    def _iterate(self, flight: Flight, leaves: dict[SiteName, Tensor]) -> Tensor:
+        """Forward, losses and stop rules; returns the sum of the losses of the edits that go on."""
+        logits_APKV, outputs = self._forward(flight, leaves)
+        log_p = _last_log_probs(logits_APKV)
+        self._greet(flight, outputs, log_p.detach())
+        assert flight.clean_kl is not None
+        labels = flight.rows.label_ids.unflatten(0, (len(flight.numbers), -1))[:, :-1]
+        scores = target_scores(logits_APKV[:, :-1], labels)
+        nll, p = scores.nll.mean(dim=1), (-scores.nll).exp()
+        kl = self.rules.kl * kl_divergence(log_p, flight.clean_kl)
+        penalties = [norm_penalty(delta, flight.clean[site]) for site, delta in leaves.items()]
+        norm = self.rules.norm * torch.stack(penalties).sum(dim=0)
+        loss = flight.nll_factor * nll + kl + norm
+        parts = dict(zip(PARTS, (loss, nll, kl, norm, p.mean(dim=1), p[:, 0]), strict=True))
+        with torch.no_grad():
+            for site, delta in leaves.items():
+                base = outputs[site] if self.rules.realised else flight.clean[site]
+                length = delta.norm(dim=-1) / flight.clean[site].norm(dim=-1)
+                going_on = flight.active.unsqueeze(-1)
+                flight.final[site] = torch.where(going_on, base + delta, flight.final[site])
+                flight.final_norm[site] = torch.where(flight.active, length, flight.final_norm[site])
+            columns = [parts[name].detach().to(self.dtype) for name in PARTS]
+            flight.trail.append(torch.stack([*columns, flight.active.to(self.dtype)], dim=1))
+            self._apply_stop_rules(flight, loss, kl, scores.all_argmax.all(dim=1))
+        return torch.where(flight.active, loss, 0.0).sum()
+
+    def _forward(self, flight: Flight, leaves: Mapping[SiteName, Tensor]) -> tuple[Tensor, dict[SiteName, Tensor]]:
+        """Logits [A, P, K, V], and each site's output in the bare row before its delta, [A, F]."""
+        rows_per_edit = len(flight.rows) // len(flight.numbers)
+        with ExitStack() as stack:
+            recordings = {}
+            for site, module in self.modules.items():
+                added = leaves[site].repeat_interleave(rows_per_edit, dim=0)
+                recordings[site] = stack.enter_context(record_and_add(module, flight.rows.subject, added))
+            if self.entry is not None:
+                assert flight.hidden is not None
+                stack.enter_context(self.entry.begin_with(flight.hidden))
+            logits = label_logits(self.model, flight.rows, flight.prefix)
+        outputs = {site: r.take().detach()[::rows_per_edit].to(self.dtype) for site, r in recordings.items()}
+        return logits.unflatten(0, (len(flight.numbers), rows_per_edit)), outputs
+
+    def _greet(self, flight: Flight, outputs: Mapping[SiteName, Tensor], log_p_AV: Tensor) -> None:
+        """Keep what the first step of newcomers shows: their deltas are zero in it."""
+        known = 0 if flight.clean_kl is None else len(flight.clean_kl)
+        if known == len(flight.numbers):
+            return
+        flight.clean_kl = _behind(flight.clean_kl, log_p_AV[known:])
+        for site, output in outputs.items():
+            flight.clean[site] = _behind(flight.clean.get(site), output[known:])
+            flight.final[site] = _behind(flight.final.get(site), output[known:])
+            flight.final_norm[site] = _behind(flight.final_norm.get(site), torch.zeros_like(output[known:, 0]))
+
+    def _apply_stop_rules(self, flight: Flight, loss: Tensor, kl: Tensor, argmax: Tensor) -> None:
+        settled = torch.zeros_like(argmax)
+        if self.rules.argmax_rule:
+            flight.nll_factor = self.rules.nll * torch.where(argmax, ARGMAX_NLL_SHARE, 1.0).to(self.dtype)
+            settled = argmax & (kl <= ARGMAX_KL_TOLERANCE)
+        reason = torch.where(settled, _REASONS.index("argmax"), 0)
+        if max(flight.ages) + 1 >= self.rules.steps:
+            over = torch.tensor([age + 1 >= self.rules.steps for age in flight.ages], device=self.device)
+            reason = torch.where(over & ~settled, _REASONS.index("steps"), reason)
+        reason = torch.where(loss < self.rules.loss_tolerance, _REASONS.index("loss"), reason)
+        flight.reason = torch.where(flight.active, reason, flight.reason)
+        flight.active = flight.active & (reason == 0)
+
+    def _update(self, flight: Flight, leaves: Mapping[SiteName, Tensor], loss: Tensor) -> None:
+        """Gradient, optimizer step and projection; the deltas that have stopped are no longer looked at."""
+        self.slots.set_gradients(flight.slots, torch.autograd.grad(loss, list(leaves.values())))
+        self.step()
+        with torch.no_grad():
+            for site, values in self.slots.values.items():
+                radius = self.rules.clamp * flight.clean[site].norm(dim=-1)
+                values[flight.slots] = project_to_ball(values[flight.slots], radius)
+
+    def _look(self, flight: Flight) -> list[int]:
+        """Fetch what has happened since the last look; returns the places of the edits that have stopped.
 
         Raises:
             FloatingPointError: If a loss is not finite.
         """
-        index_A = self.active.nonzero().flatten()
-        logits_APKV, outputs = self._forward(index_A)
-        if not self.clean:
-            self.clean = outputs
-            self.before_delta = {site: value.clone() for site, value in outputs.items()}
-            self._clean_kl = _last_log_probs(logits_APKV).detach()
-        for site, value in outputs.items():
-            self.before_delta[site][index_A] = value
-        parts = self._loss_parts(logits_APKV, index_A)
-        self._check_finite(parts["loss"], index_A)
-        self._loss_A = parts["loss"]
-        stopped = self._apply_stop_rules(parts, index_A, last)
-        return self._record(parts, index_A, stopped)
+        points = torch.stack(flight.trail).cpu()
+        flight.trail.clear()
+        self._steps_since_look = 0
+        counted = points[..., -1].bool()
+        self._check_finite(flight, points[..., 0].isfinite() | ~counted)
+        for place, number in enumerate(flight.numbers):
+            own = self._histories.setdefault(number, [])
+            own += points[counted[:, place], place, :-1].tolist()
+        now = points[-1][counted[-1]]
+        means = dict(zip(PARTS, now[:, :-1].mean(dim=0).tolist(), strict=True)) if len(now) else {}
+        self.logged(means | {"active": float(len(now))})
+        return (~flight.active).nonzero().flatten().tolist()
 
-    def update(self, step: Callable[[], Any], clamp: float) -> None:
-        """Gradient, optimizer step and projection for the active edits; the others stay where they are."""
-        assert self._loss_A is not None
-        gradients = torch.autograd.grad(self._loss_A[self._still_active].sum(), list(self.deltas.values()))
-        before = {site: delta.detach().clone() for site, delta in self.deltas.items()}
-        for delta, gradient in zip(self.deltas.values(), gradients, strict=True):
-            delta.grad = gradient
-        step()
-        with torch.no_grad():
-            for site, delta in self.deltas.items():
-                # Adam's momentum moves even a delta without gradient, so its update has to be undone.
-                moved = project_to_ball(delta, clamp * self.clean[site].norm(dim=-1))
-                delta.copy_(torch.where(self.active.unsqueeze(-1), moved, before[site]))
-        if not bool(self._still_active.all()):
-            left = self._still_active.repeat_interleave(self.rows_per_edit)
-            if self.entry is not None:
-                self.entry.select(left, self.rows.used_columns(left))
-            if self.prefix is not None:
-                self.prefix = self.prefix.select(left)
-            self.rows = self.rows.select(left)
-
-    def results(self, *, realised: bool) -> list[Target]:
-        """The target of every edit: clean output plus delta, or with the output as realised beside it."""
-        base = self.before_delta if realised else self.clean
-        values = {site: (base[site] + delta.detach()).cpu() for site, delta in self.deltas.items()}
-        norms = {
-            site: (delta.detach().norm(dim=-1) / self.clean[site].norm(dim=-1)).tolist()
-            for site, delta in self.deltas.items()
-        }
-        targets = []
-        for i, history in enumerate(self.history):
-            final = history[-1]
+    def _leave(self, flight: Flight, stopped: Sequence[int]) -> list[tuple[int, Target]]:
+        values = {site: value[list(stopped)].cpu() for site, value in flight.final.items()}
+        norms = {site: value[list(stopped)].tolist() for site, value in flight.final_norm.items()}
+        reasons = flight.reason[list(stopped)].tolist()
+        finished = []
+        for k, place in enumerate(stopped):
+            number = flight.numbers[place]
+            history = torch.tensor(self._histories.pop(number), dtype=self.dtype)
+            first, last = (dict(zip(PARTS, history[i].tolist(), strict=True)) for i in (0, -1))
             record = {
-                "steps": self.steps[i],
-                "stop_reason": self.reasons[i],
-                **{name: final[name] for name in ("loss", "nll", "kl", "norm")},
-                "p_prompt_before": history[0]["p_prompt"],
-                "p_before": history[0]["p"],
-                "p_after": final["p"],
-                **{f"delta_{site}": norms[site][i] for site in self.deltas},
+                "steps": len(history),
+                "stop_reason": _REASONS[reasons[k]],
+                **{name: last[name] for name in ("loss", "nll", "kl", "norm")},
+                "p_prompt_before": first["p_prompt"],
+                "p_before": first["p"],
+                "p_after": last["p"],
+                **{f"delta_{site}": norm[k] for site, norm in norms.items()},
             }
-            targets.append(Target({site: value[i].clone() for site, value in values.items()}, record))
-        return targets
+            finished.append((number, Target({s: v[k].clone() for s, v in values.items()}, record, history)))
+        self.slots.close(flight.slots[list(stopped)].tolist())
+        left = [place for place in range(len(flight.numbers)) if place not in set(stopped)]
+        if left:
+            flight.keep(left)
+        else:
+            self.flight = None
+        self.aboard = [] if self.flight is None else list(flight.numbers)
+        return finished
 
-    def _forward(self, index_A: Tensor) -> tuple[Tensor, dict[SiteName, Tensor]]:
-        """Logits [A, P, K, V], and each site's output in the bare row before its delta, [A, F]."""
-        with ExitStack() as stack:
-            recordings = {}
-            for site, module in self.modules.items():
-                added = self.deltas[site][index_A].repeat_interleave(self.rows_per_edit, dim=0)
-                recordings[site] = stack.enter_context(record_and_add(module, self.rows.subject, added))
-            if self.entry is not None:
-                stack.enter_context(self.entry())
-            logits = label_logits(self.model, self.rows, self.prefix)
-        bare = slice(None, None, self.rows_per_edit)
-        dtype = self.nll_factor.dtype
-        outputs = {site: r.take().detach()[bare].to(dtype) for site, r in recordings.items()}
-        return logits.unflatten(0, (len(index_A), self.rows_per_edit)), outputs
+    def _start_again(self, waiting: list[int]) -> None:
+        """After a lack of memory: all edits in flight begin anew, half as many at a time."""
+        self.room = max(1, len(self.aboard) // 2)
+        log.warning("out of memory with %d edits in flight: going on with %d", len(self.aboard), self.room)
+        waiting += reversed(self.aboard)
+        for number in self.aboard:
+            self._histories.pop(number, None)
+        self.slots.close(range(len(self.slots)))
+        self.aboard, self.flight, self._steps_since_look = [], None, 0
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def _loss_parts(self, logits_APKV: Tensor, index_A: Tensor) -> dict[str, Tensor]:
-        """Weighted parts of the loss and what the stop rules need, shape [A] each."""
-        assert self._clean_kl is not None
-        labels = self.rows.label_ids.unflatten(0, (len(index_A), self.rows_per_edit))[:, :-1]
-        scores = target_scores(logits_APKV[:, :-1], labels)
-        nll = scores.nll.mean(dim=1)
-        kl = self.weights.kl * kl_divergence(_last_log_probs(logits_APKV), self._clean_kl[index_A])
-        penalties = [norm_penalty(delta[index_A], self.clean[site][index_A]) for site, delta in self.deltas.items()]
-        norm = self.weights.norm * torch.stack(penalties).sum(dim=0)
-        return {
-            "loss": self.nll_factor[index_A] * nll + kl + norm,
-            "nll": nll,
-            "kl": kl,
-            "norm": norm,
-            "p": (-scores.nll).exp().mean(dim=1),
-            "p_prompt": (-scores.nll[:, 0]).exp(),
-            "all_argmax": scores.all_argmax.all(dim=1),
-        }
-
-    def _apply_stop_rules(self, parts: dict[str, Tensor], index_A: Tensor, last: bool) -> list[str]:
-        """Mark the edits that stop now; returns a reason for each active edit, empty if it goes on."""
-        low = (parts["loss"] < self.loss_tolerance).tolist()
-        settled = [False] * len(index_A)
-        if self.argmax_rule:
-            argmax = parts["all_argmax"]
-            share = torch.where(argmax, ARGMAX_NLL_SHARE, 1.0).to(self.nll_factor.dtype)
-            self.nll_factor[index_A] = self.weights.nll * share
-            settled = (argmax & (parts["kl"] <= ARGMAX_KL_TOLERANCE)).tolist()
-        reasons = [
-            "loss" if is_low else "argmax" if is_settled else "steps" if last else ""
-            for is_low, is_settled in zip(low, settled, strict=True)
-        ]
-        going_on = torch.tensor([not reason for reason in reasons], device=self.active.device)
-        self._still_active = going_on
-        self.active[index_A] = going_on
-        return reasons
-
-    def _record(self, parts: dict[str, Tensor], index_A: Tensor, reasons: list[str]) -> dict[str, float]:
-        columns = {name: value.detach().tolist() for name, value in parts.items()}
-        for position, i in enumerate(index_A.tolist()):
-            self.history[i].append({name: column[position] for name, column in columns.items()})
-            self.steps[i] += 1
-            self.reasons[i] = reasons[position]
-        means = {name: float(parts[name].detach().mean()) for name in ("loss", "nll", "kl", "norm", "p")}
-        return means | {"active": float(len(index_A))}
-
-    def _check_finite(self, loss_A: Tensor, index_A: Tensor) -> None:
-        broken = index_A[~loss_A.detach().isfinite()].tolist()
+    def _check_finite(self, flight: Flight, fine_SA: Tensor) -> None:
+        broken = (~fine_SA).any(dim=0).nonzero().flatten().tolist()
         if broken:
-            names = "; ".join(self.names[i] for i in broken[:5])
+            names = "; ".join(self._names[flight.numbers[place]] for place in broken[:5])
+            taken = len(self._histories.get(flight.numbers[broken[0]], ()))
+            step = taken + int((~fine_SA[:, broken[0]]).long().argmax())
             raise FloatingPointError(
-                f"the loss of {len(broken)} edit(s) is not finite at step {self.steps[broken[0]]}: {names}. "
+                f"the loss of {len(broken)} edit(s) is not finite at step {step}: {names}. "
                 "Check the model's weights for NaN, or load it with --model.dtype float32 or bfloat16."
             )
+
+
+def edits_in_flight(
+    wanted: int | Literal["auto"], requests: Sequence[Request], size: ModelSize, device: torch.device
+) -> int:
+    """How many edits are optimised together: as many as wanted, or as fit into memory and pay.
+
+    Args:
+        wanted: ``micro_batch``.
+        requests: All edits.
+        size: Of the model.
+        device: Where the model is.
+    """
+    if wanted == "auto":
+        longest = max(requests, key=lambda request: size.edit_bytes(request.rows))
+        wanted = size.most_edits(longest.rows, device, free_memory(device))
+        log.info("up to %d edits are optimised together", wanted)
+    return min(wanted, len(requests))
+
+
+def _behind(known: Tensor | None, more: Tensor) -> Tensor:
+    return more.clone() if known is None else torch.cat([known, more])
 
 
 def _last_log_probs(logits_APKV: Tensor) -> Tensor:

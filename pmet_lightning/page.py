@@ -100,6 +100,9 @@ def svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawing = buffer.getvalue()
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing[drawing.index("<svg") :])  # the same in every figure
+    # Some of the other ids hold an address in memory.
+    ids = {found: f"{name}-{i}" for i, found in enumerate(dict.fromkeys(re.findall(r'id="([^"]+)"', drawing)))}
+    drawing = re.sub(r'(id="|#)([\w-]+)', lambda match: match[1] + ids.get(match[2], match[2]), drawing)
     for variable, colour in COLOURS.items():
         drawing = re.sub(rf"(fill|stroke): {colour}", rf"\1: var(--{variable})", drawing)
     return Markup(drawing)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pmet_lightning.language_model import run_to
+from pmet_lightning.sites import stop_before
 from pmet_lightning.tokens import RowBatch
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,36 @@ class Prefix:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         return Prefix(self._with_layers(layers), self.mask_RP[rows])
 
+    def join(self, other: Prefix) -> Prefix:
+        """These rows, then the other's; the shorter ones get empty columns in front."""
+        width = max(self.mask_RP.shape[1], other.mask_RP.shape[1])
+        layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer, more in zip(layers, other.cache.layers, strict=True):
+            # A sliding window keeps no more than it lets a token look back.
+            window = getattr(layer, "sliding_window", None)
+            count = width if window is None else min(width, window - 1)
+            for name in ("keys", "values"):
+                both = [_grown(getattr(one, name), count, dim=-2) for one in (layer, more)]
+                setattr(layer, name, torch.cat(both))
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = width
+        masks = [_grown(one.mask_RP, width, dim=-1) for one in (self, other)]
+        return Prefix(self._with_layers(layers), torch.cat(masks))
+
     def _with_layers(self, layers: list[Any]) -> Any:
         cache = copy.copy(self.cache)
         cache.layers = layers
         return cache
+
+
+def _grown(tensor: Tensor, count: int, dim: int) -> Tensor:
+    """The last ``count`` columns, zeros in front where there are not so many."""
+    lacking = count - tensor.shape[dim]
+    if lacking <= 0:
+        return tensor.narrow(dim, -lacking, count)
+    shape = list(tensor.shape)
+    shape[dim] = lacking
+    return torch.cat([tensor.new_zeros(shape), tensor], dim)
 
 
 def split_at_subject(model: nn.Module, rows: RowBatch) -> tuple[Prefix | None, RowBatch]:
@@ -61,23 +89,27 @@ def split_at_subject(model: nn.Module, rows: RowBatch) -> tuple[Prefix | None, R
 
     Returns:
         The prefix and rows of the remaining tokens, all of which begin at the subject's last token; or ``None`` and
-        the rows as they are, where nothing stands before a subject or the model keeps no plain keys and values.
+        the rows as they are, where the model keeps no plain keys and values.
     """
     columns = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
     real = rows.attention_mask.bool()
     first = torch.where(real, columns, len(columns)).amin(dim=1)
     last = torch.where(real, columns, -1).amax(dim=1)
-    before = rows.subject - first
-    most = int(before.max())
-    if most == 0:
-        return None, rows
-    prefix = prefix_of(model, _columns(rows, first.unsqueeze(1) + columns[:most], first, rows.subject - 1))
+    # One column at least, if of padding alone: then every prefix of a model is one, and two can be joined.
+    most = max(int((rows.subject - first).max()), 1)
+    heads = _columns(rows, first.unsqueeze(1) + columns[:most], first, rows.subject - 1)
+    # Rows that begin alike, such as with one context, share what is run.
+    known = torch.where(heads.attention_mask.bool(), heads.input_ids, -1)
+    unique, place = known.unique(dim=0, return_inverse=True)
+    index = torch.zeros(len(unique), dtype=torch.long, device=place.device)
+    index[place] = torch.arange(len(place), device=place.device)
+    prefix = prefix_of(model, _rows(heads, index))
     if prefix is None:
         return None, rows
     count = int((last - rows.subject).max()) + 1
     tail = _columns(rows, rows.subject.unsqueeze(1) + columns[:count], first, last)
     shifted = rows.label_columns - rows.subject.unsqueeze(1)
-    return prefix, replace(tail, subject=torch.zeros_like(rows.subject), label_columns=shifted)
+    return prefix.select(place), replace(tail, subject=torch.zeros_like(rows.subject), label_columns=shifted)
 
 
 def prefix_of(model: nn.Module, head: RowBatch) -> Prefix | None:
@@ -102,6 +134,11 @@ def prefix_of(model: nn.Module, head: RowBatch) -> Prefix | None:
     if all(layer.keys.shape[-2] == count for layer in cache.layers):
         return Prefix(_moved_to_the_end(cache, at_end.attention_mask), at_end.attention_mask)
     return Prefix(_run(model, at_end), at_end.attention_mask)
+
+
+def _rows(rows: RowBatch, index: Tensor) -> RowBatch:
+    """Some rows, with all of their columns."""
+    return RowBatch(**{name: value[index] for name, value in vars(rows).items()})
 
 
 def _columns(rows: RowBatch, wanted_RC: Tensor, first_R: Tensor, last_R: Tensor) -> RowBatch:
@@ -151,7 +188,7 @@ def _is_plain(layer: Any, rows: int) -> bool:
 
 
 class Entry:
-    """Hidden states that enter a layer, so that a later pass can begin there.
+    """Lets forward passes begin at a layer, with hidden states that entered it in a pass before.
 
     Args:
         layers: The model's first layers up to and with the one to enter at.
@@ -159,27 +196,34 @@ class Entry:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.below, self.layer = list(layers[:-1]), layers[-1]
-        self.hidden_RSF: Tensor | None = None
-        self._tuples: list[bool] = []
+        self._tuples = [False] * len(self.below)
 
-    def select(self, rows: Tensor, columns: slice) -> None:
-        """Keep the given rows and columns."""
-        if self.hidden_RSF is not None:
-            self.hidden_RSF = self.hidden_RSF[rows][:, columns]
+    @torch.no_grad()
+    def states(self, model: nn.Module, rows: RowBatch, prefix: Prefix | None) -> Tensor:
+        """What enters the layer, shape [R, S, F]; the pass ends there."""
+        seen: list[Tensor] = []
+
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        with ExitStack() as stack:
+            for i, layer in enumerate(self.below):
+                stack.callback(layer.register_forward_hook(self._note_kind(i)).remove)
+            stack.enter_context(stop_before(self.layer, record))
+            run_to(model, rows, prefix)
+        return seen[0]
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Record what enters the layer in the first forward pass; begin with it in the others."""
+    def begin_with(self, hidden_RSF: Tensor) -> Iterator[None]:
+        """Have the passes inside begin with these states."""
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return ((hidden_RSF, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_RSF})
+
         with ExitStack() as stack:
-            if self.hidden_RSF is None:
-                self._tuples = [False] * len(self.below)
-                for i, layer in enumerate(self.below):
-                    stack.callback(layer.register_forward_hook(self._note_kind(i)).remove)
-                stack.callback(self.layer.register_forward_pre_hook(self._record, with_kwargs=True).remove)
-            else:
-                for layer, is_tuple in zip(self.below, self._tuples, strict=True):
-                    stack.enter_context(_passing_on(layer, is_tuple))
-                stack.callback(self.layer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            for layer, is_tuple in zip(self.below, self._tuples, strict=True):
+                stack.enter_context(_passing_on(layer, is_tuple))
+            stack.callback(self.layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
             yield
 
     def _note_kind(self, i: int) -> Any:
@@ -187,14 +231,6 @@ class Entry:
             self._tuples[i] = isinstance(output, tuple)
 
         return hook
-
-    def _record(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.hidden_RSF = (args[0] if args else kwargs["hidden_states"]).detach()
-
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (self.hidden_RSF, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self.hidden_RSF}
 
 
 @contextmanager

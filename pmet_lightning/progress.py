@@ -29,7 +29,7 @@ class EditProgressBar(TQDMProgressBar):
         return "After"
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Count edits, not micro-batches."""
+        """Count edits, not edit batches."""
         super().on_train_epoch_start(trainer, *_)
         self.train_progress_bar.reset(len(all_edits(trainer)) or None)
         self.train_progress_bar.unit = "edit"
@@ -38,7 +38,7 @@ class EditProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance by the edits of the micro-batch."""
+        """Advance by the edits of the edit batch."""
         if not self.train_progress_bar.disable:
             self.train_progress_bar.update(len(batch.edits))
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))

@@ -5,7 +5,7 @@ Legend: R = rows, T = tokens, K = columns kept, F = features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,6 +113,25 @@ def stop_after(module: nn.Module) -> Iterator[None]:
         raise _Exit
 
     handle = module.register_forward_hook(hook)
+    try:
+        yield
+    except _Exit:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def stop_before(
+    module: nn.Module, look: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+) -> Iterator[None]:
+    """End the forward pass that runs inside where the module would begin, after a look at its arguments."""
+
+    def hook(*given: Any) -> None:
+        look(*given)
+        raise _Exit
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     except _Exit:

@@ -115,8 +115,6 @@ class WeightSpread(L.Callback):
         self.sites = written_sites(write)
         self.deltas: dict[str, Tensor] = {}
         self.report: SpreadReport | None = None
-        self._edits: list[Edit] = []
-        self._targets: list[Target] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that what is written was optimised, and that one process does it.
@@ -137,16 +135,9 @@ class WeightSpread(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Keep the targets of a micro-batch; write when it closes its edit batch."""
+        """Write the edit batch."""
         assert isinstance(pl_module, TargetOptimizer)
-        self._edits += batch.edits
-        self._targets += outputs["targets"]
-        self.report = None
-        if not batch.closes:
-            return
-        edits, targets = self._edits, self._targets
-        self._edits, self._targets = [], []
-        self.report = self.write_batch(trainer, pl_module, edits, targets, batch.edit_batch)
+        self.report = self.write_batch(trainer, pl_module, batch.edits, outputs["targets"], batch_idx)
 
     @torch.no_grad()
     def write_batch(

@@ -1,6 +1,6 @@
 """What the target optimisation gives for each edit, and a store that keeps it for the next run.
 
-Legend: B = edits, F = model width.
+Legend: B = edits, F = model width, S = steps.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from torch import Tensor
 from pmet_lightning.architectures import SiteName
 from pmet_lightning.files import atomic_path
 
+# What is kept of each step of an edit: the loss and its weighted parts, P(o*) over the contexts and at the bare prompt.
+PARTS = ("loss", "nll", "kl", "norm", "p", "p_prompt")
+_HISTORY = "history"  # its name in a file, among those of the sites
+
 
 @dataclass(frozen=True)
 class Target:
@@ -28,10 +32,12 @@ class Target:
     Attributes:
         values: v* of each optimised site, shape [F], float32 (float64 for a float64 model), on the CPU.
         record: Plain numbers for the ledger: steps, stop reason, loss parts, P(o*) before and after.
+        history_SP: ``PARTS`` of each step it took, shape [S, parts], on the CPU.
     """
 
     values: dict[SiteName, Tensor]
     record: dict[str, Any]
+    history_SP: Tensor
 
 
 def stack(targets: Sequence[Target], site: SiteName) -> Tensor:
@@ -63,13 +69,28 @@ class TargetStore:
         try:
             with safe_open(path, framework="pt") as file:
                 record = json.loads(file.metadata()["record"])
-                return Target({name: file.get_tensor(name) for name in file.keys()}, record)  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                history = tensors.pop(_HISTORY)
+                return Target(tensors, record, history)
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError):
             return None
 
     def save(self, identity: str, target: Target) -> None:
         """Store a target; a reader never sees half a file."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        values = {name: value.contiguous() for name, value in target.values.items()}
+        tensors = {name: value.contiguous() for name, value in target.values.items()}
         with atomic_path(self.path(identity)) as temporary:
-            save_file(values, temporary, metadata={"record": json.dumps(target.record)})
+            save_file(
+                tensors | {_HISTORY: target.history_SP}, temporary, metadata={"record": json.dumps(target.record)}
+            )
+
+
+def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
+    """Means at each step over the edits that took it, and how many they were (``active``)."""
+    most = max((len(target.history_SP) for target in targets), default=0)
+    points = []
+    for step in range(most):
+        here = torch.stack([t.history_SP[step] for t in targets if len(t.history_SP) > step])
+        means = dict(zip(PARTS, here.mean(dim=0).tolist(), strict=True))
+        points.append({"step": float(step), **means, "active": float(len(here))})
+    return points

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PaddingSide = Literal["left", "right"]
 IGNORE = -100  # label of a position that is not part of a target
@@ -77,10 +77,29 @@ class RowBatch:
         picked["label_columns"] = picked["label_columns"] - used.start
         return RowBatch(**picked)
 
+    def join(self, other: RowBatch) -> RowBatch:
+        """These rows, then the other's, padded on the right to one width."""
+        joined = {}
+        for name, value in vars(self).items():
+            more = getattr(other, name)
+            if value.dim() == 2:
+                width = max(value.shape[1], more.shape[1])
+                value, more = (_widened(tensor, width, name) for tensor in (value, more))
+            joined[name] = torch.cat([value, more])
+        return RowBatch(**joined)
+
     def used_columns(self, rows: Tensor) -> slice:
         """From the first to the last column that any of the given rows uses."""
         used = self.attention_mask[rows].any(dim=0).nonzero().flatten()
         return slice(int(used[0]), int(used[-1]) + 1)
+
+
+def _widened(tensor_RC: Tensor, width: int, name: str) -> Tensor:
+    """A field of a :class:`RowBatch` with more columns: no token, no label, and the last column again."""
+    count = width - tensor_RC.shape[1]
+    if name == "label_columns":
+        return torch.cat([tensor_RC, tensor_RC[:, -1:].expand(-1, count)], dim=1)
+    return nn.functional.pad(tensor_RC, (0, count), value=IGNORE if name == "label_ids" else 0)
 
 
 def with_leading_space(target: str) -> str:

@@ -17,8 +17,8 @@ from pmet_lightning import EditDataModule, SecondMoments, TargetOptimizer, Weigh
 from pmet_lightning.cli import main
 from pmet_lightning.language_model import fingerprint, load_model
 from pmet_lightning.moments import MomentKey, MomentStore
-from pmet_lightning.optimisation import TargetLoop
 from pmet_lightning.spread import SpreadReport
+from pmet_lightning.targets import PARTS
 from tests.tiny import RECORDS
 
 
@@ -96,7 +96,11 @@ class GoldenRun:
     npz: Any
     report: SpreadReport
     deltas: dict[str, torch.Tensor]
-    histories: list[list[dict[str, float]]]
+
+    @property
+    def histories(self) -> list[list[dict[str, float]]]:
+        """Of each edit, the parts of the loss at each step."""
+        return [[dict(zip(PARTS, row, strict=True)) for row in t.history_SP.tolist()] for t in self.report.targets]
 
     def expected_target(self, i: int, site: str) -> np.ndarray:
         names = {"attn": "attn", "ffn": "mlp", "hidden": "hidden"}
@@ -151,29 +155,18 @@ def run_golden(case: Case, folder: Path, **data: Any) -> GoldenRun:
     """Edit the golden requests as one edit batch."""
     module, meta = golden_module(case)
     settings = meta["sets"][case.name]
-    histories: list[list[dict[str, float]]] = []
-    results = TargetLoop.results
-
-    def keep_history(self: TargetLoop, **kwargs: Any) -> Any:
-        histories.extend(self.history)
-        return results(self, **kwargs)
-
-    TargetLoop.results = keep_history  # type: ignore[method-assign]
-    try:
-        spread, reports = edit(
-            module,
-            [{"case_id": r["case_id"], "requested_rewrite": r} for r in meta["requests"]],
-            golden_moments(case, settings["hparams"]),
-            folder,
-            lam=settings["hparams"]["mom2_update_weight"],
-            rule="even" if case.name.startswith("memit") else "sqrt",
-            write="attn+ffn" if "both" in case.name else "ffn",
-            **data,
-        )
-    finally:
-        TargetLoop.results = results  # type: ignore[method-assign]
+    spread, reports = edit(
+        module,
+        [{"case_id": r["case_id"], "requested_rewrite": r} for r in meta["requests"]],
+        golden_moments(case, settings["hparams"]),
+        folder,
+        lam=settings["hparams"]["mom2_update_weight"],
+        rule="even" if case.name.startswith("memit") else "sqrt",
+        write="attn+ffn" if "both" in case.name else "ffn",
+        **data,
+    )
     npz = np.load(case.folder / f"{case.name}.npz")
-    return GoldenRun(settings, npz, reports[0], spread.deltas, histories)
+    return GoldenRun(settings, npz, reports[0], spread.deltas)
 
 
 def tiny_fit(folder: Path, model: str, *arguments: str, config: str = "pmet.yaml") -> list[dict[str, Any]]:

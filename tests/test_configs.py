@@ -26,7 +26,7 @@ def test_every_configuration_builds_its_objects(path, tmp_path, monkeypatch):
     cli = edit_cli(["--config", str(path)], run=False)
     written = yaml.safe_load(path.read_text())
     assert cli.model.layers == written["model"]["layers"]
-    assert cli.model.clamp == written["model"]["clamp"]
+    assert cli.model.rules.clamp == written["model"]["clamp"]
     assert cli.datamodule.tokenizer_name == written["model"]["model_name"]
     assert cli.config["spread"]["lam"] == written["spread"]["lam"]
     assert cli.model.lm is None
@@ -37,7 +37,7 @@ def test_the_configuration_of_the_baseline_builds_its_objects(tmp_path, monkeypa
     cli = edit_cli(["finetune", "--config", "finetune.yaml"], run=False)
     assert isinstance(cli.model, FineTuning)
     assert cli.datamodule.tokenizer_name == "atlas"
-    assert cli.datamodule.micro_batch >= 10_000, "all edits are trained together"
+    assert cli.datamodule.edit_batch is None, "all edits are trained together"
 
 
 def test_the_methods_of_the_comparison_build_their_objects(tmp_path, monkeypatch):

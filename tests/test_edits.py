@@ -142,16 +142,16 @@ def test_the_same_fact_twice_is_no_contradiction(tmp_path):
     assert len(read_edits(write(tmp_path, "a.json", [FLAT, FLAT]))) == 2
 
 
-def test_micro_batches_keep_to_their_edit_batch(tmp_path):
+def test_edit_batches(tmp_path):
     rows = [{**FLAT, "subject": f"Land {i}"} for i in range(10)]
-    data = EditDataModule(write(tmp_path, "a.json", rows), tokenizer="atlas", edit_batch=4, micro_batch=3)
+    data = EditDataModule(write(tmp_path, "a.json", rows), tokenizer="atlas", edit_batch=4)
     data.setup("fit")
     batches = list(data.train_dataloader())
     assert [[e.subject for e in b.edits] for b in batches] == [
-        ["Land 0", "Land 1", "Land 2"], ["Land 3"], ["Land 4", "Land 5", "Land 6"], ["Land 7"], ["Land 8", "Land 9"]
+        [f"Land {i}" for i in range(4)], [f"Land {i}" for i in range(4, 8)], ["Land 8", "Land 9"]
     ]  # fmt: skip
-    assert [(b.edit_batch, b.closes) for b in batches] == [(0, False), (0, True), (1, False), (1, True), (2, True)]
-    assert len(data.train_dataloader()) == 5
+    assert [b.positions for b in batches] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    assert len(data.train_dataloader()) == 3
     assert sum(len(b.edits) for b in data.val_dataloader()) == 10
 
 

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from pmet_lightning import Edit, TargetOptimizer
+from pmet_lightning import module as module_of_targets
 from pmet_lightning.architectures import Sites, architecture_of, in_features
 from pmet_lightning.edits import parse_record
 from pmet_lightning.edits.records import Probe
 from pmet_lightning.language_model import load_config, load_model, load_tokenizer
 from pmet_lightning.metrics import score_probes
+from pmet_lightning.optimisation import Flight, TargetLoop
 from pmet_lightning.resources import locate
+from pmet_lightning.targets import PARTS, mean_curves
 from pmet_lightning.tokens import PromptEncoder
 from tests.harness import edit
 from tests.plain import plain_spread, plain_target
@@ -125,9 +128,10 @@ def test_an_edit_raises_the_target(family, folder_of, tmp_path):
 
 
 VARIANTS = {
-    "one by one": {"data": {"micro_batch": 1}},
-    "micro-batches of 7": {"data": {"micro_batch": 7}},
-    "micro-batches of 3": {"data": {"micro_batch": 3}},
+    "one by one": {"micro_batch": 1},
+    "seven in flight": {"micro_batch": 7},
+    "three in flight": {"micro_batch": 3},
+    "as many as fit": {"micro_batch": "auto"},
     # no eager: its masks overflow in some float64 families where a row begins with padding
     "left padding": {"padding_side": "left", "attn_implementation": None},
     "small passes": {"tokens_per_batch": 30},
@@ -143,7 +147,7 @@ def test_batching_is_exact(family, variant, folder_of, tmp_path_factory):
     records = list(RECORDS)
     if change.pop("shuffle", False):
         random.Random(1).shuffle(records)
-    values, deltas, _ = run(folder, tmp_path_factory.mktemp("a"), data={"micro_batch": 64})
+    values, deltas, _ = run(folder, tmp_path_factory.mktemp("a"), micro_batch=64)
     other_values, other_deltas, _ = run(folder, tmp_path_factory.mktemp("b"), records, **change)
     tolerance = EXACT.get(family, 1e-5)
     assert set(values) == set(other_values)
@@ -204,21 +208,80 @@ def test_targets_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
     folder, store = folder_of("gpt2"), str(tmp_path / "targets")
     values, deltas, _ = run(folder, tmp_path, targets_folder=store)
     calls = []
-    original = TargetOptimizer.optimise
+    original = TargetOptimizer.optimised
     monkeypatch.setattr(
-        TargetOptimizer, "optimise", lambda self, edits: calls.append(len(edits)) or original(self, edits)
+        TargetOptimizer, "optimised", lambda self, edits: calls.append(len(edits)) or original(self, edits)
     )
-    again, deltas_again, _ = run(folder, tmp_path, targets_folder=store)
-    assert calls == []
+    again, deltas_again, reports = run(folder, tmp_path, targets_folder=store)
+    assert calls == [0]
+    assert all(t.history_SP.shape == (t.record["steps"], len(PARTS)) for t in reports[0].targets)
     assert all(torch.equal(values[q], again[q]) for q in values)
     assert all(torch.equal(deltas[n], deltas_again[n]) for n in deltas)
     run(folder, tmp_path, targets_folder=store, clamp=1.5)  # another setting is another target
     run(folder, tmp_path, targets_folder=store, contexts=CONTEXTS[:1])
-    assert calls == [len(RECORDS), len(RECORDS)]
+    assert calls == [0, len(RECORDS), len(RECORDS)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
+@pytest.mark.parametrize("micro_batch", [3, 5])
+def test_places_are_taken_again_as_edits_stop(family, micro_batch, folder_of, tmp_path_factory, monkeypatch):
+    """Looked at at every step or now and then, edits that come and go get the targets of edits on their own."""
+    folder = folder_of(family)
+    changed = {"steps": 9, "clamp": 8.0, "dtype": "float32" if family in SLIDING else "float64"}
+    tolerance = 1e-3 if family in SLIDING else 1e-9
+    _, _, whole = run(folder, tmp_path_factory.mktemp("w"), loss_tolerance=0.0, **changed)
+    lowest = [float(t.history_SP[:, PARTS.index("loss")].min()) for t in whole[0].targets]
+    changed["loss_tolerance"] = sorted(lowest)[len(lowest) // 2] + 0.01  # about half of them get there
+    _, _, alone = run(folder, tmp_path_factory.mktemp("a"), micro_batch=1, **changed)
+    joined = []
+    monkeypatch.setattr(Flight, "join", lambda self, other, own=Flight.join: joined.append(1) or own(self, other))
+    for look_every in (1, 4):
+        monkeypatch.setitem(module_of_targets._LOOK_EVERY, "cpu", look_every)
+        _, _, together = run(folder, tmp_path_factory.mktemp("b"), micro_batch=micro_batch, **changed)
+        for a, b in zip(alone[0].targets, together[0].targets, strict=True):
+            assert (a.record["steps"], a.record["stop_reason"]) == (b.record["steps"], b.record["stop_reason"])
+            torch.testing.assert_close(b.values["ffn"], a.values["ffn"], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(b.history_SP, a.history_SP, rtol=tolerance, atol=tolerance)
+    assert joined, "edits entered beside others"
+    assert len({t.record["steps"] for t in alone[0].targets}) > 1
+
+
+def test_a_lack_of_memory_halves_the_edits_in_flight(folder_of, tmp_path_factory, monkeypatch, caplog):
+    folder = folder_of("gpt2")
+    values, _, _ = run(folder, tmp_path_factory.mktemp("a"))
+    sizes, forward = [], TargetLoop._forward
+
+    def limited(self, flight, leaves):
+        sizes.append(len(flight.numbers))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("of the test")
+        return forward(self, flight, leaves)
+
+    monkeypatch.setattr(TargetLoop, "_forward", limited)
+    most = 3
+    found, _, _ = run(folder, tmp_path_factory.mktemp("b"), micro_batch=64)
+    assert (sizes[0], max(sizes[1:])) == (len(RECORDS), 3)
+    assert "going on with 3" in caplog.text
+    for question, value in values.items():
+        torch.testing.assert_close(found[question], value, rtol=0, atol=1e-9)
+    most = 0
+    with pytest.raises(RuntimeError, match=r"out of memory with a single edit .*records.json"):
+        run(folder, tmp_path_factory.mktemp("c"))
+
+
+def test_curves_are_means_over_the_edits_that_took_a_step(folder_of, tmp_path):
+    _, _, reports = run(folder_of("gpt2"), tmp_path, loss_tolerance=8.5, clamp=8.0)
+    histories = [t.history_SP for t in reports[0].targets]
+    points = mean_curves(reports[0].targets)
+    assert len(points) == max(map(len, histories))
+    for step, point in enumerate(points):
+        there = [h[step, PARTS.index("loss")] for h in histories if len(h) > step]
+        assert point["active"] == len(there)
+        assert point["loss"] == pytest.approx(float(sum(there)) / len(there))
 
 
 def test_edit_batches_are_written_one_after_the_other(folder_of, tmp_path):
-    _, _, reports = run(folder_of("gpt2"), tmp_path, data={"edit_batch": 3, "micro_batch": 2})
+    _, _, reports = run(folder_of("gpt2"), tmp_path, data={"edit_batch": 3}, micro_batch=2)
     assert [len(r.edits) for r in reports] == [3, 3, 1]
     assert [r.edit_batch for r in reports] == [0, 1, 2]
 

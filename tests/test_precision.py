@@ -47,7 +47,7 @@ def test_half_precision_models_are_edited_in_float32(folder, tmp_path, dtype, ca
     module = tiny_module(folder, dtype=dtype)
     spread, reports = edit(module, RECORDS[:3], moments_for(folder), tmp_path, lam=2.0)
     assert module.model.dtype == getattr(torch, dtype)
-    assert {delta.dtype for delta in module.deltas.values()} == {torch.float32}
+    assert {delta.dtype for delta in module.deltas.parameters()} == {torch.float32}
     assert {delta.dtype for delta in spread.deltas.values()} == {torch.float32}
     assert {v.dtype for t in reports[0].targets for v in t.values.values()} == {torch.float32}
     assert all(0.5 < layer.written.kept < 1.5 for layer in reports[0].layers)

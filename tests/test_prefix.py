@@ -13,7 +13,7 @@ from pmet_lightning.language_model import label_logits, load_config, load_model,
 from pmet_lightning.metrics import functional, score_probes
 from pmet_lightning.prefix import Entry, split_at_subject
 from pmet_lightning.sites import record_and_add
-from pmet_lightning.tokens import PromptEncoder
+from pmet_lightning.tokens import PromptEncoder, pad_rows
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS, save_tiny
 
 # Longer than the windows of 12 tokens of the tiny models.
@@ -36,7 +36,8 @@ def loaded(tmp_path_factory):
 
 def rows_of(tokenizer, side: str, contexts=(CONTEXTS[0], LONG)):
     edits = [edit for i, record in enumerate(RECORDS[:4]) for edit in parse_records(record, i, "")]
-    return target_rows(edits, contexts, PromptEncoder(tokenizer), side)
+    encoder = PromptEncoder(tokenizer)
+    return pad_rows([row for edit in edits for row in target_rows(edit, contexts, encoder)], encoder.pad_id, side)
 
 
 @torch.no_grad()
@@ -56,56 +57,83 @@ def test_same_logits_with_a_delta(family, side, loaded):
     assert int((tails.subject != 0).sum()) == 0
     assert tails.attention_mask.sum() + prefix.mask_RP.sum() == rows.attention_mask.sum()
     entry = Entry([sites.module("hidden", i) for i in range(3)])
+    hidden = entry.states(model, tails, prefix)
     scale = float(expected[real].abs().max())
-    for _ in range(3):  # recorded, then entered twice: a pass leaves no trace in the cache
-        with record_and_add(layer, tails.subject, added) as recording, entry():
+    for _ in range(2):  # a pass leaves no trace in the cache
+        with record_and_add(layer, tails.subject, added) as recording, entry.begin_with(hidden):
             found = label_logits(model, tails, prefix)
         assert float((found[real] - expected[real]).abs().max()) < 1e-5 * max(1.0, scale)
         torch.testing.assert_close(recording.take(), clean.take(), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gpt2", "mistral"])
-def test_rows_can_leave(family, loaded):
-    model, sites, tokenizer = loaded(family)
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_rows_leave_and_enter(family, loaded):
+    """Long prefixes (of the second context, beyond a sliding window) beside short ones, and the other way about."""
+    model, _, tokenizer = loaded(family)
     rows = rows_of(tokenizer, "right")
-    prefix, tails = split_at_subject(model, rows)
-    entry = Entry([sites.module("hidden", i) for i in range(3)])
-    with entry():
-        expected = label_logits(model, tails, prefix)
-    left = torch.arange(len(rows)) % 3 != 0
-    entry.select(left, tails.used_columns(left))
-    with entry():
-        found = label_logits(model, tails.select(left), prefix.select(left))
-    real = rows.label_ids[left] >= 0
-    torch.testing.assert_close(found[real], expected[left][real], rtol=1e-4, atol=1e-5)
+    expected = label_logits(model, rows)
+    order = torch.arange(len(rows)).unflatten(0, (-1, 4))  # bare prompt, short and long context, KL prompt
+    for parts in (order[:, [0, 1, 3]], order[:, [2]]), (order[:, [2]], order[:, [0, 1, 3]]), (order[:2], order[2:]):
+        (prefix, tails), (other, more) = (split_at_subject(model, rows.select(part.flatten())) for part in parts)
+        joined, both = prefix.join(other), tails.join(more)
+        index = torch.cat([part.flatten() for part in parts])
+        found = label_logits(model, both, joined)
+        scale = float(expected.abs().max())
+        for left in (torch.arange(len(both)), torch.arange(len(both))[::3]):
+            found = label_logits(model, both.select(left), joined.select(left))
+            real = rows.label_ids[index[left]] >= 0
+            assert float((found[real] - expected[index[left]][real]).abs().max()) < 1e-5 * max(1.0, scale)
+
+
+def test_equal_beginnings_are_run_once(loaded, monkeypatch):
+    model, _, tokenizer = loaded("llama")
+    sizes: list[int] = []
+    run = module._run
+    monkeypatch.setattr(module, "_run", lambda model, head: sizes.append(len(head)) or run(model, head))
+    rows = rows_of(tokenizer, "right", [LONG, LONG, LONG])
+    split_at_subject(model, rows)
+    beginnings = {
+        tuple(ids[:subject]) for ids, subject in zip(rows.input_ids.tolist(), rows.subject.tolist(), strict=True)
+    }
+    assert sizes == [len(beginnings)]
+    assert len(beginnings) <= len(rows) // 2
 
 
 def test_the_lower_layers_do_not_run_again(loaded):
     model, sites, tokenizer = loaded("llama")
     prefix, tails = split_at_subject(model, rows_of(tokenizer, "right"))
     layers = [sites.module("hidden", i) for i in range(4)]
-    entry, calls = Entry(layers[:3]), []
+    entry = Entry(layers[:3])
+    calls: list[int] = []
     handles = [sites.module("ffn", i).register_forward_hook(lambda *_, i=i: calls.append(i)) for i in range(4)]
+    hidden = entry.states(model, tails, prefix)
     for _ in range(2):
-        with torch.no_grad(), entry():
+        with torch.no_grad(), entry.begin_with(hidden):
             label_logits(model, tails, prefix)
     for handle in handles:
         handle.remove()
     assert calls == [0, 1, 2, 3, 2, 3]
-    with pytest.raises(ZeroDivisionError), entry():
+    with pytest.raises(ZeroDivisionError), entry.begin_with(hidden):
         raise ZeroDivisionError
     assert not any("forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
 
 
-def test_subjects_at_the_start_need_no_prefix(loaded):
-    model, _, tokenizer = loaded("gpt2")
-    one_token = {"prompt": "{} lies in", "subject": "X", "target_new": "Norway"}
-    rows = target_rows(parse_records(one_token, 0, ""), [], PromptEncoder(tokenizer))
-    assert (rows.subject == 0).all(), "one token, as the test needs it"
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_nothing_may_stand_before_a_subject(family, loaded):
+    model, _, tokenizer = loaded(family)
+    encoder = PromptEncoder(tokenizer)
+    (one_token,) = parse_records({"prompt": "{} lies in", "subject": "X", "target_new": "Norway"}, 0, "")
+    rows = pad_rows(target_rows(one_token, [], encoder), encoder.pad_id)
     prefix, tails = split_at_subject(model, rows)
-    assert prefix is None
-    assert tails is rows
+    assert prefix is not None
+    if int(rows.subject.max()) == 0:  # no BOS
+        assert int(prefix.mask_RP.sum()) == 0
+    real = rows.label_ids >= 0
+    torch.testing.assert_close(
+        label_logits(model, tails, prefix)[real], label_logits(model, rows)[real], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_model_with_another_cache_runs_whole_rows(loaded, monkeypatch):

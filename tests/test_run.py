@@ -30,7 +30,7 @@ from tests.tiny import save_tiny
 
 SMALL = [
     "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.limit", "12",
-    "--data.edit_batch", "8", "--data.micro_batch", "5", "--moments.samples", "60", "--spread.lam", "20",
+    "--data.edit_batch", "8", "--model.micro_batch", "5", "--moments.samples", "60", "--spread.lam", "20",
 ]  # fmt: skip
 
 

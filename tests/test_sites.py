@@ -22,7 +22,7 @@ from pmet_lightning.edits import parse_record
 from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.language_model import fingerprint, label_logits, load_config, load_model, load_tokenizer, run_to
 from pmet_lightning.sites import narrow_input, record_and_add, record_input, stop_after
-from pmet_lightning.tokens import PromptEncoder
+from pmet_lightning.tokens import PromptEncoder, pad_rows
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS, save_tiny
 
 
@@ -33,7 +33,8 @@ def loaded(request, tmp_path_factory):
     model = load_model(folder, "float32", "eager")
     sites = Sites.of(model, architecture_of(load_config(folder)))
     edits = [parse_record(r, i, "") for i, r in enumerate(RECORDS[:3])]
-    return model, sites, target_rows(edits, CONTEXTS, PromptEncoder(tokenizer))
+    encoder = PromptEncoder(tokenizer)
+    return model, sites, pad_rows([r for e in edits for r in target_rows(e, CONTEXTS, encoder)], encoder.pad_id)
 
 
 def hooks(model) -> int:

@@ -1,39 +1,32 @@
-"""Rows of a micro-batch: every edit in every context, and its KL prompt."""
+"""Token rows of an edit: every context and the KL prompt for its target, the subject in a context for its key."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from pmet_lightning.edits.records import Edit
-from pmet_lightning.tokens import PaddingSide, PromptEncoder, RowBatch, TokenRow, pad_rows
+from pmet_lightning.tokens import PromptEncoder, TokenRow
 
 KL_PROMPT = "{} is a"
 BARE = "{}"
 
 
-def target_rows(
-    edits: Sequence[Edit], contexts: Sequence[str], encoder: PromptEncoder, side: PaddingSide = "right"
-) -> RowBatch:
-    """Rows of the target optimisation, ``len(contexts) + 2`` for each edit.
+def target_rows(edit: Edit, contexts: Sequence[str], encoder: PromptEncoder) -> list[TokenRow]:
+    """Rows of the target optimisation, ``len(contexts) + 2`` of them.
 
     Args:
-        edits: B edits.
+        edit: The edit.
         contexts: Templates without the bare one.
         encoder: Makes the rows.
-        side: Where to pad.
 
     Returns:
-        For each edit in turn: the bare prompt and each context, with the target; then the KL prompt, cut
-        behind the subject, so that its last position is the one whose distribution is kept.
+        The bare prompt and each context, with the target; then the KL prompt, cut behind the subject, so that its
+        last position is the one whose distribution is kept.
     """
-    rows = []
-    for edit in edits:
-        rows += [
-            encoder.encode(edit.prompt, edit.subject, context=context, target=edit.target)
-            for context in (BARE, *contexts)
-        ]
-        rows.append(encoder.encode(KL_PROMPT, edit.subject, stop_at_subject=True))
-    return pad_rows(rows, encoder.pad_id, side)
+    rows = [
+        encoder.encode(edit.prompt, edit.subject, context=context, target=edit.target) for context in (BARE, *contexts)
+    ]
+    return [*rows, encoder.encode(KL_PROMPT, edit.subject, stop_at_subject=True)]
 
 
 def key_row(edit: Edit, context: str, encoder: PromptEncoder) -> TokenRow:
