@@ -48,6 +48,13 @@ class Prefix:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         return Prefix(self._with_layers(layers), self.mask_RP[rows])
 
+    def repeated(self, count: int) -> Prefix:
+        """The only row, so many times, without a copy of it."""
+        layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in layers:
+            layer.keys, layer.values = (t.expand(count, -1, -1, -1) for t in (layer.keys, layer.values))
+        return Prefix(self._with_layers(layers), self.mask_RP.expand(count, -1))
+
     def join(self, other: Prefix) -> Prefix:
         """These rows, then the other's; the shorter ones get empty columns in front."""
         width = max(self.mask_RP.shape[1], other.mask_RP.shape[1])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pmet_lightning.architectures import SiteName, Written, add_to_weight, in_features
 from pmet_lightning.data import EditBatch
 from pmet_lightning.edits import Edit
-from pmet_lightning.keys import Measurement, collect_keys, collect_values
+from pmet_lightning.keys import Measurement, current_values, measure
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.moments import Place
 from pmet_lightning.postnorm import pull_back
@@ -91,6 +91,20 @@ class SpreadReport:
     residual_left: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class _Aim:
+    """Where a written site's value is to be, V*, shape [N, O], and the norm between it and the residual stream."""
+
+    place: Place
+    goal_NO: Tensor
+    norm: nn.Module | None
+
+    def lacking(self, values_NO: Tensor) -> Tensor:
+        """What values lack in the residual stream: V* − value, or norm(V*) − norm(value)."""
+        goal_NO = self.goal_NO.to(values_NO.dtype)
+        return goal_NO - values_NO if self.norm is None else self.norm(goal_NO) - self.norm(values_NO)
+
+
 class WeightSpread(L.Callback):
     """Writes each edit batch into the weights by the closed-form update, spread over the edited layers.
 
@@ -158,8 +172,9 @@ class WeightSpread(L.Callback):
             raise RuntimeError("WeightSpread needs the callback SecondMoments beside it in the Trainer")
         over = Measurement.of(edits, module.contexts, module.encoder, module.tokens_per_batch, module.device)
         _warn_of_overload(module, len(edits))
-        goals = {site: self._goal(module, targets, site) for site in self.sites}
-        first = {site: self._values(module, goals[site], site, over)[1].norm(dim=-1) for site in self.sites}
+        model, sites = module.model, module.sites
+        aims = {site: self._aim(module, targets, site) for site in self.sites}
+        first = {site: aim.lacking(current_values(model, sites, aim.place, over)) for site, aim in aims.items()}
         reports: list[LayerReport] = []
         deltas: dict[str, Tensor] = {}
         projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
@@ -167,12 +182,12 @@ class WeightSpread(L.Callback):
             for place in track(trainer, list(projections), "Layers"):
                 site, layer = place
                 layers_left = len(module.layers) - module.layers.index(layer)
-                keys = collect_keys(module.model, module.sites, site, layer, over)
-                values, residual = self._values(module, goals[site], site, over)
+                aim = aims[site]
+                keys, (here, values) = measure(model, sites, place, [place, aim.place], over)
+                residual = aim.lacking(values)
                 wanted = residual * share(layers_left, self.rule)
-                norm = module.sites.norm(site, layer)
+                norm = sites.norm(site, layer)
                 if norm is not None:
-                    here = collect_values(module.model, module.sites, site, layer, over)
                     wanted = pull_back(norm, here, wanted)
                 solution = self._solve(wanted, keys, place, second_moments, module.device)
                 delta = solution.delta_OI.to(module.delta_dtype)
@@ -187,14 +202,15 @@ class WeightSpread(L.Callback):
                         layer,
                         keys.cpu(),
                         values.cpu(),
-                        float((residual.norm(dim=-1) / first[site]).nanmean()),
+                        float((residual.norm(dim=-1) / first[site].norm(dim=-1)).nanmean()),
                         ratio,
                         solution.ridge,
                         solution.relative_error,
                         written,
                     )
                 )
-            left = self._values(module, goals["ffn"], "ffn", over)[1].norm(dim=-1) / first["ffn"]
+            left = aims["ffn"].lacking(current_values(model, sites, aims["ffn"].place, over)).norm(dim=-1)
+            left = left / first["ffn"].norm(dim=-1)
         for name, delta in deltas.items():
             self.deltas[name] = self.deltas[name] + delta if name in self.deltas else delta
         self._log_layers(trainer, reports, edit_batch)
@@ -217,21 +233,10 @@ class WeightSpread(L.Callback):
         """Where a written site's target and residual are measured (MEMIT: the layer's output)."""
         return site if site in module.sites_optimised else "hidden"
 
-    def _goal(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> Tensor:
-        return stack(targets, self._value_site(module, site)).to(module.device)
-
-    def _values(
-        self, module: TargetOptimizer, goal_NO: Tensor, site: SiteName, over: Measurement
-    ) -> tuple[Tensor, Tensor]:
-        """Current values at the target layer, and what they lack in the residual stream, shape [N, O] each.
-
-        That is V* − value; where the layer norms the value before adding it, norm(V*) − norm(value).
-        """
+    def _aim(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> _Aim:
         where = self._value_site(module, site)
-        values = collect_values(module.model, module.sites, where, module.target_layer, over)
-        goals = goal_NO.to(values.dtype)
-        norm = module.sites.norm(where, module.target_layer)
-        return values, goals - values if norm is None else norm(goals) - norm(values)
+        goal = stack(targets, where).to(module.device)
+        return _Aim((where, module.target_layer), goal, module.sites.norm(where, module.target_layer))
 
     def _log_layers(self, trainer: L.Trainer, reports: Sequence[LayerReport], edit_batch: int) -> None:
         for report in reports:

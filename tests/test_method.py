@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from pmet_lightning import Edit, TargetOptimizer
+from pmet_lightning import Edit, TargetOptimizer, keys
 from pmet_lightning import module as module_of_targets
 from pmet_lightning.architectures import Sites, architecture_of, in_features
 from pmet_lightning.edits import parse_record
@@ -137,17 +137,20 @@ VARIANTS = {
     "small passes": {"tokens_per_batch": 30},
     "shuffled": {"shuffle": True},
     "whole model": {"suffix_only": False},
+    "nothing shared": {"nothing_shared": True},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
-def test_batching_is_exact(family, variant, folder_of, tmp_path_factory):
+def test_batching_is_exact(family, variant, folder_of, tmp_path_factory, monkeypatch):
     folder, change = folder_of(family), copy.deepcopy(VARIANTS[variant])
     records = list(RECORDS)
+    values, deltas, _ = run(folder, tmp_path_factory.mktemp("a"), micro_batch=64)
+    if change.pop("nothing_shared", False):
+        monkeypatch.setattr(keys, "prefix_of", lambda *_: None)
     if change.pop("shuffle", False):
         random.Random(1).shuffle(records)
-    values, deltas, _ = run(folder, tmp_path_factory.mktemp("a"), micro_batch=64)
     other_values, other_deltas, _ = run(folder, tmp_path_factory.mktemp("b"), records, **change)
     tolerance = EXACT.get(family, 1e-5)
     assert set(values) == set(other_values)
@@ -300,7 +303,7 @@ def test_a_failing_solve_leaves_every_weight(folder_of, tmp_path, monkeypatch):
 
     folder = folder_of("gpt2")
     module = tiny_module(folder)
-    collect, seen = spread_module.collect_keys, []
+    collect, seen = spread_module.measure, []
 
     def fail_on_the_second(*args):
         seen.append(1)
@@ -308,7 +311,7 @@ def test_a_failing_solve_leaves_every_weight(folder_of, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return collect(*args)
 
-    monkeypatch.setattr(spread_module, "collect_keys", fail_on_the_second)
+    monkeypatch.setattr(spread_module, "measure", fail_on_the_second)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         edit(module, RECORDS, moments_for(folder), tmp_path, lam=2.0)
     assert len(seen) == 2  # the first layer had been written

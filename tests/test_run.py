@@ -201,7 +201,7 @@ def test_an_interrupt_leaves_whole_edit_batches(run, tmp_path, monkeypatch):
     """Interrupted in the second edit batch, the folder says one, and its patch is that of the first."""
     from pmet_lightning import spread
 
-    collect, calls = spread.collect_keys, []
+    collect, calls = spread.measure, []
 
     def interrupt_in_the_second_batch(*args):
         calls.append(1)
@@ -209,7 +209,7 @@ def test_an_interrupt_leaves_whole_edit_batches(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return collect(*args)
 
-    monkeypatch.setattr(spread, "collect_keys", interrupt_in_the_second_batch)
+    monkeypatch.setattr(spread, "measure", interrupt_in_the_second_batch)
     folder = tmp_path / "out"
     arguments = ["fit", "--config", "pmet.yaml", "--trainer.run_dir", str(folder), *SMALL]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
