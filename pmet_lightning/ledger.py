@@ -9,22 +9,26 @@ from pmet_lightning.edits.records import Probe
 from pmet_lightning.metrics import score_probes
 from pmet_lightning.metrics.generation import greedy_texts
 from pmet_lightning.module import TargetOptimizer
+from pmet_lightning.parallel import Team
 from pmet_lightning.spread import SpreadReport
 
 
 def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
-    """JSON lines of one edit batch, measured on the model just written."""
-    asked = [[Probe("efficacy", edit.question, edit.target)] for edit in report.edits]
+    """JSON lines of one edit batch, measured on the model just written; each process measures its own edits."""
+    team, places = Team.of(module.trainer), range(len(report.edits))
+    own = team.own(places)
+    asked = [[Probe("efficacy", report.edits[i].question, report.edits[i].target)] for i in own]
     scores = score_probes(module.model, module.encoder, asked, module.tokens_per_batch, module.device)
     answers = greedy_texts(
         module.model,
         module.encoder,
-        [edit.question for edit in report.edits],
+        [report.edits[i].question for i in own],
         tokens_per_batch=module.tokens_per_batch,
         device=module.device,
     )
     lines = []
-    for i, (edit, target) in enumerate(zip(report.edits, report.targets, strict=True)):
+    for i, score, answer in zip(own, scores, answers, strict=True):
+        edit = report.edits[i]
         line: dict[str, Any] = {
             "case_id": edit.case_id,
             "edit_batch": report.edit_batch,
@@ -33,10 +37,10 @@ def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
             "target": edit.target,
             "target_true": edit.target_true,
             "relation": edit.relation,
-            **target.record,
+            **report.targets[i].record,
             "residual_left": report.residual_left[i],
-            "p_prompt_after": scores[i][0].magnitude,
-            "answer": answers[i],
+            "p_prompt_after": score[0].magnitude,
+            "answer": answer,
         }
         lines.append(json.dumps(line, ensure_ascii=False))
-    return lines
+    return team.gathered_objects(lines, len(places))

@@ -29,8 +29,9 @@ from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.language_model import fingerprint
 from pmet_lightning.memory import ModelSize
 from pmet_lightning.optimisation import DeltaSlots, Request, Rules, TargetLoop, edits_in_flight
+from pmet_lightning.parallel import Team
 from pmet_lightning.progress import counter
-from pmet_lightning.targets import Target, TargetStore, mean_curves
+from pmet_lightning.targets import Target, TargetStore
 
 log = logging.getLogger(__name__)
 
@@ -168,27 +169,27 @@ class TargetOptimizer(EditableModel):
                 seed=self.seed,
                 device=self.device,
             )
+        self.contexts = self.trainer.strategy.broadcast(self.contexts)
         log.info("contexts: %s", self.contexts)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Target]]:
-        """Optimise one edit batch, but for the targets that are in the store.
+        """Optimise this process' part of an edit batch, but for the targets that are in the store.
 
         Returns:
-            ``targets``: one for each edit, in order.
+            ``targets``: one for each of its edits, in order.
         """
         store = self._target_store(batch_idx)
-        found = {i: store.load(edit.identity()) for i, edit in enumerate(batch.edits)} if store else {}
+        edits = Team.of(self.trainer).own(batch.edits)
+        found = {i: store.load(edit.identity()) for i, edit in enumerate(edits)} if store else {}
         targets = {i: target for i, target in found.items() if target is not None}
-        missing = [i for i in range(len(batch.edits)) if i not in targets]
+        missing = [i for i in range(len(edits)) if i not in targets]
         with counter(self.trainer, len(missing), "Targets", "edit") as bar:
-            for k, target in self.optimised([batch.edits[i] for i in missing]):
+            for k, target in self.optimised([edits[i] for i in missing]):
                 targets[missing[k]] = target
                 if store:
-                    store.save(batch.edits[missing[k]].identity(), target)
+                    store.save(edits[missing[k]].identity(), target)
                 bar.update(1)
-        in_order = [targets[i] for i in range(len(batch.edits))]
-        self.curves += mean_curves(in_order)
-        return {"targets": in_order}
+        return {"targets": [targets[i] for i in range(len(edits))]}
 
     def optimised(self, edits: Sequence[Edit]) -> Iterator[tuple[int, Target]]:
         """Find the target vectors of some edits on the model as it is now.

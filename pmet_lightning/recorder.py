@@ -21,6 +21,7 @@ from pmet_lightning.ledger import ledger_lines
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.metrics.scores import TEXTS, record_rows, table_of
 from pmet_lightning.module import TargetOptimizer
+from pmet_lightning.parallel import Team
 from pmet_lightning.patch import save_patch
 from pmet_lightning.progress import all_edits, find_callback
 from pmet_lightning.report import figures, write_report
@@ -33,6 +34,7 @@ from pmet_lightning.report_data import (
     versions,
 )
 from pmet_lightning.spread import SpreadReport, WeightSpread
+from pmet_lightning.targets import mean_curves
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +76,11 @@ class RunRecorder(L.Callback):
         """Say that the work begins."""
         self._started = time.perf_counter()
         if self.records:
-            self._save_state(status="running", edit_batches_written=0, edits_written=0)
+            self._save_state(trainer, status="running", edit_batches_written=0, edits_written=0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Store the contexts."""
-        if self.records and isinstance(pl_module, TargetOptimizer):
+        if self._writes(trainer) and isinstance(pl_module, TargetOptimizer):
             write_json(self.folder / "contexts.json", pl_module.contexts)
 
     def on_train_batch_end(
@@ -91,30 +93,33 @@ class RunRecorder(L.Callback):
         assert isinstance(pl_module, TargetOptimizer)
         report = spread.report
         self._layers += [layer_line(report.edit_batch, layer) for layer in report.layers]
-        save_patch(self.folder / "patch.safetensors", spread.deltas, self._manifest(pl_module, spread))
+        pl_module.curves += mean_curves(report.targets)
+        if self._writes(trainer):
+            save_patch(self.folder / "patch.safetensors", spread.deltas, self._manifest(pl_module, spread))
         self._ledger += ledger_lines(pl_module, report)
-        with atomic_path(self.folder / "ledger.jsonl") as temporary:
-            temporary.write_text("\n".join(self._ledger) + "\n", encoding="utf-8")
+        if self._writes(trainer):
+            with atomic_path(self.folder / "ledger.jsonl") as temporary:
+                temporary.write_text("\n".join(self._ledger) + "\n", encoding="utf-8")
         if len(all_edits(trainer)) > len(report.edits):  # with a single edit batch the end says it all
             self._judge(trainer, pl_module, report)
-        self._save_state(edit_batches_written=report.edit_batch + 1, edits_written=len(self._ledger))
+        self._save_state(trainer, edit_batches_written=report.edit_batch + 1, edits_written=len(self._ledger))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Store and show the scores, and the report."""
         assert isinstance(pl_module, EditableModel)
-        if not self.records:
+        if not self._writes(trainer):
             return
         batches = self._forgetting(pl_module)
         write_json(self.folder / "scores.json", pl_module.results | ({"edit_batches": batches} if batches else {}))
         self._report(trainer, pl_module, batches)
-        self._save_state(status="finished")
+        self._save_state(trainer, status="finished")
         shown = [score_table(pl_module.results), *other_lines(pl_module.results), *forgetting_lines(batches)]
         log.info("%s\nrun folder: %s", "\n".join(shown), self.folder)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the scores of an evaluation that is not part of a fit."""
         assert isinstance(pl_module, EditableModel)
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING and trainer.is_global_zero:
             log.info("%s", "\n".join([score_table(pl_module.results), *other_lines(pl_module.results)]))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -125,12 +130,14 @@ class RunRecorder(L.Callback):
         """Say how the run ended, and that the patch holds whole edit batches only."""
         if self._state:
             status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
-            self._save_state(status=status, error=f"{type(exception).__name__}: {exception}")
+            self._save_state(trainer, status=status, error=f"{type(exception).__name__}: {exception}")
 
     def _judge(self, trainer: L.Trainer, module: TargetOptimizer, report: SpreadReport) -> None:
         """Scores of an edit batch right after it was written, to be compared with those at the end."""
-        first = len(self._ledger) - len(report.edits)
-        rows = record_rows(module.evaluate(report.edits, range(first, len(self._ledger))))
+        team, count = Team.of(trainer), len(report.edits)
+        positions = team.own(range(len(self._ledger) - count, len(self._ledger)))
+        own = record_rows(module.evaluate(team.own(report.edits), positions))
+        rows = team.gathered(own.to(module.device), count).cpu()
         self._batch_rows.append(rows)
         table = {f"edit_batches/{name}": float(value) for name, value in table_of(rows).items() if name in METRICS}
         for logger in trainer.loggers:
@@ -178,9 +185,14 @@ class RunRecorder(L.Callback):
             batches.append({"edit_batch": number, "at_once": at_once, "at_the_end": at_the_end, "forgotten": lost})
         return batches
 
-    def _save_state(self, **changes: Any) -> None:
+    def _writes(self, trainer: L.Trainer) -> bool:
+        """Whether this process writes the run folder."""
+        return self.records and trainer.is_global_zero
+
+    def _save_state(self, trainer: L.Trainer, **changes: Any) -> None:
         self._state |= changes
-        write_json(self.folder / STATE, self._state)
+        if trainer.is_global_zero:
+            write_json(self.folder / STATE, self._state)
 
     def _manifest(self, module: TargetOptimizer, spread: WeightSpread) -> dict[str, Any]:
         return {

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -23,6 +24,7 @@ from pmet_lightning.edits import Edit
 from pmet_lightning.keys import Measurement, current_values, measure
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.moments import Place
+from pmet_lightning.parallel import Team
 from pmet_lightning.postnorm import pull_back
 from pmet_lightning.progress import find_callback, track
 from pmet_lightning.solve import (
@@ -52,8 +54,6 @@ class LayerReport:
     Attributes:
         site: Written projection.
         layer: Its layer.
-        keys_NI: Keys of the solve.
-        values_NO: Value of each edit at the target layer before the write.
         residual: Mean over edits of ‖E‖, relative to that before the first write.
         norm_ratio: ‖ΔW‖ / ‖W‖.
         ridge: Ridge of the solve.
@@ -63,8 +63,6 @@ class LayerReport:
 
     site: SiteName
     layer: int
-    keys_NI: Tensor = field(repr=False)
-    values_NO: Tensor = field(repr=False)
     residual: float
     norm_ratio: float
     ridge: float
@@ -131,7 +129,7 @@ class WeightSpread(L.Callback):
         self.report: SpreadReport | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that what is written was optimised, and that one process does it.
+        """Check that what is written was optimised.
 
         Raises:
             TypeError: If the module is no TargetOptimizer.
@@ -139,8 +137,6 @@ class WeightSpread(L.Callback):
         """
         if not isinstance(pl_module, TargetOptimizer):
             raise TypeError(f"WeightSpread works with TargetOptimizer, got {type(pl_module).__name__}")
-        if stage == "fit" and trainer.world_size > 1 and trainer.max_epochs != 0:  # 0: statistics alone
-            raise ValueError(f"editing runs on one process for now, got {trainer.world_size}; set --trainer.devices 1")
         if "attn" in self.sites and "attn" not in pl_module.sites_optimised:
             raise ValueError(
                 "--spread.write attn+ffn writes the attention, which has no target: set --model.optimise attn+ffn"
@@ -164,17 +160,32 @@ class WeightSpread(L.Callback):
     ) -> SpreadReport:
         """Write one edit batch: all of its layers, or, if anything fails or interrupts, none.
 
+        Each process measures its own edits, the first one solves, and all write the same.
+
+        Args:
+            trainer: The trainer.
+            module: The module with the model.
+            edits: The whole edit batch.
+            targets: The targets of this process' own edits.
+            edit_batch: Number of the edit batch.
+
         Raises:
             FloatingPointError: If anything is not finite; the weights are then what they were.
         """
         second_moments = find_callback(trainer, SecondMoments)
         if second_moments is None:
             raise RuntimeError("WeightSpread needs the callback SecondMoments beside it in the Trainer")
-        over = Measurement.of(edits, module.contexts, module.encoder, module.tokens_per_batch, module.device)
+        team, count = Team.of(trainer), len(edits)
+        over = Measurement.of(team.own(edits), module.contexts, module.encoder, module.tokens_per_batch, module.device)
         _warn_of_overload(module, len(edits))
         model, sites = module.model, module.sites
         aims = {site: self._aim(module, targets, site) for site in self.sites}
-        first = {site: aim.lacking(current_values(model, sites, aim.place, over)) for site, aim in aims.items()}
+
+        def left_at(site: SiteName, values_NO: Tensor) -> Tensor:
+            """Norms of the residuals of all edits."""
+            return team.gathered(aims[site].lacking(values_NO).norm(dim=-1), count)
+
+        first = {site: left_at(site, current_values(model, sites, aim.place, over)) for site, aim in aims.items()}
         reports: list[LayerReport] = []
         deltas: dict[str, Tensor] = {}
         projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
@@ -182,17 +193,17 @@ class WeightSpread(L.Callback):
             for place in track(trainer, list(projections), "Layers"):
                 site, layer = place
                 layers_left = len(module.layers) - module.layers.index(layer)
-                aim = aims[site]
-                keys, (here, values) = measure(model, sites, place, [place, aim.place], over)
-                residual = aim.lacking(values)
-                wanted = residual * share(layers_left, self.rule)
+                keys, (here, values) = measure(model, sites, place, [place, aims[site].place], over)
+                wanted = aims[site].lacking(values) * share(layers_left, self.rule)
                 norm = sites.norm(site, layer)
                 if norm is not None:
                     wanted = pull_back(norm, here, wanted)
-                solution = self._solve(wanted, keys, place, second_moments, module.device)
-                delta = solution.delta_OI.to(module.delta_dtype)
                 weight = projections[place].weight
                 assert isinstance(weight, Tensor)
+                keys, wanted = team.gathered(keys, count), team.gathered(wanted, count)
+                solve = partial(self._solve, wanted, keys, place, second_moments, module)
+                empty = torch.empty(wanted.shape[1], keys.shape[1], dtype=module.delta_dtype, device=module.device)
+                delta, solution = team.from_first(solve, empty)
                 ratio = float(delta.norm() / weight.to(delta.dtype).norm())
                 written = add_to_weight(projections[place], delta)
                 deltas[module.sites.weight_name(site, layer)] = delta.cpu()
@@ -200,34 +211,36 @@ class WeightSpread(L.Callback):
                     LayerReport(
                         site,
                         layer,
-                        keys.cpu(),
-                        values.cpu(),
-                        float((residual.norm(dim=-1) / first[site].norm(dim=-1)).nanmean()),
+                        float((left_at(site, values) / first[site]).nanmean()),
                         ratio,
                         solution.ridge,
                         solution.relative_error,
                         written,
                     )
                 )
-            left = aims["ffn"].lacking(current_values(model, sites, aims["ffn"].place, over)).norm(dim=-1)
-            left = left / first["ffn"].norm(dim=-1)
+            left = left_at("ffn", current_values(model, sites, aims["ffn"].place, over)) / first["ffn"]
+        everyone = team.gathered_objects(targets, count)
         for name, delta in deltas.items():
             self.deltas[name] = self.deltas[name] + delta if name in self.deltas else delta
         self._log_layers(trainer, reports, edit_batch)
         return SpreadReport(
-            edit_batch, tuple(edits), tuple(targets), tuple(reports), tuple(left.nan_to_num(0.0).tolist())
+            edit_batch, tuple(edits), tuple(everyone), tuple(reports), tuple(left.nan_to_num(0.0).tolist())
         )
 
     def _solve(
-        self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, second_moments: SecondMoments, device: torch.device
-    ) -> Solution:
+        self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, second_moments: SecondMoments, module: TargetOptimizer
+    ) -> tuple[Tensor, Solution]:
+        """ΔW in the deltas' precision, and the solution without it."""
         few = len(keys_NI) <= FEW_EDITS * keys_NI.shape[1]
         if few and self.null_space is None:
-            return solve_with_factor(wanted_NO, keys_NI, second_moments.factor(place), self.lam)
-        moment = second_moments.moment(place).to(device)
-        if self.null_space is None:
-            return solve_update(wanted_NO, keys_NI, moment, self.lam)
-        return solve_in_null_space(wanted_NO, keys_NI, moment, self.lam, self.null_space)
+            solution = solve_with_factor(wanted_NO, keys_NI, second_moments.factor(place), self.lam)
+        else:
+            moment = second_moments.moment(place).to(module.device)
+            if self.null_space is None:
+                solution = solve_update(wanted_NO, keys_NI, moment, self.lam)
+            else:
+                solution = solve_in_null_space(wanted_NO, keys_NI, moment, self.lam, self.null_space)
+        return solution.delta_OI.to(module.delta_dtype), replace(solution, delta_OI=torch.empty(0))
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """Where a written site's target and residual are measured (MEMIT: the layer's output)."""
@@ -235,7 +248,8 @@ class WeightSpread(L.Callback):
 
     def _aim(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> _Aim:
         where = self._value_site(module, site)
-        goal = stack(targets, where).to(module.device)
+        nothing = torch.empty(0, module.width, dtype=module.delta_dtype)  # of a process without an edit
+        goal = (stack(targets, where) if targets else nothing).to(module.device)
         return _Aim((where, module.target_layer), goal, module.sites.norm(where, module.target_layer))
 
     def _log_layers(self, trainer: L.Trainer, reports: Sequence[LayerReport], edit_batch: int) -> None:

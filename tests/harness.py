@@ -8,25 +8,35 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import numpy as np
 import torch
 
 from pmet_lightning import EditDataModule, SecondMoments, TargetOptimizer, WeightSpread
+from pmet_lightning import spread as spread_module
 from pmet_lightning.cli import main
+from pmet_lightning.keys import measure
 from pmet_lightning.language_model import fingerprint, load_model
-from pmet_lightning.moments import MomentKey, MomentStore
+from pmet_lightning.moments import MomentKey, MomentStore, Place
 from pmet_lightning.spread import SpreadReport
 from pmet_lightning.targets import PARTS
 from tests.tiny import RECORDS
 
 
 class KeepReports(L.Callback):
-    """Keeps what every edit batch reported."""
+    """Keeps what every edit batch reported, and its keys and values at every write."""
 
     def __init__(self) -> None:
         self.reports: list[SpreadReport] = []
+        self.measured: list[tuple[Place, torch.Tensor, torch.Tensor]] = []
+
+    def measure(self, model, sites, place, values_at, over):
+        """In the place of the package's own."""
+        keys, values = measure(model, sites, place, values_at, over)
+        self.measured.append((place, keys, values[-1]))
+        return keys, values
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         spread = next(c for c in trainer.callbacks if isinstance(c, WeightSpread))
@@ -67,14 +77,16 @@ def edit(
     lam: float,
     rule: str = "sqrt",
     write: str = "ffn",
+    keep: KeepReports | None = None,
     **data: Any,
 ) -> tuple[WeightSpread, list[SpreadReport]]:
     """Edit records through module, data module and callback in a Lightning trainer."""
+    keep = KeepReports() if keep is None else keep
     path = folder / "records.json"
     path.write_text(json.dumps(records))
     reference = load_model(module.model_name, module.dtype_name, module.attn_implementation)
     given = store_moments(folder / "moments", moments, fingerprint(reference))
-    spread, keep = WeightSpread(lam=lam, rule=rule, write=write), KeepReports()
+    spread = WeightSpread(lam=lam, rule=rule, write=write)
     trainer = quiet_trainer([SecondMoments("", given=given, write=write), spread, keep], folder)
     trainer.fit(module, EditDataModule(str(path), tokenizer=module.model_name, **data))
     return spread, keep.reports
@@ -95,6 +107,7 @@ class GoldenRun:
     meta: dict[str, Any]
     npz: Any
     report: SpreadReport
+    measured: list[tuple[Place, torch.Tensor, torch.Tensor]]
     deltas: dict[str, torch.Tensor]
 
     @property
@@ -155,18 +168,21 @@ def run_golden(case: Case, folder: Path, **data: Any) -> GoldenRun:
     """Edit the golden requests as one edit batch."""
     module, meta = golden_module(case)
     settings = meta["sets"][case.name]
-    spread, reports = edit(
-        module,
-        [{"case_id": r["case_id"], "requested_rewrite": r} for r in meta["requests"]],
-        golden_moments(case, settings["hparams"]),
-        folder,
-        lam=settings["hparams"]["mom2_update_weight"],
-        rule="even" if case.name.startswith("memit") else "sqrt",
-        write="attn+ffn" if "both" in case.name else "ffn",
-        **data,
-    )
+    keep = KeepReports()
+    with patch.object(spread_module, "measure", keep.measure):
+        spread, reports = edit(
+            module,
+            [{"case_id": r["case_id"], "requested_rewrite": r} for r in meta["requests"]],
+            golden_moments(case, settings["hparams"]),
+            folder,
+            lam=settings["hparams"]["mom2_update_weight"],
+            rule="even" if case.name.startswith("memit") else "sqrt",
+            write="attn+ffn" if "both" in case.name else "ffn",
+            keep=keep,
+            **data,
+        )
     npz = np.load(case.folder / f"{case.name}.npz")
-    return GoldenRun(settings, npz, reports[0], spread.deltas)
+    return GoldenRun(settings, npz, reports[0], keep.measured, spread.deltas)
 
 
 def tiny_fit(folder: Path, model: str, *arguments: str, config: str = "pmet.yaml") -> list[dict[str, Any]]:

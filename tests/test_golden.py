@@ -71,10 +71,11 @@ def test_weight_updates(golden_run, arch, name):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_keys_and_current_values(golden_run, arch, name):
     run = golden_run(arch, name)
-    for layer in run.report.layers:
-        keys, values = run.expected_layer(layer.site, layer.layer)
-        assert relative(layer.keys_NI.T, keys) <= TOLERANCE64[arch], (layer.site, layer.layer)
-        assert relative(layer.values_NO.T, values) <= TOLERANCE64[arch], (layer.site, layer.layer)
+    assert [place for place, _, _ in run.measured] == [(layer.site, layer.layer) for layer in run.report.layers]
+    for place, keys_NI, values_NO in run.measured:
+        keys, values = run.expected_layer(*place)
+        assert relative(keys_NI.T, keys) <= TOLERANCE64[arch], place
+        assert relative(values_NO.T, values) <= TOLERANCE64[arch], place
 
 
 @pytest.mark.parametrize("name", FLOAT64_SETS)
