@@ -75,7 +75,7 @@ class EditScores(Metric):
 def record_rows(results: Sequence[RecordResult]) -> Tensor:
     """Position and means of each record, float64, shape [records, 1 + columns]; NaN for what was not asked."""
     rows = [[float(result.position), *_record_means(result.probes), *_text_scores(result)] for result in results]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 1 + len(NAMES))
 
 
 def row_scores(row_C: Tensor) -> dict[str, float]:

@@ -1,0 +1,83 @@
+"""Several processes edit as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.parallel_runs import SHAPES, fit_all
+from tests.tiny import RECORDS, save_tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny GPT-2, which computes in float64 throughout, records and a corpus."""
+    base = tmp_path_factory.mktemp("inputs")
+    (base / "records.json").write_text(json.dumps(RECORDS))
+    (base / "corpus.txt").write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
+    return save_tiny("gpt2", base / "model"), base / "records.json", base / "corpus.txt"
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    fit_all(folder, *inputs, 1)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def together(request, inputs, tmp_path_factory):
+    """The same runs on several processes, in one process group."""
+    folder = tmp_path_factory.mktemp(f"processes{request.param}")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--standalone"]
+    command += ["-m", "tests.parallel_runs", str(folder), *map(str, inputs), str(request.param)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_weights(shape, alone, together):
+    one, several = (load_file(folder / shape / "patch.safetensors") for folder in (alone, together))
+    assert set(one) == set(several)
+    for name, tensor in one.items():
+        assert float((several[name] - tensor).norm() / tensor.norm()) < 1e-8, name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_ledger_and_scores(shape, alone, together):
+    one, several = (lines(folder / shape) for folder in (alone, together))
+    assert len(one) == len(several) == SHAPES[shape][0]
+    for a, b in zip(one, several, strict=True):
+        texts = {name for name, value in a.items() if not isinstance(value, float)}
+        assert {name: a[name] for name in texts} == {name: b[name] for name in texts}
+        for name in set(a) - texts:
+            assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-8), name
+    one, several = (json.loads((folder / shape / "scores.json").read_text()) for folder in (alone, together))
+    for phase in ("before", "after"):
+        assert several[phase] == pytest.approx(one[phase], rel=1e-5, abs=1e-6)
+    assert len(one.get("edit_batches", [])) == len(several.get("edit_batches", [])) == (3 if shape == "batches" else 0)
+
+
+def test_one_of_each_file(alone, together):
+    """One ledger, one patch, one table."""
+    for shape in SHAPES:
+        names = [sorted(p.name for p in (folder / shape).iterdir() if "tfevents" not in p.name)
+                 for folder in (alone, together)]  # fmt: skip
+        assert names[0] == names[1]
+        assert len([p for p in (together / shape).iterdir() if "tfevents" in p.name]) == 1
+        state = json.loads((together / shape / "state.json").read_text())
+        assert (state["status"], state["edits_written"]) == ("finished", SHAPES[shape][0])
