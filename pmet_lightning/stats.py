@@ -16,13 +16,11 @@ from pmet_lightning.architectures import in_features
 from pmet_lightning.collection import Collection, CollectionSettings
 from pmet_lightning.corpus import corpus_fingerprint
 from pmet_lightning.module import TargetOptimizer
-from pmet_lightning.moments import MomentKey, MomentStore, Place, free_memory, memory_groups
+from pmet_lightning.moments import MOMENTS_FOLDER, MomentKey, MomentStore, Place, free_memory, memory_groups
 from pmet_lightning.solve import WriteChoice, written_sites
 from pmet_lightning.tokens import PromptEncoder
 
 log = logging.getLogger(__name__)
-
-MOMENTS_FOLDER = "~/.cache/pmet_lightning/moments"
 
 
 class SecondMoments(L.Callback):
