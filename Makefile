@@ -15,4 +15,8 @@ slow:
 	python -m pytest -m slow
 
 benchmark:
-	python benchmarks/atlas.py
+	python benchmarks/targets.py
+	python benchmarks/solve.py
+	python benchmarks/stats.py
+	python benchmarks/evaluate.py
+	python benchmarks/fit.py

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import datasets
 import lightning as L
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader, Sampler
@@ -56,7 +56,7 @@ class BatchSampler(Sampler[list[int]]):
 class _EditRows:
     """A map-style data set whose items carry their place among all edits."""
 
-    def __init__(self, rows: datasets.Dataset) -> None:
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class EditDataModule(L.LightningDataModule):
         self.skip, self.limit, self.shuffle = skip, limit, shuffle
         self.evaluation_batch = evaluation_batch
         self.edits: list[Edit] = []
-        self._rows: datasets.Dataset | None = None
+        self._rows: Sequence[Mapping[str, Any]] | None = None
 
     def setup(self, stage: str) -> None:
         """Read the edits and check each against the tokenizer.
@@ -120,6 +120,8 @@ class EditDataModule(L.LightningDataModule):
         """
         if self._rows is not None:
             return
+        import datasets
+
         edits = read_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, shuffle=self.shuffle)
         self._check_tokens(edits)
         self.edits = edits

@@ -9,10 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pmet_lightning.files import write_json
-from pmet_lightning.language_model import load_config, load_tokenizer
 from pmet_lightning.resources import locate
 
 log = logging.getLogger(__name__)
@@ -87,6 +84,8 @@ def _imported() -> Any:
 
 def _usable(device: str | None) -> str:
     """The device, tried out: the harness itself takes another one, without a word, for a name it does not know."""
+    import torch
+
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
@@ -97,6 +96,8 @@ def _usable(device: str | None) -> str:
 
 def _located(model: str) -> str:
     """The folder or hub name, once its configuration and tokenizer could be read."""
+    from pmet_lightning.language_model import load_config, load_tokenizer
+
     path = Path(locate(model))
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"--model {model}: the folder has no config.json, expected one that 'export' has made")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from pmet_lightning.solve import factorise
 from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
 
 log = logging.getLogger(__name__)
+
+MOMENTS_FOLDER = "~/.cache/pmet_lightning/moments"
 
 Place = tuple[SiteName, int]
 _BLOCK_ROWS = 512
@@ -223,6 +226,19 @@ def stored_moments(folder: str | Path) -> Iterator[dict[str, str]]:
                 yield {**(file.metadata() or {}), "path": str(path)}
         except (SafetensorError, OSError):
             yield {"path": str(path), "model": "unreadable"}
+
+
+def list_moments(folder: str = MOMENTS_FOLDER) -> None:
+    """Show the second moments that are kept.
+
+    Args:
+        folder: Where they are kept (--moments.folder of the other verbs).
+    """
+    columns = ("model", "site", "layer", "width", "tokens", "samples", "length", "dtype", "corpus", "path")
+    rows = [columns, *(tuple(found.get(name, "-") for name in columns) for found in stored_moments(folder))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
 
 
 class MomentSums:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from pmet_lightning.clock import PhaseClock
 from pmet_lightning.data import EditBatch
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.files import atomic_path, write_json
@@ -54,6 +55,7 @@ class RunRecorder(L.Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.records = True
+        self.clock = PhaseClock()  # a callback too, in front of all others
         self._started = 0.0
         self._state: dict[str, Any] = {}
         self._ledger: list[str] = []
@@ -74,9 +76,14 @@ class RunRecorder(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say that the work begins."""
+        self.clock.end("moments")
         self._started = time.perf_counter()
         if self.records:
             self._save_state(trainer, status="running", edit_batches_written=0, edits_written=0)
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The unedited model is judged."""
+        self.clock.end("before")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Store the contexts."""
@@ -87,6 +94,7 @@ class RunRecorder(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
         """After an edit batch is written: patch, ledger, state, in this order."""
+        self.clock.end("spread")
         spread = find_callback(trainer, WeightSpread)
         if spread is None or spread.report is None:
             return
@@ -100,8 +108,10 @@ class RunRecorder(L.Callback):
         if self._writes(trainer):
             with atomic_path(self.folder / "ledger.jsonl") as temporary:
                 temporary.write_text("\n".join(self._ledger) + "\n", encoding="utf-8")
+        self.clock.end("ledger")
         if len(all_edits(trainer)) > len(report.edits):  # with a single edit batch the end says it all
             self._judge(trainer, pl_module, report)
+        self.clock.end("after")
         self._save_state(trainer, edit_batches_written=report.edit_batch + 1, edits_written=len(self._ledger))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -109,6 +119,7 @@ class RunRecorder(L.Callback):
         assert isinstance(pl_module, EditableModel)
         if not self._writes(trainer):
             return
+        self.clock.end("after")
         batches = self._forgetting(pl_module)
         write_json(self.folder / "scores.json", pl_module.results | ({"edit_batches": batches} if batches else {}))
         self._report(trainer, pl_module, batches)
@@ -163,6 +174,8 @@ class RunRecorder(L.Callback):
             "versions": versions(),
         }
         drawn = figures(data)
+        self.clock.end("report")
+        data["phases"] = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
         write_report(data, self.folder, drawn)
         for board in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
             for name, figure in drawn.items():

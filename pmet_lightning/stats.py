@@ -17,13 +17,11 @@ from pmet_lightning.collection import Collection, CollectionSettings
 from pmet_lightning.corpus import corpus_fingerprint
 from pmet_lightning.memory import free_memory
 from pmet_lightning.module import TargetOptimizer
-from pmet_lightning.moments import MomentKey, MomentStore, Place, memory_groups
+from pmet_lightning.moments import MOMENTS_FOLDER, MomentKey, MomentStore, Place, memory_groups
 from pmet_lightning.solve import WriteChoice, written_sites
 from pmet_lightning.tokens import PromptEncoder
 
 log = logging.getLogger(__name__)
-
-MOMENTS_FOLDER = "~/.cache/pmet_lightning/moments"
 
 
 class SecondMoments(L.Callback):

@@ -57,12 +57,13 @@ class EditTrainer(L.Trainer):
         self.run_dir, self.recorder = folder, RunRecorder(folder)
         own_callbacks = [] if kwargs.get("enable_progress_bar") is False else [EditProgressBar()]
         # The recorder comes last: it stores what the other callbacks have done.
-        kwargs["callbacks"] = [*_as_list(kwargs.get("callbacks")), *own_callbacks, self.recorder]
+        kwargs["callbacks"] = [self.recorder.clock, *_as_list(kwargs.get("callbacks")), *own_callbacks, self.recorder]
         super().__init__(**kwargs)
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Edit: optimise targets, write the weights after each edit batch, evaluate before and after."""
         self.recorder.check_free()
+        self.recorder.clock.start()
         with _intended_warnings_off():
             super().fit(*args, **kwargs)
 

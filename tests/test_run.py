@@ -70,6 +70,16 @@ def test_the_ledger_has_a_line_for_every_edit(run):
     assert said >= 10
 
 
+def test_every_second_belongs_to_a_phase(run):
+    report = json.loads((run / "report.json").read_text())
+    phases = ["records", "model", "moments", "contexts", "before", "targets", "spread", "ledger", "after", "report"]
+    assert list(report["phases"]) == phases
+    since_moments = sum(report["phases"][phase] for phase in phases[3:])
+    assert since_moments == pytest.approx(report["seconds"], abs=0.3 + report["phases"]["report"])
+    for phase in ("moments", "before", "targets", "spread", "after"):
+        assert report["phases"][phase] > 0.01, phase
+
+
 def test_scores_before_and_after(run):
     scores = json.loads((run / "scores.json").read_text())
     assert scores["before"]["count"] == scores["after"]["count"] == 12

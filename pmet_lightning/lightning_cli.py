@@ -1,0 +1,83 @@
+"""Lightning's own CLI, for the verbs that need model, data and devices."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from pmet_lightning.data import EditDataModule
+from pmet_lightning.drift import Drift
+from pmet_lightning.editable import EditableModel
+from pmet_lightning.finetuning import FineTuning
+from pmet_lightning.module import TargetOptimizer
+from pmet_lightning.spread import WeightSpread
+from pmet_lightning.stats import SecondMoments
+from pmet_lightning.trainer import EditTrainer
+
+
+class FineTuningCLI(LightningCLI):
+    """Lightning's CLI for the baseline, which needs neither second moments nor a spread."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Section ``drift``, and the values that two owners share."""
+        parser.add_lightning_class_args(Drift, "drift")
+        parser.link_arguments("model.model_name", "data.tokenizer")
+        parser.link_arguments("model.chat", "data.chat")
+
+
+class EditCLI(FineTuningCLI):
+    """The same with the callbacks of editing as sections of their own."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs that need model, data and devices."""
+        hidden = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+        return {
+            "fit": hidden,
+            "validate": hidden,
+            "test": hidden,
+            "stats": {"model", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Sections ``moments`` and ``spread`` too."""
+        parser.add_lightning_class_args(SecondMoments, "moments")
+        parser.add_lightning_class_args(WeightSpread, "spread")
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("spread.write", "moments.write")
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Stores ``config.yaml`` in the run folder of a fit; other verbs leave no folder."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Save only what belongs to a run."""
+        if stage == "fit" and trainer.max_epochs != 0:
+            super().setup(trainer, pl_module, stage)
+
+
+def build(arguments: Sequence[str], run: bool) -> LightningCLI:
+    """Build the CLI of a verb, whose configurations are paths, and run the verb if ``run`` is true."""
+    # Configuration names are completed first, so the arguments cannot be left to sys.argv.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    arguments = list(arguments)
+    kind: type[FineTuningCLI] = EditCLI
+    module: type[EditableModel] = TargetOptimizer
+    if arguments[:1] == ["finetune"]:
+        kind, module = FineTuningCLI, FineTuning
+        arguments[:1] = ["fit"] if run else []
+    return kind(
+        module,
+        EditDataModule,
+        trainer_class=EditTrainer,
+        save_config_callback=SaveFitConfig,
+        save_config_kwargs={"overwrite": True},  # the trainer has made sure that no other run is there
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"allow_abbrev": False, **{verb: {"allow_abbrev": False} for verb in kind.subcommands()}},
+        args=arguments,
+        run=run,
+    )
