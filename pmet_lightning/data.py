@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import lightning as L
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-from torch.utils.data import DataLoader, Sampler
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from pmet_lightning.edits import Edit, RecordError, read_edits
+from pmet_lightning.edits import Edit, RecordError, check_no_contradictions, read_edits, stream_edits
 from pmet_lightning.language_model import load_tokenizer
+from pmet_lightning.parallel import Team
 from pmet_lightning.tokens import LocationError, PromptEncoder
 
 log = logging.getLogger(__name__)
@@ -23,7 +26,7 @@ class EditBatch:
     """Edits that are written by one solve, or evaluated together.
 
     Attributes:
-        edits: The edits.
+        edits: The edits; none of what a run that goes on had written before.
         positions: Their places among all of them, from 0.
     """
 
@@ -53,6 +56,48 @@ class BatchSampler(Sampler[list[int]]):
         return len(self.batches)
 
 
+class EditBatches(IterableDataset[EditBatch]):
+    """The edit batches of an epoch.
+
+    Args:
+        edits: Gives the edits; called once for every epoch.
+        size: Edits of a batch.
+        done: Edits that were written before. They are one batch without edits, so that an epoch is never empty.
+        count: How many edits there are; ``None`` for a stream.
+        team: Processes that work on what the first of them reads, since the end of a growing file is not the same to
+            all; each reads by itself where ``None``.
+    """
+
+    def __init__(
+        self,
+        edits: Callable[[], Iterator[Edit]],
+        size: int,
+        done: int,
+        count: int | None,
+        team: Team | None = None,
+    ) -> None:
+        self.edits, self.size, self.done, self.count, self.team = edits, size, done, count, team
+
+    def __iter__(self) -> Iterator[EditBatch]:
+        position = self.done
+        if self.done:
+            yield EditBatch((), ())
+        edits = islice(self.edits(), self.done, None)
+        while batch := self._next(edits):
+            yield EditBatch(tuple(batch), tuple(range(position, position + len(batch))))
+            position += len(batch)
+
+    def __len__(self) -> int:
+        # A loader without a length would be asked for a batch ahead of the one that is worked on.
+        return sys.maxsize if self.count is None else bool(self.done) + -(-(self.count - self.done) // self.size)
+
+    def _next(self, edits: Iterator[Edit]) -> list[Edit]:
+        def read() -> list[Edit]:
+            return list(islice(edits, self.size))
+
+        return read() if self.team is None else self.team.object_from_first(read)
+
+
 class _EditRows:
     """A map-style data set whose items carry their place among all edits."""
 
@@ -75,7 +120,8 @@ class EditDataModule(L.LightningDataModule):
     """Edits of a file or hub data set, checked before anything else starts.
 
     An *edit batch* is written into the weights by one solve; how many of its edits are optimised at a time is the
-    module's ``micro_batch``.
+    module's ``micro_batch``. A stream is read as it is worked on: each edit batch is checked, written, judged and
+    saved by itself, and nothing is judged before the first or after the last.
 
     Args:
         path: Edits: a .json, .jsonl, .csv or .parquet file (COUNTERFACT, zsRE or flat records), a data set on
@@ -88,6 +134,10 @@ class EditDataModule(L.LightningDataModule):
         split: Split of a hub data set.
         evaluation_batch: Edits whose questions are evaluated together.
         chat: Whether prompts are a user's messages in a chat; linked to the module's on the command line.
+        stream: Whether edits arrive while the run goes on: from a .jsonl file that may grow, or a hub data set of any
+            size. Needs ``edit_batch``.
+        stream_wait: Seconds to wait for further lines at the end of a stream's file; then the last edit batch is
+            written, however small. A run with --trainer.resume goes on with what has come since.
     """
 
     def __init__(
@@ -101,8 +151,14 @@ class EditDataModule(L.LightningDataModule):
         split: str = "train",
         evaluation_batch: PositiveInt = 32,  # type: ignore[valid-type]
         chat: bool = False,
+        stream: bool = False,
+        stream_wait: NonNegativeFloat = 0.0,  # type: ignore[valid-type]
     ) -> None:
         super().__init__()
+        if stream and (edit_batch is None or shuffle is not None):
+            raise ValueError("--data.stream true needs --data.edit_batch, and its records cannot be shuffled")
+        self.stream, self.stream_wait = stream, float(stream_wait)
+        self.done = 0  # edits that the run had written before it was resumed
         self.path, self.split = path, split
         self.tokenizer_name, self.chat = tokenizer, chat
         self.edit_batch = edit_batch
@@ -119,6 +175,10 @@ class EditDataModule(L.LightningDataModule):
             RecordError: If a record is unusable; the message names it.
         """
         if self._rows is not None:
+            return
+        if self.stream and stage != "fit":
+            raise ValueError("--data.stream true is for fit; to judge a file of records, leave it out")
+        if self.stream:
             return
         import datasets
 
@@ -137,15 +197,32 @@ class EditDataModule(L.LightningDataModule):
                 raise RecordError(f"{edit.origin}: {error}") from error
 
     def train_dataloader(self) -> DataLoader[EditBatch]:
-        """The edit batches."""
-        return self._loader(BatchSampler(len(self.edits), self.edit_batch or len(self.edits)))
+        """The edit batches, the same on every process."""
+        if self.stream:
+            team = None if self.trainer is None else Team.of(self.trainer)
+            batches = EditBatches(self._streamed, self.edit_batch or 1, self.done, None, team)
+        else:
+            batches = EditBatches(
+                lambda: iter(self.edits), self.edit_batch or len(self.edits), self.done, len(self.edits)
+            )
+        return DataLoader(batches, batch_size=None)
 
-    def val_dataloader(self) -> DataLoader[EditBatch]:
+    def _streamed(self) -> Iterator[Edit]:
+        """The edits of a stream, each edit batch checked."""
+        edits = stream_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, wait=self.stream_wait)
+        while batch := list(islice(edits, self.edit_batch)):
+            check_no_contradictions(batch)
+            self._check_tokens(batch)
+            yield from batch
+
+    def val_dataloader(self) -> DataLoader[EditBatch] | list[Any]:
         """All edits with their questions, for the scores before and after; each process gets its part."""
+        if self.stream:
+            return []
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return self._loader(BatchSampler(len(self.edits), self.evaluation_batch, rank, world_size))
 
-    def test_dataloader(self) -> DataLoader[EditBatch]:
+    def test_dataloader(self) -> DataLoader[EditBatch] | list[Any]:
         """The same as :meth:`val_dataloader`."""
         return self.val_dataloader()
 

@@ -1,4 +1,4 @@
-"""A callback that watches what edits do to unrelated text: perplexity, and KL to the clean model.
+"""A callback that watches what edits do to unrelated text, and stops a run that ruins the model.
 
 Legend: R = rows, T = tokens, V = vocabulary.
 """
@@ -6,11 +6,13 @@ Legend: R = rows, T = tokens, V = vocabulary.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import lightning as L
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -18,7 +20,11 @@ from pmet_lightning.corpus import corpus_texts, packed_rows
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.objective import kl_divergence, target_scores
+from pmet_lightning.progress import find_callback
+from pmet_lightning.spread import WeightSpread
 from pmet_lightning.tokens import TokenRow, by_token_budget, pad_rows
+
+log = logging.getLogger(__name__)
 
 _MOST_LOGITS = 2**27
 
@@ -26,7 +32,8 @@ _MOST_LOGITS = 2**27
 class Drift(L.Callback):
     """Perplexity of plain text at every evaluation, and KL(clean ‖ edited) of the next token after a fit.
 
-    The clean model's distributions are kept for one position of each row, its last.
+    The clean model's distributions are kept for one position of each row, its last. With a limit, perplexity and the
+    growth of the weights are looked at after each edit batch too.
 
     Args:
         text: A corpus as for --moments.corpus; null watches nothing.
@@ -34,6 +41,9 @@ class Drift(L.Callback):
         rows: Rows of text.
         length: Tokens of a row.
         seed: Seed of the order of the texts; another one than that of the second moments, so that the rows are others.
+        max_perplexity: Perplexity after an edit batch, relative to that before the first, which ends the run.
+        max_growth: Norm of all ΔW of a weight so far, relative to that of the weight, which ends the run.
+        on_limit: Whether the edit batch that goes beyond a limit stays ('stop') or is taken back ('rollback').
     """
 
     def __init__(
@@ -43,7 +53,15 @@ class Drift(L.Callback):
         rows: PositiveInt = 64,  # type: ignore[valid-type]
         length: PositiveInt = 64,  # type: ignore[valid-type]
         seed: int = 1,
+        max_perplexity: PositiveFloat | None = None,  # type: ignore[valid-type]
+        max_growth: PositiveFloat | None = None,  # type: ignore[valid-type]
+        on_limit: Literal["stop", "rollback"] = "rollback",
     ) -> None:
+        if max_perplexity is not None and text is None:
+            raise ValueError("--drift.max_perplexity needs text to measure it on; set --drift.text")
+        self.max_perplexity, self.max_growth, self.on_limit = max_perplexity, max_growth, on_limit
+        self.ended = ""  # why the run was ended
+        self._first_perplexity: float | None = None
         self.text, self.text_subset = text, text_subset
         self.rows, self.length, self.seed = int(rows), int(length), seed
         self._rows: list[TokenRow] | None = None
@@ -54,18 +72,68 @@ class Drift(L.Callback):
         assert isinstance(pl_module, EditableModel)
         if self.text is None:
             return
-        if self._rows is None:
-            texts = corpus_texts(self.text, self.text_subset, self.seed)
-            packed = itertools.islice(packed_rows(texts, pl_module.tokenizer, self.length), self.rows)
-            # Every token but the first is predicted from those before it.
-            rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
-            self._rows = rows[trainer.global_rank :: trainer.world_size]
-        perplexity, kl = self._measure(pl_module, self._rows)
+        perplexity, kl = self._measure(pl_module, self._own_rows(trainer, pl_module))
         pl_module.report({"perplexity": perplexity} | ({} if kl is None else {"kl": kl}))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """As :meth:`on_validation_epoch_end`."""
         self.on_validation_epoch_end(trainer, pl_module)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit to look at after each edit batch."""
+        return self.max_perplexity is not None or self.max_growth is not None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure where the perplexity begins; have the spread able to take a batch back."""
+        assert isinstance(pl_module, EditableModel)
+        spread = find_callback(trainer, WeightSpread)
+        if not self.limited or spread is None:
+            return
+        spread.keep_before = self.on_limit == "rollback"
+        if self.max_perplexity is not None:
+            self._first_perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the limits after an edit batch; beyond one of them, end the run."""
+        assert isinstance(pl_module, EditableModel)
+        spread = find_callback(trainer, WeightSpread)
+        if not self.limited or spread is None or spread.report is None:
+            return
+        number, found = spread.report.edit_batch, {"growth": max(layer.growth for layer in spread.report.layers)}
+        limits = {"growth": self.max_growth}
+        if self._first_perplexity is not None:
+            perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
+            found["perplexity"], limits["perplexity"] = perplexity / self._first_perplexity, self.max_perplexity
+        for logger in trainer.loggers:
+            logger.log_metrics({f"drift/{name}": value for name, value in found.items()}, number)
+        beyond = [name for name, most in limits.items() if most is not None and not found[name] <= most]
+        if not beyond:
+            return
+        self.ended = f"edit batch {number}: " + ", ".join(
+            f"{name} {found[name]:.3g} times that of the unedited model, limit {limits[name]:g}" for name in beyond
+        )
+        if self.on_limit == "rollback":
+            spread.undo()
+        log.warning(
+            "%s; the run ends here%s",
+            self.ended,
+            ", and the edit batch was taken back" if spread.report is None else "",
+        )
+        trainer.should_stop = True
+
+    def _own_rows(self, trainer: L.Trainer, module: EditableModel) -> list[TokenRow]:
+        """This process' rows of text."""
+        if self._rows is None:
+            assert self.text is not None
+            texts = corpus_texts(self.text, self.text_subset, self.seed)
+            packed = itertools.islice(packed_rows(texts, module.tokenizer, self.length), self.rows)
+            # Every token but the first is predicted from those before it.
+            rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
+            self._rows = rows[trainer.global_rank :: trainer.world_size]
+        return self._rows
 
     @torch.no_grad()
     def _measure(self, module: EditableModel, rows: Sequence[TokenRow]) -> tuple[float, float | None]:

@@ -127,6 +127,7 @@ class TargetOptimizer(EditableModel):
             {site: nn.ParameterList([nn.Parameter(torch.zeros(0))]) for site in self.sites_optimised}
         )
         self.contexts: list[str] = []
+        self.batches_done = 0  # edit batches that a resumed run had written before
         self._store: TargetStore | None = None
         self._store_batch = -1
 
@@ -178,6 +179,8 @@ class TargetOptimizer(EditableModel):
         Returns:
             ``targets``: one for each of its edits, in order.
         """
+        if not batch.edits:  # written before the run was resumed
+            return {"targets": []}
         store = self._target_store(batch_idx)
         edits = Team.of(self.trainer).own(batch.edits)
         found = {i: store.load(edit.identity()) for i, edit in enumerate(edits)} if store else {}

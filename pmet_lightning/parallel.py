@@ -72,16 +72,27 @@ class Team:
         Raises:
             Exception: What ``make`` raised, on every process: none is left waiting for the others.
         """
-        made: tuple[Tensor, Item] | None = None
+        kept: list[Tensor] = []
+
+        def make_and_keep() -> Item:
+            tensor, rest = make()
+            kept.append(tensor)
+            return rest
+
+        rest = self.object_from_first(make_and_keep)
+        # What is zero everywhere else arrives as it is.
+        return self.total(kept[0] if kept else torch.zeros_like(empty)), rest
+
+    def object_from_first(self, make: Callable[[], Item]) -> Item:
+        """As :meth:`from_first`, for what is no tensor."""
+        made: Item | None = None
         error: Exception | None = None
         if self.rank == 0:
             try:
                 made = make()
             except Exception as problem:
                 error = problem
-        error = self.strategy.broadcast(error)
+        made, error = self.strategy.broadcast((made, error))
         if error is not None:
             raise error
-        tensor, rest = (torch.zeros_like(empty), None) if made is None else made
-        # What is zero everywhere else arrives as it is.
-        return self.total(tensor), self.strategy.broadcast(rest)  # type: ignore[return-value]
+        return made  # type: ignore[return-value]

@@ -28,6 +28,7 @@ def layer_line(edit_batch: int, report: LayerReport) -> dict[str, Any]:
         "layer": report.layer,
         "residual": report.residual,
         "norm_ratio": report.norm_ratio,
+        "growth": report.growth,
         "relative_error": report.relative_error,
         "kept": report.written.kept,
     }

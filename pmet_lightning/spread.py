@@ -56,6 +56,7 @@ class LayerReport:
         layer: Its layer.
         residual: Mean over edits of ‖E‖, relative to that before the first write.
         norm_ratio: ‖ΔW‖ / ‖W‖.
+        growth: The same of all edit batches so far together, relative to the unedited weight.
         ridge: Ridge of the solve.
         relative_error: Relative error of the linear system.
         written: How much of ΔW the stored weight has.
@@ -65,6 +66,7 @@ class LayerReport:
     layer: int
     residual: float
     norm_ratio: float
+    growth: float
     ridge: float
     relative_error: float
     written: Written
@@ -103,6 +105,15 @@ class _Aim:
         return goal_NO - values_NO if self.norm is None else self.norm(goal_NO) - self.norm(values_NO)
 
 
+@dataclass(frozen=True)
+class Before:
+    """What there was before an edit batch: weights, ΔW so far, protected keys."""
+
+    weights: list[tuple[nn.Module, Tensor]]
+    deltas: dict[str, Tensor]
+    past: dict[Place, Tensor]
+
+
 class WeightSpread(L.Callback):
     """Writes each edit batch into the weights by the closed-form update, spread over the edited layers.
 
@@ -113,6 +124,13 @@ class WeightSpread(L.Callback):
         write: Weights that are written: the FFN's (PMET) or the attention's too (ablation).
         null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
             projection, such as 0.01); null writes to all directions.
+        protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC).
+
+    Attributes:
+        deltas: ΔW of every written weight, over all edit batches, on the CPU.
+        past: K_past K_pastᵀ of each written projection, float64, of the first process.
+        report: What the last edit batch left; ``None`` if it left nothing.
+        before: The written weights as they were before the last edit batch, where ``keep_before``.
     """
 
     def __init__(
@@ -121,11 +139,16 @@ class WeightSpread(L.Callback):
         rule: SpreadRule = "sqrt",
         write: WriteChoice = "ffn",
         null_space: PositiveFloat | None = None,  # type: ignore[valid-type]
+        protect_past: bool = False,
     ) -> None:
         self.lam, self.rule = float(lam), rule
-        self.null_space = null_space
+        self.null_space, self.protect_past = null_space, protect_past
         self.sites = written_sites(write)
         self.deltas: dict[str, Tensor] = {}
+        self.past: dict[Place, Tensor] = {}
+        self.keep_before = False
+        self.before: Before | None = None
+        self.base_norms: dict[str, float] = {}
         self.report: SpreadReport | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -147,7 +170,11 @@ class WeightSpread(L.Callback):
     ) -> None:
         """Write the edit batch."""
         assert isinstance(pl_module, TargetOptimizer)
-        self.report = self.write_batch(trainer, pl_module, batch.edits, outputs["targets"], batch_idx)
+        self.report = None
+        if batch.edits:
+            self.report = self.write_batch(
+                trainer, pl_module, batch.edits, outputs["targets"], batch_idx + pl_module.batches_done
+            )
 
     @torch.no_grad()
     def write_batch(
@@ -189,7 +216,8 @@ class WeightSpread(L.Callback):
         reports: list[LayerReport] = []
         deltas: dict[str, Tensor] = {}
         projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
-        with _all_or_nothing(projections.values()):
+        past: dict[Place, Tensor] = {}
+        with _all_or_nothing(projections.values()) as kept:
             for place in track(trainer, list(projections), "Layers"):
                 site, layer = place
                 layers_left = len(module.layers) - module.layers.index(layer)
@@ -202,17 +230,22 @@ class WeightSpread(L.Callback):
                 assert isinstance(weight, Tensor)
                 keys, wanted = team.gathered(keys, count), team.gathered(wanted, count)
                 solve = partial(self._solve, wanted, keys, place, second_moments, module)
+                if self.protect_past and team.rank == 0:
+                    past[place] = keys.T.double() @ keys.double()
                 empty = torch.empty(wanted.shape[1], keys.shape[1], dtype=module.delta_dtype, device=module.device)
                 delta, solution = team.from_first(solve, empty)
-                ratio = float(delta.norm() / weight.to(delta.dtype).norm())
+                name = sites.weight_name(site, layer)
+                norm_before = float(weight.detach().to(delta.dtype).norm())
+                self.base_norms.setdefault(name, norm_before)
                 written = add_to_weight(projections[place], delta)
-                deltas[module.sites.weight_name(site, layer)] = delta.cpu()
+                deltas[name] = delta.cpu()
                 reports.append(
                     LayerReport(
                         site,
                         layer,
                         float((left_at(site, values) / first[site]).nanmean()),
-                        ratio,
+                        float(delta.norm()) / norm_before,
+                        float((self.deltas.get(name, 0) + deltas[name]).norm()) / self.base_norms[name],
                         solution.ridge,
                         solution.relative_error,
                         written,
@@ -220,6 +253,9 @@ class WeightSpread(L.Callback):
                 )
             left = left_at("ffn", current_values(model, sites, aims["ffn"].place, over)) / first["ffn"]
         everyone = team.gathered_objects(targets, count)
+        if self.keep_before:
+            self.before = Before(kept, dict(self.deltas), dict(self.past))
+        self.past |= {place: product + self.past.get(place, 0) for place, product in past.items()}
         for name, delta in deltas.items():
             self.deltas[name] = self.deltas[name] + delta if name in self.deltas else delta
         self._log_layers(trainer, reports, edit_batch)
@@ -232,10 +268,13 @@ class WeightSpread(L.Callback):
     ) -> tuple[Tensor, Solution]:
         """ΔW in the deltas' precision, and the solution without it."""
         few = len(keys_NI) <= FEW_EDITS * keys_NI.shape[1]
-        if few and self.null_space is None:
+        past = self.past.get(place)
+        if few and self.null_space is None and past is None:
             solution = solve_with_factor(wanted_NO, keys_NI, second_moments.factor(place), self.lam)
         else:
             moment = second_moments.moment(place).to(module.device)
+            if past is not None:  # it counts as much as the new keys
+                moment = moment.double() + past / self.lam
             if self.null_space is None:
                 solution = solve_update(wanted_NO, keys_NI, moment, self.lam)
             else:
@@ -245,6 +284,15 @@ class WeightSpread(L.Callback):
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """Where a written site's target and residual are measured (MEMIT: the layer's output)."""
         return site if site in module.sites_optimised else "hidden"
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Take the last edit batch back, bit by bit; needs ``keep_before``."""
+        assert self.before is not None, "keep_before was not set"
+        for projection, weight in self.before.weights:
+            projection.weight.copy_(weight)  # type: ignore[operator,union-attr]
+        self.deltas, self.past = self.before.deltas, self.before.past
+        self.before, self.report = None, None
 
     def _aim(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> _Aim:
         where = self._value_site(module, site)
@@ -270,6 +318,7 @@ class WeightSpread(L.Callback):
                     {
                         f"spread/residual/{place}": report.residual,
                         f"spread/norm_ratio/{place}": report.norm_ratio,
+                        f"spread/growth/{place}": report.growth,
                         f"spread/solve_error/{place}": report.relative_error,
                         f"spread/kept/{place}": report.written.kept,
                         f"spread/changed/{place}": report.written.changed,
@@ -291,11 +340,11 @@ def _warn_of_overload(module: TargetOptimizer, count: int) -> None:
 
 
 @contextmanager
-def _all_or_nothing(projections: Any) -> Iterator[None]:
+def _all_or_nothing(projections: Any) -> Iterator[list[tuple[nn.Module, Tensor]]]:
     """Put the weights back, bit by bit, if the block does not end well (an interrupt included)."""
     kept: list[tuple[nn.Module, Tensor]] = [(p, p.weight.detach().clone()) for p in projections]
     try:
-        yield
+        yield kept
         for projection, _ in kept:
             if not projection.weight.isfinite().all():  # type: ignore[operator,union-attr]
                 raise FloatingPointError("a written weight is not finite in its own precision")

@@ -1,6 +1,7 @@
 """Edits: what they are, how they are read and checked."""
 
 from pmet_lightning.edits.readers import read_edits as read_edits
+from pmet_lightning.edits.readers import stream_edits as stream_edits
 from pmet_lightning.edits.records import Edit as Edit
 from pmet_lightning.edits.records import Probe as Probe
 from pmet_lightning.edits.records import RecordError as RecordError

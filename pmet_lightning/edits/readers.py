@@ -10,8 +10,9 @@ import json
 import logging
 import random
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pmet_lightning.resources import locate
 
 log = logging.getLogger(__name__)
 
+_POLL = 0.2  # seconds between two looks at the end of a growing file
 # Wordings of COUNTERFACT's generation prompts that name no relation of a fact.
 _OPENINGS = re.compile(
     r"twin city|is known for$|greatest (strength|accomplishment|artistic work)|surroundings include$|is my favorite"
@@ -70,6 +72,58 @@ def read_edits(
     check_no_contradictions(edits)
     _warn_of_generation_prompts(edits, ", ".join(paths))
     return edits
+
+
+def stream_edits(
+    path: str | Sequence[str], *, split: str = "train", skip: int = 0, limit: int | None = None, wait: float = 0.0
+) -> Iterator[Edit]:
+    """Edits one after the other, without ever holding more than one record; the end is where nothing comes any more.
+
+    Args:
+        path: As for :func:`read_edits`, but a local file has to be a ``.jsonl``.
+        split: Split of a hub data set.
+        skip: Records left out at the beginning.
+        limit: Most records taken after that; all where ``None``.
+        wait: Seconds to wait at the end of the last file for further lines, since the last one came.
+
+    Raises:
+        FileNotFoundError: If there is no such file or data set.
+        RecordError: If a record is unusable.
+    """
+    paths = [path] if isinstance(path, str) else list(path)
+    records = chain.from_iterable(
+        _streamed_records(locate(name), name, split, wait if name == paths[-1] else 0.0) for name in paths
+    )
+    for number, (origin, record) in islice(enumerate(records), skip, None if limit is None else skip + limit):
+        yield from parse_records(record, number, origin)
+
+
+def _streamed_records(found: str, name: str, split: str, wait: float) -> Iterator[tuple[str, Any]]:
+    if not Path(found).is_file():
+        return _records(found, name, split)  # of the hub, or an error
+    if Path(found).suffix.lower() != ".jsonl":
+        raise RecordError(f"{name}: a stream reads one record a line; expected a .jsonl file or a hub data set")
+    return _growing_lines(Path(found), name, wait)
+
+
+def _growing_lines(path: Path, name: str, wait: float) -> Iterator[tuple[str, Any]]:
+    """The records of a file that others may be writing to: a line counts once it has its end, or nothing follows."""
+    number, begun, since = 0, "", time.monotonic()
+    with path.open(encoding="utf-8-sig") as file:
+        for line_number in count(1):
+            while not (line := begun + file.readline()).endswith("\n") and time.monotonic() - since < wait:
+                begun = line
+                time.sleep(_POLL)
+            begun, since = "", time.monotonic()
+            if not line:
+                return
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise _broken_json(name, line_number, error) from error
+                yield f"{name}, record {number} (line {line_number})", record
+                number += 1
 
 
 def _warn_of_generation_prompts(edits: Sequence[Edit], path: str) -> None:
