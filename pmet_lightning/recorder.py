@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -10,20 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pmet_lightning.clock import PhaseClock
 from pmet_lightning.data import EditBatch
+from pmet_lightning.drift import Drift
 from pmet_lightning.editable import EditableModel
+from pmet_lightning.edits import Edit
 from pmet_lightning.files import atomic_path, write_json
+from pmet_lightning.journal import Journal
 from pmet_lightning.ledger import ledger_lines
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.metrics.scores import TEXTS, record_rows, table_of
 from pmet_lightning.module import TargetOptimizer
+from pmet_lightning.moments import Place, packed_lower, unpacked_symmetric
 from pmet_lightning.parallel import Team
-from pmet_lightning.patch import save_patch
+from pmet_lightning.patch import apply_patch, load_patch, save_patch
 from pmet_lightning.progress import all_edits, find_callback
 from pmet_lightning.report import figures, write_report
 from pmet_lightning.report_data import (
@@ -34,33 +43,48 @@ from pmet_lightning.report_data import (
     saved_settings,
     versions,
 )
-from pmet_lightning.spread import SpreadReport, WeightSpread
+from pmet_lightning.spread import WeightSpread
 from pmet_lightning.targets import mean_curves
 
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
+# What of a manifest must be the same when a run goes on.
+_SETTINGS = (
+    "fingerprint",
+    "layers",
+    "sites",
+    "optimised",
+    "lam",
+    "rule",
+    "null_space",
+    "protect_past",
+    "rules",
+    "contexts",
+)
+_MOST_REPORTED = 20_000  # edits of a stream
 
 
 class RunRecorder(L.Callback):
     """Writes the run folder; added by :class:`~pmet_lightning.trainer.EditTrainer` behind all callbacks.
 
-    The patch is replaced as one file after each edit batch, and the manifest inside it says how many edit batches it
-    holds, whatever ends the run; ledger and ``state.json`` follow it.
+    After each edit batch the journal is written, then the patch is replaced as one file. The manifest inside it says
+    how many edit batches it holds, whatever ends the run.
 
     Args:
         folder: The run folder.
+        resume: Whether a run that is there goes on.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, resume: bool = False) -> None:
+        self.folder, self.resume = Path(folder), resume
+        self.journal = Journal(self.folder)
         self.records = True
         self.clock = PhaseClock()  # a callback too, in front of all others
         self._started = 0.0
         self._state: dict[str, Any] = {}
-        self._ledger: list[str] = []
-        self._layers: list[dict[str, Any]] = []
-        self._batch_rows: list[Tensor] = []  # of each edit batch, judged right after it was written
+        self._written = 0  # edits
+        self._rows_before: Tensor | None = None  # of the edits that a stream has brought last
 
     def check_free(self) -> None:
         """Refuse a folder that another run is in.
@@ -68,51 +92,80 @@ class RunRecorder(L.Callback):
         Raises:
             FileExistsError: If there is one.
         """
-        if (self.folder / STATE).exists():
+        if (self.folder / STATE).exists() and not self.resume:
             raise FileExistsError(
                 f"the output folder {str(self.folder)!r} holds another run ({STATE}); expected a new one: set "
-                "--trainer.run_dir to another folder, or leave it out to have one made"
+                "--trainer.run_dir to another folder, or leave it out to have one made; --trainer.resume true goes on "
+                "with the run that is there"
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say that the work begins."""
+        """Say that the work begins, or goes on."""
         self.clock.end("moments")
         self._started = time.perf_counter()
-        if self.records:
-            self._save_state(trainer, status="running", edit_batches_written=0, edits_written=0)
+        if not self.records:
+            return
+        batches = 0
+        if self.resume and self._patch_path.is_file():
+            assert isinstance(pl_module, TargetOptimizer)
+            batches = self._find_again(trainer, pl_module)
+        self._save_state(trainer, status="running", edit_batches_written=batches, edits_written=self._written)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The unedited model is judged."""
         self.clock.end("before")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Store the contexts."""
+        """Store the contexts; write again what a resumed run had written."""
+        if self._written:
+            assert isinstance(pl_module, TargetOptimizer)
+            self._write_again(trainer, pl_module)
         if self._writes(trainer) and isinstance(pl_module, TargetOptimizer):
             write_json(self.folder / "contexts.json", pl_module.contexts)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
+    ) -> None:
+        """Judge the model on what a stream has brought, before it is written."""
+        if _is_stream(trainer) and batch.edits:
+            assert isinstance(pl_module, EditableModel)
+            self.clock.end("records")
+            self._rows_before = _judged(trainer, pl_module, batch.edits, self._written)
+            self.clock.end("before")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """After an edit batch is written: patch, ledger, state, in this order."""
+        """After an edit batch is written: journal, patch, state, in this order."""
         self.clock.end("spread")
         spread = find_callback(trainer, WeightSpread)
         if spread is None or spread.report is None:
             return
         assert isinstance(pl_module, TargetOptimizer)
         report = spread.report
-        self._layers += [layer_line(report.edit_batch, layer) for layer in report.layers]
-        pl_module.curves += mean_curves(report.targets)
-        if self._writes(trainer):
-            save_patch(self.folder / "patch.safetensors", spread.deltas, self._manifest(pl_module, spread))
-        self._ledger += ledger_lines(pl_module, report)
-        if self._writes(trainer):
-            with atomic_path(self.folder / "ledger.jsonl") as temporary:
-                temporary.write_text("\n".join(self._ledger) + "\n", encoding="utf-8")
+        entry: dict[str, Any] = {
+            "edit_batch": report.edit_batch,
+            "layers": [layer_line(report.edit_batch, layer) for layer in report.layers],
+            "curves": mean_curves(report.targets),
+        }
+        lines = ledger_lines(pl_module, report)
         self.clock.end("ledger")
-        if len(all_edits(trainer)) > len(report.edits):  # with a single edit batch the end says it all
-            self._judge(trainer, pl_module, report)
+        # With a single edit batch the end says it all.
+        if _is_stream(trainer) or len(all_edits(trainer)) > len(report.edits):
+            rows = _judged(trainer, pl_module, report.edits, self._written)
+            table = {f"edit_batches/{name}": float(v) for name, v in table_of(rows).items() if name in METRICS}
+            for logger in trainer.loggers:
+                logger.log_metrics(table, report.edit_batch)
+            entry |= {"before": _plain(self._rows_before), "at_once": _plain(rows)}
         self.clock.end("after")
-        self._save_state(trainer, edit_batches_written=report.edit_batch + 1, edits_written=len(self._ledger))
+        self._written += len(report.edits)
+        if self._writes(trainer):
+            self.journal.add(lines, entry)
+            if spread.protect_past:
+                _save_past(self._past_path, spread.past)
+            save_patch(self._patch_path, spread.deltas, self._manifest(pl_module, spread))
+        self._save_state(trainer, edit_batches_written=report.edit_batch + 1, edits_written=self._written)
+        self.clock.end("ledger")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Store and show the scores, and the report."""
@@ -120,10 +173,15 @@ class RunRecorder(L.Callback):
         if not self._writes(trainer):
             return
         self.clock.end("after")
-        batches = self._forgetting(pl_module)
+        entries = list(self.journal.batches())
+        if _is_stream(trainer):
+            self._sum_up(pl_module, entries)
+        batches = _forgetting(entries, None if _is_stream(trainer) else pl_module.record_rows.get("after"))
         write_json(self.folder / "scores.json", pl_module.results | ({"edit_batches": batches} if batches else {}))
-        self._report(trainer, pl_module, batches)
-        self._save_state(trainer, status="finished")
+        self._report(trainer, pl_module, batches, entries)
+        drift = find_callback(trainer, Drift)
+        ended = {"ended": drift.ended} if drift is not None and drift.ended else {}
+        self._save_state(trainer, status="finished", **ended)
         shown = [score_table(pl_module.results), *other_lines(pl_module.results), *forgetting_lines(batches)]
         log.info("%s\nrun folder: %s", "\n".join(shown), self.folder)
 
@@ -143,31 +201,82 @@ class RunRecorder(L.Callback):
             status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
             self._save_state(trainer, status=status, error=f"{type(exception).__name__}: {exception}")
 
-    def _judge(self, trainer: L.Trainer, module: TargetOptimizer, report: SpreadReport) -> None:
-        """Scores of an edit batch right after it was written, to be compared with those at the end."""
-        team, count = Team.of(trainer), len(report.edits)
-        positions = team.own(range(len(self._ledger) - count, len(self._ledger)))
-        own = record_rows(module.evaluate(team.own(report.edits), positions))
-        rows = team.gathered(own.to(module.device), count).cpu()
-        self._batch_rows.append(rows)
-        table = {f"edit_batches/{name}": float(value) for name, value in table_of(rows).items() if name in METRICS}
-        for logger in trainer.loggers:
-            logger.log_metrics(table, report.edit_batch)
+    @property
+    def _patch_path(self) -> Path:
+        return self.folder / "patch.safetensors"
 
-    def _report(self, trainer: L.Trainer, module: EditableModel, batches: list[dict[str, Any]]) -> None:
+    @property
+    def _past_path(self) -> Path:
+        return self.folder / "past.safetensors"
+
+    def _find_again(self, trainer: L.Trainer, module: TargetOptimizer) -> int:
+        """Take up what the run in the folder has done; returns its edit batches.
+
+        Raises:
+            ValueError: If it was another run.
+        """
+        spread = find_callback(trainer, WeightSpread)
+        assert spread is not None
+        _, manifest = load_patch(self._patch_path)
+        module.contexts = module.given_contexts or manifest["contexts"]
+        mine = json.loads(json.dumps(self._manifest(module, spread), default=str))
+        other = [name for name in _SETTINGS if mine[name] != manifest.get(name)]
+        if other:
+            differences = "; ".join(f"{name}: {manifest.get(name)} then, {mine[name]} now" for name in other)
+            raise ValueError(
+                f"--trainer.resume: {self.folder} holds a run with other settings ({differences}); give the same ones, "
+                "or another --trainer.run_dir"
+            )
+        if trainer.is_global_zero:
+            self.journal.keep(manifest["edit_batches"])
+        self._written = manifest["edits"]
+        module.batches_done = manifest["edit_batches"] - 1  # the first of this epoch is what was written
+        trainer.datamodule.done = self._written  # type: ignore[attr-defined]
+        log.info("going on behind %d edits in %d edit batches", self._written, manifest["edit_batches"])
+        return int(manifest["edit_batches"])
+
+    def _write_again(self, trainer: L.Trainer, module: TargetOptimizer) -> None:
+        spread = find_callback(trainer, WeightSpread)
+        assert spread is not None
+        spread.keep_norms(module)
+        spread.deltas, _ = load_patch(self._patch_path)
+        apply_patch(module.model, module.sites, self._patch_path, module.base_fingerprint)
+        if spread.protect_past and trainer.is_global_zero:
+            spread.past = _load_past(self._past_path, module.device)
+
+    def _sum_up(self, module: EditableModel, entries: Sequence[Mapping[str, Any]]) -> None:
+        """The scores of a stream: of each edit right before and right after its edit batch was written."""
+        for phase, column in (("before", "before"), ("after", "at_once")):
+            rows = [_rows(entry[column]) for entry in entries if entry.get(column)]
+            if rows:
+                module.record_rows[phase] = torch.cat(rows)
+                table = table_of(module.record_rows[phase])
+                module.results[phase] = {name: float(value) for name, value in table.items()}
+
+    def _report(
+        self,
+        trainer: L.Trainer,
+        module: EditableModel,
+        batches: list[dict[str, Any]],
+        entries: Sequence[Mapping[str, Any]],
+    ) -> None:
         """Write report.html and report.json; show the figures in TensorBoard."""
-        edits = edit_lines(all_edits(trainer), self._ledger, module.record_rows)
+        # Of a long stream the report shows the latest edits.
+        first = max(0, self._written - _MOST_REPORTED) if _is_stream(trainer) else 0
+        ledger = list(itertools.islice(self.journal.ledger(), first, None))
+        edits = edit_lines(all_edits(trainer), ledger, module.record_rows, first)
+        curves = module.curves + [point for entry in entries for point in entry["curves"]]
         data = {
             "title": self.folder.name,
             "model": module.model_name,
             "records": getattr(getattr(trainer, "datamodule", None), "path", None),
-            "edits_count": len(all_edits(trainer)),
+            "edits_count": len(all_edits(trainer)) or self._written,
             "created": datetime.now().astimezone().isoformat(" ", "seconds"),
             "seconds": round(time.perf_counter() - self._started, 1),
             "scores": module.results,
             "edit_batches": batches,
-            "curves": columns_of(module.curves),
-            "layers": self._layers,
+            "curves": columns_of(curves),
+            "layers": [line for entry in entries for line in entry["layers"]],
             "edits": edits,
             "relations": relation_lines(edits, module.record_rows),
             "settings": saved_settings(self.folder),
@@ -180,23 +289,6 @@ class RunRecorder(L.Callback):
         for board in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
             for name, figure in drawn.items():
                 board.experiment.add_figure(f"report/{name}", figure, module.inner_step)
-
-    def _forgetting(self, module: EditableModel) -> list[dict[str, Any]]:
-        """For each edit batch its scores right after it and after all of them, and the difference."""
-        final = module.record_rows.get("after")
-        batches: list[dict[str, Any]] = []
-        if final is None:
-            return batches
-        start = 0
-        for number, rows in enumerate(self._batch_rows):
-            at_once, at_the_end = (
-                {name: float(value) for name, value in table_of(part).items()}
-                for part in (rows, final[start : start + len(rows)])
-            )
-            start += len(rows)
-            lost = {name: at_once[name] - at_the_end[name] for name in METRICS if name in at_once}
-            batches.append({"edit_batch": number, "at_once": at_once, "at_the_end": at_the_end, "forgotten": lost})
-        return batches
 
     def _writes(self, trainer: L.Trainer) -> bool:
         """Whether this process writes the run folder."""
@@ -218,12 +310,74 @@ class RunRecorder(L.Callback):
             "lam": spread.lam,
             "rule": spread.rule,
             "null_space": spread.null_space,
+            "protect_past": spread.protect_past,
             "rules": vars(module.rules),
             "contexts": module.contexts,
             "edit_batches": spread.report.edit_batch + 1 if spread.report else 0,
-            "edits": len(self._ledger) + (len(spread.report.edits) if spread.report else 0),
+            "edits": self._written,
             "versions": versions(),
         }
+
+
+def _is_stream(trainer: L.Trainer) -> bool:
+    return bool(getattr(getattr(trainer, "datamodule", None), "stream", False))
+
+
+def _judged(trainer: L.Trainer, module: EditableModel, edits: Sequence[Edit], first: int) -> Tensor:
+    """Score rows of some edits on the model as it is now; ``first`` is the place of the first among all."""
+    team, count = Team.of(trainer), len(edits)
+    rows = record_rows(module.evaluate(team.own(edits), team.own(range(first, first + count))))
+    return team.gathered(rows.to(module.device), count).cpu()
+
+
+def _plain(rows: Tensor | None) -> list[list[float | None]] | None:
+    """Rows as JSON has them: no NaN."""
+    return None if rows is None else [[None if value != value else value for value in row] for row in rows.tolist()]
+
+
+def _rows(plain: Sequence[Sequence[float | None]]) -> Tensor:
+    return torch.tensor([[math.nan if v is None else v for v in row] for row in plain], dtype=torch.float64)
+
+
+def _save_past(path: Path, past: Mapping[Place, Tensor]) -> None:
+    stored = {f"{site}-{layer}": packed_lower(product.cpu()) for (site, layer), product in past.items()}
+    with atomic_path(path) as temporary:
+        save_file(stored, temporary)
+
+
+def _load_past(path: Path, device: torch.device) -> dict[Place, Tensor]:
+    found: dict[Place, Tensor] = {}
+    for name, packed in load_file(path).items():
+        site, layer = name.split("-")
+        width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+        found[site, int(layer)] = unpacked_symmetric(packed, width).to(device)  # type: ignore[index]
+    return found
+
+
+def _forgetting(entries: Sequence[Mapping[str, Any]], final: Tensor | None) -> list[dict[str, Any]]:
+    """For each edit batch its scores right after it and after all of them, and the difference.
+
+    Args:
+        entries: The journal's.
+        final: Rows of all records after the last edit batch; ``None`` for a stream, whose end is not judged.
+    """
+    batches: list[dict[str, Any]] = []
+    start = 0
+    for entry in entries:
+        if not entry.get("at_once"):
+            continue
+        rows = _rows(entry["at_once"])
+        tables = (
+            {"at_once": rows} if final is None else {"at_once": rows, "at_the_end": final[start : start + len(rows)]}
+        )
+        batch: dict[str, Any] = {"edit_batch": entry["edit_batch"]}
+        batch |= {name: {k: float(v) for k, v in table_of(part).items()} for name, part in tables.items()}
+        if final is not None:
+            once, end = batch["at_once"], batch["at_the_end"]
+            batch["forgotten"] = {name: once[name] - end[name] for name in METRICS if name in once}
+        start += len(rows)
+        batches.append(batch)
+    return batches
 
 
 def score_table(results: Mapping[str, Mapping[str, float]]) -> str:
@@ -262,7 +416,7 @@ def forgetting_lines(batches: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     lines = [f"{'batch':8}" + "".join(f"{name:>24}" for name in METRICS) + "   (at once, then at the end)"]
     for batch in batches:
-        once, end = batch["at_once"], batch["at_the_end"]
-        cells = [f"{once[n]:.1f}, {end[n]:.1f}" if n in once and n in end else "-" for n in METRICS]
+        once, end = batch["at_once"], batch.get("at_the_end", {})
+        cells = [", ".join(f"{table[n]:.1f}" for table in (once, end) if n in table) or "-" for n in METRICS]
         lines.append(f"{batch['edit_batch']:<8}" + "".join(f"{cell:>24}" for cell in cells))
     return lines

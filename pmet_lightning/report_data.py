@@ -16,6 +16,7 @@ from torch import Tensor
 from pmet_lightning.edits import Edit
 from pmet_lightning.metrics.scores import CORE, row_scores
 from pmet_lightning.spread import LayerReport
+from pmet_lightning.tokens import fill
 
 _PACKAGES = ("pmet-lightning", "torch", "lightning", "transformers", "torchmetrics")
 
@@ -39,16 +40,24 @@ def columns_of(points: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {name: [point[name] for point in points] for name in points[0]} if points else {}
 
 
-def edit_lines(edits: Sequence[Edit], ledger: Sequence[str], rows: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def edit_lines(
+    edits: Sequence[Edit], ledger: Sequence[str], rows: Mapping[str, Tensor], first: int = 0
+) -> list[dict[str, Any]]:
     """Every edit: what the ledger says of it, if it does, and its scores before and after.
 
     Args:
-        edits: All edits, by position.
+        edits: All edits, by position; none of a stream, of which the ledger says all that is known.
         ledger: JSON lines of the first of them.
         rows: Rows of all records by phase, as :meth:`EditScores.record_rows` gives them.
+        first: Position of the first line of the ledger.
     """
     scores = {phase: {int(row[0]): row_scores(row) for row in table} for phase, table in rows.items()}
-    lines = []
+    lines: list[dict[str, Any]] = []
+    if not edits:
+        for position, text in enumerate(ledger, start=first):
+            known = json.loads(text)
+            question, _ = fill(known["prompt"], known["subject"])
+            lines.append(known | {"question": question} | {p: found.get(position, {}) for p, found in scores.items()})
     for position, edit in enumerate(edits):
         line = {
             "case_id": edit.case_id,

@@ -6,6 +6,7 @@ Legend: N = edits of the edit batch, O = out-features, I = in-features.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -202,6 +203,8 @@ class WeightSpread(L.Callback):
         second_moments = find_callback(trainer, SecondMoments)
         if second_moments is None:
             raise RuntimeError("WeightSpread needs the callback SecondMoments beside it in the Trainer")
+        if not self.base_norms:
+            self.keep_norms(module)
         team, count = Team.of(trainer), len(edits)
         over = Measurement.of(team.own(edits), module.contexts, module.encoder, module.tokens_per_batch, module.device)
         _warn_of_overload(module, len(edits))
@@ -236,7 +239,6 @@ class WeightSpread(L.Callback):
                 delta, solution = team.from_first(solve, empty)
                 name = sites.weight_name(site, layer)
                 norm_before = float(weight.detach().to(delta.dtype).norm())
-                self.base_norms.setdefault(name, norm_before)
                 written = add_to_weight(projections[place], delta)
                 deltas[name] = delta.cpu()
                 reports.append(
@@ -284,6 +286,13 @@ class WeightSpread(L.Callback):
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """Where a written site's target and residual are measured (MEMIT: the layer's output)."""
         return site if site in module.sites_optimised else "hidden"
+
+    def keep_norms(self, module: TargetOptimizer) -> None:
+        """Keep the norms of the unedited weights, against which their growth is measured."""
+        for place in itertools.product(self.sites, module.layers):
+            weight = module.sites.module(*place).weight
+            assert isinstance(weight, Tensor)
+            self.base_norms[module.sites.weight_name(*place)] = float(weight.detach().to(module.delta_dtype).norm())
 
     @torch.no_grad()
     def undo(self) -> None:

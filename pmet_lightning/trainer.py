@@ -33,10 +33,11 @@ class EditTrainer(L.Trainer):
     Args:
         run_dir: Folder of everything the run leaves; must not hold another run. Null takes the next free
             runs/run_N.
+        resume: Whether a run that is in the folder goes on behind its last edit batch; without one, begins.
         kwargs: Everything that Lightning's Trainer takes.
     """
 
-    def __init__(self, run_dir: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, run_dir: str | None = None, resume: bool = False, **kwargs: Any) -> None:
         folder = _free_folder(Path("runs")) if run_dir is None else Path(run_dir).expanduser()
         # The patch is the result; one epoch is one pass over the edits; all edits are judged before.
         own: dict[str, Any] = {
@@ -52,9 +53,9 @@ class EditTrainer(L.Trainer):
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = [
                 TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False),
-                CSVLogger(str(folder), name="", version=""),
+                CSVLogger(str(folder), name="", version=_free_version(folder) if resume else ""),
             ]
-        self.run_dir, self.recorder = folder, RunRecorder(folder)
+        self.run_dir, self.recorder = folder, RunRecorder(folder, resume)
         own_callbacks = [] if kwargs.get("enable_progress_bar") is False else [EditProgressBar()]
         # The recorder comes last: it stores what the other callbacks have done.
         kwargs["callbacks"] = [self.recorder.clock, *_as_list(kwargs.get("callbacks")), *own_callbacks, self.recorder]
@@ -97,6 +98,13 @@ def _as_list(callbacks: Any) -> list[Callback]:
     if callbacks is None:
         return []
     return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+
+
+def _free_version(folder: Path) -> str:
+    """A folder of its own for the figures of a run that goes on: the logger begins its file anew."""
+    if not (folder / "metrics.csv").exists():
+        return ""
+    return f"resumed-{1 + len(list(folder.glob('resumed-*')))}"
 
 
 def _free_folder(parent: Path) -> Path:

@@ -1,0 +1,87 @@
+"""What a run writes down after each edit batch, and finds again when it goes on: two files that only grow.
+
+``ledger.jsonl`` has a line for each edit, ``batches.jsonl`` one for each edit batch. Both are written before the patch,
+whose manifest says how many edit batches count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pmet_lightning.files import atomic_path
+
+LEDGER = "ledger.jsonl"
+BATCHES = "batches.jsonl"
+
+
+class Journal:
+    """The two files of a run folder.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.ledger_path, self.batches_path = folder / LEDGER, folder / BATCHES
+
+    def add(self, ledger: Sequence[str], entry: Mapping[str, Any]) -> None:
+        """Write one edit batch down.
+
+        Args:
+            ledger: Lines of its edits.
+            entry: What is kept of the batch itself.
+        """
+        _append(self.ledger_path, ledger)
+        _append(self.batches_path, [json.dumps({**entry, "edits": len(ledger)})])
+
+    def keep(self, batches: int) -> int:
+        """Leave out what a run that was killed had begun to write; returns the edits that are left.
+
+        Args:
+            batches: Edit batches that count.
+
+        Raises:
+            ValueError: If some of these are missing.
+        """
+        entries = list(itertools.islice(_lines(self.batches_path), batches))
+        edits = sum(json.loads(entry)["edits"] for entry in entries)
+        lines = list(itertools.islice(_lines(self.ledger_path), edits))
+        if (len(entries), len(lines)) != (batches, edits):
+            raise ValueError(
+                f"{self.batches_path} and {self.ledger_path} hold {len(entries)} edit batches and {len(lines)} edits, "
+                f"the patch beside them {batches} and {edits}: the run cannot go on; begin a new one"
+            )
+        for path, kept in ((self.batches_path, entries), (self.ledger_path, lines)):
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        return edits
+
+    def ledger(self) -> Iterator[str]:
+        """Lines of the edits."""
+        return _lines(self.ledger_path)
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """What is kept of each edit batch."""
+        return (json.loads(line) for line in _lines(self.batches_path))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Whole lines of a file that may not be there."""
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield line.removesuffix("\n")
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,229 @@
+"""Many edit batches: streams, runs that go on, protected keys, limits."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pmet_lightning import spread as spread_module
+from pmet_lightning.cli import main
+from pmet_lightning.edits import RecordError, stream_edits
+from pmet_lightning.journal import Journal
+from pmet_lightning.keys import measure
+from pmet_lightning.moments import MomentStore
+from pmet_lightning.solve import solve_update
+from tests.tiny import RECORDS, save_tiny
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    base = tmp_path_factory.mktemp("inputs")
+    (base / "records.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS))
+    (base / "corpus.txt").write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
+    return save_tiny("gpt2", base / "model"), base
+
+
+def fit(inputs, folder: Path, *arguments: str, records: Path | None = None) -> Path:
+    model, base = inputs
+    main([
+        "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(folder), "--trainer.accelerator", "cpu",
+        "--trainer.enable_progress_bar", "false", "--model.model_name", model, "--model.layers", "[1, 2]",
+        "--model.dtype", "float64", "--model.steps", "4", "--data.path", str(records or base / "records.jsonl"),
+        "--data.edit_batch", "3", "--moments.corpus", str(base / "corpus.txt"), "--moments.folder",
+        str(base / "moments"), "--spread.lam", "2", "--drift.text", "null", *arguments,
+    ])  # fmt: skip
+    return folder
+
+
+def stop_after(monkeypatch, calls: int) -> None:
+    """Interrupt the run in the keys of a later write."""
+    seen = []
+
+    def stopping(*arguments):
+        seen.append(1)
+        if len(seen) > calls:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(spread_module, "measure", stopping)
+
+
+def same_patch(one: Path, other: Path, tolerance: float = 1e-9) -> None:
+    a, b = (load_file(folder / "patch.safetensors") for folder in (one, other))
+    assert set(a) == set(b)
+    for name, tensor in a.items():
+        assert float((b[name] - tensor).norm() / tensor.norm()) < tolerance, name
+
+
+def ledger(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def state(folder: Path) -> dict:
+    return json.loads((folder / "state.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    return fit(inputs, tmp_path_factory.mktemp("whole") / "run", "--spread.protect_past", "true")
+
+
+def test_a_stopped_run_goes_on_and_ends_alike(inputs, whole, tmp_path, monkeypatch):
+    arguments = ("--spread.protect_past", "true", "--trainer.resume", "true")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 5)  # two layers a batch: in the third
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(inputs, tmp_path / "run", *arguments)
+    folder = tmp_path / "run"
+    assert (state(folder)["status"], state(folder)["edits_written"]) == ("interrupted", 6)
+    # What a kill in the middle of writing leaves:
+    with (folder / "ledger.jsonl").open("a") as file:
+        file.write('{"case_id": "half a li')
+    fit(inputs, folder, *arguments)
+    same_patch(whole, folder)
+    assert state(folder)["status"] == "finished"
+    for a, b in zip(ledger(whole), ledger(folder), strict=True):
+        assert a == {name: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for name, v in b.items()}
+    one, other = (json.loads((f / "report.json").read_text()) for f in (whole, folder))
+    assert len(one["layers"]) == len(other["layers"]) == 6
+    assert len(one["curves"]["loss"]) == len(other["curves"]["loss"]) == 12
+    for name in ("scores", "edit_batches"):
+        assert json.dumps(one[name]) != "null"
+    assert other["scores"]["after"] == pytest.approx(one["scores"]["after"], rel=1e-6)
+    assert [b["edit_batch"] for b in other["edit_batches"]] == [0, 1, 2]
+    assert (folder / "resumed-1" / "metrics.csv").is_file()
+    assert (folder / "metrics.csv").is_file()
+
+
+def test_going_on_with_other_settings_is_refused(inputs, whole):
+    before = (whole / "patch.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"other settings \(lam: 2.0 then, 3.0 now\)"):
+        fit(inputs, whole, "--trainer.resume", "true", "--spread.protect_past", "true", "--spread.lam", "3")
+    assert (whole / "patch.safetensors").read_bytes() == before
+
+
+def test_a_journal_without_its_batches_cannot_go_on(tmp_path):
+    journal = Journal(tmp_path)
+    journal.add(["{}", "{}"], {"edit_batch": 0})
+    assert journal.keep(1) == 2
+    with pytest.raises(ValueError, match="1 edit batches and 2 edits, the patch beside them 2"):
+        journal.keep(2)
+
+
+def test_a_stream_writes_what_a_file_does(inputs, tmp_path):
+    plain = fit(inputs, tmp_path / "plain")
+    streamed = fit(inputs, tmp_path / "streamed", "--data.stream", "true")
+    same_patch(plain, streamed)
+    assert [line["case_id"] for line in ledger(streamed)] == [line["case_id"] for line in ledger(plain)]
+    at_once = json.loads((plain / "scores.json").read_text())["edit_batches"]
+    scores = json.loads((streamed / "scores.json").read_text())
+    for a, b in zip(at_once, scores["edit_batches"], strict=True):
+        assert b["at_once"] == pytest.approx(a["at_once"], rel=1e-6)
+    assert scores["after"]["count"] == scores["before"]["count"] == len(RECORDS)
+    assert len(json.loads((streamed / "report.json").read_text())["edits"]) == len(RECORDS)
+
+
+def test_a_stream_follows_a_growing_file_and_can_go_on(inputs, tmp_path):
+    lines = [f"{json.dumps(record)}\n" for record in RECORDS]
+    path = tmp_path / "growing.jsonl"
+    path.write_text(lines[0] + lines[1][:9])
+
+    def write() -> None:
+        for text in (lines[1][9:], *lines[2:5]):
+            time.sleep(0.3)
+            with path.open("a") as file:
+                file.write(text)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    arguments = ("--data.stream", "true", "--data.stream_wait", "3", "--trainer.resume", "true")
+    folder = fit(inputs, tmp_path / "run", *arguments, records=path)
+    writer.join()
+    assert (state(folder)["edit_batches_written"], state(folder)["edits_written"]) == (2, 5)
+    with path.open("a") as file:
+        file.writelines(lines[5:])
+    fit(inputs, folder, *arguments, records=path)
+    assert (state(folder)["edit_batches_written"], state(folder)["edits_written"]) == (3, len(RECORDS))
+    assert [line["edit_batch"] for line in ledger(folder)] == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_a_broken_line_ends_a_stream_and_names_it(inputs, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS[:4]) + '{"prompt": 3\n')
+    with pytest.raises(RecordError, match=r"broken.jsonl, line 5: broken JSON"):
+        fit(inputs, tmp_path / "run", "--data.stream", "true", records=path)
+    assert (state(tmp_path / "run")["status"], state(tmp_path / "run")["edits_written"]) == ("failed", 3)
+
+
+def test_what_cannot_be_a_stream_is_said(inputs, tmp_path):
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(RecordError, match=r"expected a \.jsonl file"):
+        list(stream_edits(str(tmp_path / "list.json")))
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        list(stream_edits(str(tmp_path / "nowhere.jsonl")))
+
+
+def test_past_keys_are_protected_as_the_formula_says(inputs, tmp_path, monkeypatch):
+    """Each write solves with λC + K_past K_pastᵀ, and earlier edits lose less by it."""
+    seen = []
+
+    def recording(model, sites, place, values_at, over):
+        keys, values = measure(model, sites, place, values_at, over)
+        seen.append((place, keys.clone()))
+        return keys, values
+
+    solved = []
+
+    def plainly(residual, keys, moment, lam):
+        solution = solve_update(residual, keys, moment, lam)
+        solved.append((residual.double(), keys.double(), solution.delta_OI))
+        return solution
+
+    monkeypatch.setattr(spread_module, "measure", recording)
+    monkeypatch.setattr(spread_module, "solve_update", plainly)
+    monkeypatch.setattr(spread_module, "FEW_EDITS", 0.0)  # so that every solve goes through it
+    fit(inputs, tmp_path / "run", "--spread.protect_past", "true")
+    (store,) = {path.parent for path in (inputs[1] / "moments").glob("*/ffn-1.safetensors")}
+    past: dict = {}
+    assert len(seen) == len(solved) == 6
+    for (place, keys), (residual, used, delta) in zip(seen, solved, strict=True):
+        torch.testing.assert_close(used, keys)
+        moment = MomentStore(store).load(place, keys.shape[1], "").double()
+        system = 2.0 * moment + past.get(place, 0) + keys.T @ keys
+        expected = residual.T @ keys @ torch.linalg.inv(system)
+        torch.testing.assert_close(delta, expected, rtol=1e-6, atol=1e-9)
+        past[place] = past.get(place, 0) + keys.T @ keys
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+def test_a_limit_ends_the_run(inputs, whole, tmp_path, rollback):
+    growth = {line["layer"]: line["growth"] for line in json.loads((whole / "report.json").read_text())["layers"][2:4]}
+    first = [line["growth"] for line in json.loads((whole / "report.json").read_text())["layers"][:2]]
+    limit = (max(growth.values()) + max(first)) / 2
+    assert max(first) < limit < max(growth.values()), "reached by the second edit batch"
+    folder = fit(
+        inputs, tmp_path / "run", "--spread.protect_past", "true", "--drift.max_growth", str(limit),
+        "--drift.on_limit", "rollback" if rollback else "stop",
+    )  # fmt: skip
+    assert state(folder)["edits_written"] == (3 if rollback else 6)
+    assert state(folder)["ended"].startswith("edit batch 1: growth")
+    two = fit(inputs, tmp_path / "two", "--spread.protect_past", "true", "--data.limit", "3" if rollback else "6")
+    same_patch(two, folder)
+
+
+def test_perplexity_can_end_a_run(inputs, tmp_path):
+    corpus = str(inputs[1] / "corpus.txt")
+    folder = fit(
+        inputs, tmp_path / "run", "--drift.text", corpus, "--drift.rows", "4", "--drift.max_perplexity", "0.5",
+        "--drift.on_limit", "stop",
+    )  # fmt: skip
+    assert state(folder)["edits_written"] == 3
+    assert "perplexity" in state(folder)["ended"]
+    with pytest.raises(ValueError, match="needs text to measure it on"):
+        fit(inputs, tmp_path / "other", "--drift.max_perplexity", "2")
