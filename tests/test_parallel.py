@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.parallel_runs import SHAPES, fit_all
+from tests.parallel_runs import SHAPES, fit, fit_all
 from tests.tiny import RECORDS, save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -38,11 +38,16 @@ def together(request, inputs, tmp_path_factory):
     """The same runs on several processes, in one process group."""
     folder = tmp_path_factory.mktemp(f"processes{request.param}")
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--standalone"]
-    command += ["-m", "tests.parallel_runs", str(folder), *map(str, inputs), str(request.param)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = started([*command, "-m", "tests.parallel_runs", str(request.param), str(folder), *map(str, inputs)])
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
+
+
+def started(command: list[str], timeout: float = 500) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def lines(folder: Path) -> list[dict]:
@@ -81,3 +86,16 @@ def test_one_of_each_file(alone, together):
         assert len([p for p in (together / shape).iterdir() if "tfevents" in p.name]) == 1
         state = json.loads((together / shape / "state.json").read_text())
         assert (state["status"], state["edits_written"]) == ("finished", SHAPES[shape][0])
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_dies_ends_the_run_and_it_goes_on(rank, inputs, alone, tmp_path):
+    """An error instead of a hang; what was written is there, and the run ends as one that nothing befell."""
+    command = [sys.executable, "-m", "tests.parallel_runs", f"dies{rank}", str(tmp_path / "run"), *map(str, inputs)]
+    done = started(command, timeout=120)
+    assert done.returncode != 0
+    assert len(lines(tmp_path / "run")) == 3
+    fit(tmp_path / "run", *inputs, 1, "--data.edit_batch", "3", "--trainer.resume", "true")
+    one, resumed = (load_file(folder / "patch.safetensors") for folder in (alone / "batches", tmp_path / "run"))
+    for name, tensor in one.items():
+        assert float((resumed[name] - tensor).norm() / tensor.norm()) < 1e-8, name
