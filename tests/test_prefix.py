@@ -10,7 +10,7 @@ from pmet_lightning.architectures import Sites, architecture_of
 from pmet_lightning.edits.records import Probe, parse_records
 from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.language_model import label_logits, load_config, load_model, load_tokenizer
-from pmet_lightning.metrics import functional, score_probes
+from pmet_lightning.metrics import score_probes
 from pmet_lightning.prefix import Entry, split_at_subject
 from pmet_lightning.sites import record_and_add
 from pmet_lightning.tokens import PromptEncoder
@@ -126,7 +126,7 @@ def test_prompts_are_run_once_for_all_answers(family, loaded, monkeypatch):
     probes = [[Probe("efficacy", prompt, "New Zealand", "ice hockey"), Probe("efficacy", prompt, "Norway", "Lisbon")]
               for prompt in prompts]  # fmt: skip
     found = score_probes(model, encoder, probes, 512, cpu)
-    monkeypatch.setattr(functional, "prefix_of", lambda *_: None)
+    monkeypatch.setattr(module, "_is_plain", lambda *_: False)
     expected = score_probes(model, encoder, probes, 40, cpu)
     for ours, plain in zip(found, expected, strict=True):
         for a, b in zip(ours, plain, strict=True):
