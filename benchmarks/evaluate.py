@@ -27,7 +27,7 @@ from pmet_lightning.edits.readers import read_edits
 from pmet_lightning.edits.records import Probe
 from pmet_lightning.language_model import load_model, load_tokenizer
 from pmet_lightning.metrics import ProbeResult, score_probes
-from pmet_lightning.metrics.generation import greedy_texts
+from pmet_lightning.metrics.answers import answers
 from pmet_lightning.tokens import PromptEncoder
 
 NEW_TOKENS = 16  # as in a run with shipped settings, and so are the defaults of --tokens and --batch
@@ -128,8 +128,8 @@ def compare(name: str, path: str, options: argparse.Namespace) -> None:
     # Before an edit few free answers are right, so that their being right or wrong says little of the texts.
     asked = [probe.prompt for record in records for probe in record if probe.kind in FREE_KINDS]
     encoder, device = PromptEncoder(tokenizer), model.device
-    texts = greedy_texts(model, encoder, asked, tokens_per_batch=options.tokens, device=device, new_tokens=NEW_TOKENS)
-    other = sum(free_text(model, tokenizer, prompt) != text for prompt, text in zip(asked, texts, strict=True))
+    _, said = answers(model, encoder.encode_all(asked), encoder.pad_id, options.tokens, device, NEW_TOKENS)
+    other = sum(free_text(model, tokenizer, prompt) != encoder.decode(said[i]) for i, prompt in enumerate(asked))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.repeat):
         for way, evaluate in ways.items():

@@ -19,7 +19,7 @@ from pmet_lightning.architectures import SiteName
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.memory import ModelSize, free_memory, is_out_of_memory, longest_tail
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
-from pmet_lightning.prefix import Entry, Prefix, split_at_subject
+from pmet_lightning.prefix import Entry, Prefix, joined, split_at_subject
 from pmet_lightning.sites import record_and_add
 from pmet_lightning.targets import PARTS, Target
 from pmet_lightning.tokens import PaddingSide, RowBatch, TokenRow, pad_rows
@@ -158,7 +158,7 @@ class Flight:
         self.ages += other.ages
         self.rows = self.rows.join(other.rows)
         if self.prefix is not None and other.prefix is not None:
-            self.prefix = self.prefix.join(other.prefix)
+            self.prefix = joined([self.prefix, other.prefix])
         if self.hidden is not None and other.hidden is not None:
             width = self.rows.input_ids.shape[1]
             both = [nn.functional.pad(h, (0, 0, 0, width - h.shape[1])) for h in (self.hidden, other.hidden)]

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pmet_lightning.language_model import run_to
-from pmet_lightning.sites import stop_before
+from pmet_lightning.sites import narrow_input, stop_before
 from pmet_lightning.tokens import RowBatch
 
 log = logging.getLogger(__name__)
@@ -55,36 +56,25 @@ class Prefix:
             layer.keys, layer.values = (t.expand(count, -1, -1, -1) for t in (layer.keys, layer.values))
         return Prefix(self._with_layers(layers), self.mask_RP.expand(count, -1))
 
-    def join(self, other: Prefix) -> Prefix:
-        """These rows, then the other's; the shorter ones get empty columns in front."""
-        width = max(self.mask_RP.shape[1], other.mask_RP.shape[1])
-        layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer, more in zip(layers, other.cache.layers, strict=True):
-            # A sliding window keeps no more than it lets a token look back.
-            window = getattr(layer, "sliding_window", None)
-            count = width if window is None else min(width, window - 1)
-            for name in ("keys", "values"):
-                both = [_grown(getattr(one, name), count, dim=-2) for one in (layer, more)]
-                setattr(layer, name, torch.cat(both))
-            if hasattr(layer, "cumulative_length"):
-                layer.cumulative_length = width
-        masks = [_grown(one.mask_RP, width, dim=-1) for one in (self, other)]
-        return Prefix(self._with_layers(layers), torch.cat(masks))
-
     def _with_layers(self, layers: list[Any]) -> Any:
         cache = copy.copy(self.cache)
         cache.layers = layers
         return cache
 
 
-def _grown(tensor: Tensor, count: int, dim: int) -> Tensor:
-    """The last ``count`` columns, zeros in front where there are not so many."""
-    lacking = count - tensor.shape[dim]
-    if lacking <= 0:
-        return tensor.narrow(dim, -lacking, count)
-    shape = list(tensor.shape)
-    shape[dim] = lacking
-    return torch.cat([tensor.new_zeros(shape), tensor], dim)
+def joined(parts: Sequence[Prefix]) -> Prefix:
+    """The rows of several prefixes of one model, one after the other; the shorter ones get empty columns in front."""
+    longest = max(parts, key=lambda part: part.mask_RP.shape[1])
+    layers = [copy.copy(layer) for layer in longest.cache.layers]
+    for i, layer in enumerate(layers):
+        for name in ("keys", "values"):
+            # A sliding window keeps fewer columns than there are.
+            width = getattr(layer, name).shape[-2]
+            kept = [getattr(part.cache.layers[i], name) for part in parts]
+            setattr(layer, name, torch.cat([pad(t, (0, 0, width - t.shape[-2], 0)) for t in kept]))
+    width = longest.mask_RP.shape[1]
+    mask_RP = torch.cat([pad(part.mask_RP, (width - part.mask_RP.shape[1], 0)) for part in parts])
+    return Prefix(longest._with_layers(layers), mask_RP)
 
 
 def split_at_subject(model: nn.Module, rows: RowBatch) -> tuple[Prefix | None, RowBatch]:
@@ -131,16 +121,72 @@ def prefix_of(model: nn.Module, head: RowBatch) -> Prefix | None:
     """
     # What stands before padding does not see it, whatever a family makes of a position that may look at nothing. But a
     # sliding window would keep the padding and lose tokens: such rows begin with it.
-    cache = _run(model, head)
+    cache = _plain_cache(_run(model.base_model, head), len(head))  # type: ignore[arg-type]
+    return None if cache is None else _at_end(model, head, cache, head.input_ids.shape[1])
+
+
+def read(model: nn.Module, rows: RowBatch, keep: bool = True) -> tuple[Tensor, Prefix | None]:
+    """Logits at the labels of whole rows, and what stands before the labels as a prefix.
+
+    Args:
+        model: The language model.
+        rows: Padded on the right, with labels.
+        keep: Whether the prefix is wanted.
+
+    Returns:
+        Logits as of :func:`~pmet_lightning.language_model.label_logits`, and a prefix as of :func:`prefix_of`.
+    """
+    with narrow_input(model.get_output_embeddings(), rows.label_columns):  # type: ignore[operator]
+        # Nothing looks at padding on the right, and attention is faster without a mask.
+        output = _run(model, rows, masked=False, keep=keep)
+    cache = _plain_cache(output, len(rows)) if keep else None
     if cache is None:
+        return output.logits, None
+    last = rows.label_columns[:, 0]
+    columns = torch.arange(int(last.max()) + 1, device=last.device).expand(len(rows), -1)
+    head = _columns(rows, columns, torch.zeros_like(last), last)
+    return output.logits, _at_end(model, head, cache, rows.input_ids.shape[1])
+
+
+def gathered(prefixes: Sequence[Prefix], rows: Sequence[int]) -> Prefix:
+    """Some rows of several prefixes of one model, as long as the longest of these.
+
+    Args:
+        prefixes: Where the rows are.
+        rows: Ascending, counted over all prefixes.
+    """
+    parts, start = [], 0
+    for prefix in prefixes:
+        end = start + len(prefix.mask_RP)
+        own = [row - start for row in rows if start <= row < end]
+        if own:
+            parts.append(prefix.select(torch.tensor(own, device=prefix.mask_RP.device)))
+        start = end
+    return joined(parts)
+
+
+def without_last(prefix: Prefix) -> Prefix | None:
+    """All but the last token; ``None`` if nothing is left, or if a window has lost what it would see then."""
+    count = prefix.mask_RP.shape[1]
+    cache = prefix.fresh()
+    if count == 1 or any(layer.keys.shape[-2] < count for layer in cache.layers):
         return None
+    _crop(cache, 1)
+    return Prefix(cache, prefix.mask_RP[:, :-1])
+
+
+def _at_end(model: nn.Module, head: RowBatch, cache: Any, width: int) -> Prefix:
+    """The prefix that rows padded on the right are, from the cache of ``width`` columns that begin with them."""
     count = head.input_ids.shape[1]
     lengths = head.attention_mask.sum(dim=1)
     wanted = torch.arange(count, device=lengths.device) - (count - lengths).unsqueeze(1)
     at_end = _columns(head, wanted, torch.zeros_like(lengths), lengths - 1)
-    if all(layer.keys.shape[-2] == count for layer in cache.layers):
-        return Prefix(_moved_to_the_end(cache, at_end.attention_mask), at_end.attention_mask)
-    return Prefix(_run(model, at_end), at_end.attention_mask)
+    if any(layer.keys.shape[-2] < width for layer in cache.layers):
+        cache = _run(model.base_model, at_end).past_key_values  # type: ignore[arg-type]
+        return Prefix(cache, at_end.attention_mask)
+    if width > count:
+        _crop(cache, width - count)
+    return Prefix(_moved_to_the_end(cache, at_end.attention_mask), at_end.attention_mask)
 
 
 def _rows(rows: RowBatch, index: Tensor) -> RowBatch:
@@ -157,34 +203,44 @@ def _columns(rows: RowBatch, wanted_RC: Tensor, first_R: Tensor, last_R: Tensor)
 
 
 @torch.no_grad()
-def _run(model: nn.Module, head: RowBatch) -> Any:
+def _run(part: nn.Module, rows: RowBatch, masked: bool = True, keep: bool = True) -> Any:
+    """What a model or its body makes of some rows, with its cache if that is to be kept."""
+    known = inspect.signature(part.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": keep}
+    if masked:
+        inputs |= {"attention_mask": rows.attention_mask, "position_ids": rows.position_ids}
+    return part(**{name: value for name, value in inputs.items() if name in known})
+
+
+def _plain_cache(output: Any, rows: int) -> Any:
     """The cache of some rows; ``None`` if it is of another kind."""
-    body: nn.Module = model.base_model  # type: ignore[assignment]
-    known = inspect.signature(body.forward).parameters
-    if "past_key_values" not in known:
-        return None
-    inputs: dict[str, Any] = {"input_ids": head.input_ids, "attention_mask": head.attention_mask, "use_cache": True}
-    if "position_ids" in known:
-        inputs["position_ids"] = head.position_ids
-    cache = body(**inputs).past_key_values
+    cache = getattr(output, "past_key_values", None)
     layers: Sequence[Any] = getattr(cache, "layers", ())
-    if layers and all(_is_plain(layer, len(head)) for layer in layers):
+    if layers and all(_is_plain(layer, rows) for layer in layers):
         return cache
     log.info("the model keeps no plain keys and values of each token: whole rows are run at every step")
     return None
 
 
+def _crop(cache: Any, tokens: int) -> None:
+    """Take the last tokens, one at least, from a cache that has lost none."""
+    for layer in cache.layers:
+        layer.crop(-tokens)
+
+
 def _moved_to_the_end(cache: Any, mask_RP: Tensor) -> Any:
     """Keys and values that stand at the start of each row, moved to its end; 0 before them."""
-    count = mask_RP.shape[1]
+    rows, count = mask_RP.shape
     lacking = count - mask_RP.sum(dim=1, keepdim=True)
-    index = (torch.arange(count, device=mask_RP.device) - lacking).clamp_min(0)[:, None, :, None]
-    real = mask_RP.bool()[:, None, :, None]
+    column = (torch.arange(count, device=mask_RP.device) - lacking).clamp_min(0)
+    index = (torch.arange(rows, device=mask_RP.device).unsqueeze(1) * count + column).flatten()
+    padding = ~mask_RP.bool()[:, None, :, None]
     for layer in cache.layers:
         for name in ("keys", "values"):
-            kept = getattr(layer, name)
+            kept = getattr(layer, name).transpose(1, 2)
+            moved = kept.flatten(0, 1).index_select(0, index).view_as(kept).transpose(1, 2)
             # Of padding nothing may be left: even no weight times NaN is NaN.
-            setattr(layer, name, torch.where(real, kept.take_along_dim(index, dim=2), 0))
+            setattr(layer, name, moved.masked_fill_(padding, 0))
     return cache
 
 

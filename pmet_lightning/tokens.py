@@ -182,10 +182,9 @@ class PromptEncoder:
         text, subject_start = (prompt, 0) if subject is None else fill(prompt, subject)
         text, prompt_start = fill(context, text)
         if self.chat is not None:
-            head, tail = self.chat
-            text, prompt_start = head + text + tail, prompt_start + len(head)
-        full = text if target is None else text + self._answer(target)
-        ids, offsets = _tokenise(self.tokenizer, full, special=self.chat is None)
+            prompt_start += len(self.chat[0])
+        text, full = self._texts(text, target)
+        ((ids, offsets),) = _tokenise(self.tokenizer, [full], special=self.chat is None)
         position = -1
         if subject is not None:
             last_character = prompt_start + subject_start + len(subject.rstrip()) - 1
@@ -194,39 +193,53 @@ class PromptEncoder:
                 raise LocationError(f"the subject {subject!r} has no token of its own in {full!r}")
         if stop_at_subject:
             return TokenRow(ids[: position + 1], position)
-        if target is None:
-            return TokenRow(ids, position)
-        start = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(ids))
-        labels = tuple(ids[start:])
-        if not target.strip() or not labels or start == 0:
-            raise LocationError(f"the target {target!r} tokenises to nothing behind {text!r}")
-        return TokenRow(ids[:-1], position, labels)
+        return _with_target(TokenRow(ids, position), offsets, text, target)
 
-    def _answer(self, target: str) -> str:
-        """The target as it follows the prompt; a chat template has its own space, if any."""
-        return with_leading_space(target) if self.chat is None else target.lstrip()
+    def encode_all(self, prompts: Sequence[str], targets: Sequence[str | None] | None = None) -> list[TokenRow]:
+        """The rows that :meth:`encode` makes of finished texts, in one call of the tokenizer.
+
+        Args:
+            prompts: Finished texts.
+            targets: What the model shall say after each, if anything.
+
+        Raises:
+            LocationError: If a target has no token in its text.
+        """
+        wanted = [None] * len(prompts) if targets is None else targets
+        texts = [self._texts(prompt, target) for prompt, target in zip(prompts, wanted, strict=True)]
+        tokenised = _tokenise(self.tokenizer, [full for _, full in texts], special=self.chat is None)
+        return [
+            _with_target(TokenRow(ids), offsets, text, target)
+            for (text, _), target, (ids, offsets) in zip(texts, wanted, tokenised, strict=True)
+        ]
+
+    def _texts(self, text: str, target: str | None) -> tuple[str, str]:
+        """The text as the model reads it, and with the target as it follows a prompt or begins an answer in a chat."""
+        if self.chat is None:
+            return text, text if target is None else text + with_leading_space(target)
+        text = self.chat[0] + text + self.chat[1]
+        return text, text if target is None else text + target.lstrip()
 
 
 def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: PaddingSide = "right") -> RowBatch:
     """Pad rows to one length; every index is shifted along, so left and right give the same numbers."""
     width, most = max(len(row.ids) for row in rows), max(1, max(len(row.labels) for row in rows))
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    subject = torch.zeros(len(rows), dtype=torch.long)
-    label_ids = torch.full((len(rows), most), IGNORE, dtype=torch.long)
-    label_columns = torch.zeros_like(label_ids)
-    for r, row in enumerate(rows):
-        first = width - len(row.ids) if side == "left" else 0
-        end = first + len(row.ids)
-        input_ids[r, first:end] = torch.tensor(row.ids)
-        mask[r, first:end] = 1
-        subject[r] = first + row.subject
-        label_columns[r] = end - 1
-        if row.labels:
-            label_ids[r, : len(row.labels)] = torch.tensor(row.labels)
-            label_columns[r, : len(row.labels)] = torch.arange(end - len(row.labels), end)
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    return RowBatch(input_ids, mask, positions, subject, label_ids, label_columns)
+    ids = [[pad_id] * (width - len(row.ids)) for row in rows]
+    ids = [[*pad, *row.ids] if side == "left" else [*row.ids, *pad] for pad, row in zip(ids, rows, strict=True)]
+    labels = [[*row.labels, *[IGNORE] * (most - len(row.labels))] for row in rows]
+    lengths, counts, subject = torch.tensor([(len(row.ids), len(row.labels), row.subject) for row in rows]).unbind(1)
+    first = width - lengths if side == "left" else torch.zeros_like(lengths)
+    end = first + lengths
+    columns = torch.arange(max(width, most))
+    mask = (columns[:width] >= first.unsqueeze(1)) & (columns[:width] < end.unsqueeze(1))
+    return RowBatch(
+        input_ids=torch.tensor(ids, dtype=torch.long),
+        attention_mask=mask.long(),
+        position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
+        subject=first + subject,
+        label_ids=torch.tensor(labels, dtype=torch.long),
+        label_columns=torch.minimum((end - counts).unsqueeze(1) + columns[:most], end.unsqueeze(1) - 1),
+    )
 
 
 def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -254,24 +267,40 @@ def _chat_frame(tokenizer: Any) -> tuple[str, str]:
     return head, tail
 
 
-def _tokenise(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character offsets of a text, without special tokens that the tokenizer puts at its end.
+def _with_target(row: TokenRow, offsets: Sequence[tuple[int, int]], text: str, target: str | None) -> TokenRow:
+    """The row with the tokens behind the text as labels, the last of which is not read."""
+    if target is None:
+        return row
+    start = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(row.ids))
+    labels = tuple(row.ids[start:])
+    if not target.strip() or not labels or start == 0:
+        raise LocationError(f"the target {target!r} tokenises to nothing behind {text!r}")
+    return TokenRow(row.ids[:-1], row.subject, labels)
+
+
+def _tokenise(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and character offsets of each text, without special tokens that the tokenizer puts at its end.
 
     Args:
         tokenizer: Any Hugging Face tokenizer.
-        text: The text.
+        texts: The texts.
         special: Whether the tokenizer adds tokens of its own (a chat template has written them itself).
     """
+    if not texts:
+        return []
     fast = tokenizer.is_fast
     encoded = tokenizer(
-        text, add_special_tokens=special, return_offsets_mapping=fast, return_special_tokens_mask=special
+        list(texts), add_special_tokens=special, return_offsets_mapping=fast, return_special_tokens_mask=special
     )
-    ids = list(encoded["input_ids"])
-    own = encoded["special_tokens_mask"] if special else [0] * len(ids)
-    offsets = [tuple(pair) for pair in encoded["offset_mapping"]] if fast else offsets_by_decoding(tokenizer, text, ids)
-    while ids and own[len(ids) - 1]:
-        ids.pop()
-    return ids, offsets[: len(ids)]
+    rows = []
+    for r, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
+        offsets = encoded["offset_mapping"][r] if fast else offsets_by_decoding(tokenizer, text, ids)
+        own = encoded["special_tokens_mask"][r] if special else [0] * len(ids)
+        count = len(ids)
+        while count and own[count - 1]:
+            count -= 1
+        rows.append((ids[:count], offsets[:count]))
+    return rows
 
 
 def offsets_by_decoding(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:

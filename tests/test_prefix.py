@@ -10,8 +10,8 @@ from pmet_lightning.architectures import Sites, architecture_of
 from pmet_lightning.edits.records import Probe, parse_records
 from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.language_model import label_logits, load_config, load_model, load_tokenizer
-from pmet_lightning.metrics import functional, score_probes
-from pmet_lightning.prefix import Entry, split_at_subject
+from pmet_lightning.metrics import score_probes
+from pmet_lightning.prefix import Entry, joined, split_at_subject
 from pmet_lightning.sites import record_and_add
 from pmet_lightning.tokens import PromptEncoder, pad_rows
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS, save_tiny
@@ -76,12 +76,12 @@ def test_rows_leave_and_enter(family, loaded):
     order = torch.arange(len(rows)).unflatten(0, (-1, 4))  # bare prompt, short and long context, KL prompt
     for parts in (order[:, [0, 1, 3]], order[:, [2]]), (order[:, [2]], order[:, [0, 1, 3]]), (order[:2], order[2:]):
         (prefix, tails), (other, more) = (split_at_subject(model, rows.select(part.flatten())) for part in parts)
-        joined, both = prefix.join(other), tails.join(more)
+        together, both = joined([prefix, other]), tails.join(more)
         index = torch.cat([part.flatten() for part in parts])
-        found = label_logits(model, both, joined)
+        found = label_logits(model, both, together)
         scale = float(expected.abs().max())
         for left in (torch.arange(len(both)), torch.arange(len(both))[::3]):
-            found = label_logits(model, both.select(left), joined.select(left))
+            found = label_logits(model, both.select(left), together.select(left))
             real = rows.label_ids[index[left]] >= 0
             assert float((found[real] - expected[index[left]][real]).abs().max()) < 1e-5 * max(1.0, scale)
 
@@ -154,7 +154,7 @@ def test_prompts_are_run_once_for_all_answers(family, loaded, monkeypatch):
     probes = [[Probe("efficacy", prompt, "New Zealand", "ice hockey"), Probe("efficacy", prompt, "Norway", "Lisbon")]
               for prompt in prompts]  # fmt: skip
     found = score_probes(model, encoder, probes, 512, cpu)
-    monkeypatch.setattr(functional, "prefix_of", lambda *_: None)
+    monkeypatch.setattr(module, "_is_plain", lambda *_: False)
     expected = score_probes(model, encoder, probes, 40, cpu)
     for ours, plain in zip(found, expected, strict=True):
         for a, b in zip(ours, plain, strict=True):

@@ -15,6 +15,7 @@ from pmet_lightning.tokens import (
     IGNORE,
     LocationError,
     PromptEncoder,
+    TokenRow,
     by_token_budget,
     fill,
     offsets_by_decoding,
@@ -235,3 +236,36 @@ def test_offsets_by_decoding_are_those_of_the_fast_tokenizer(shared, triples, na
             covering = [i for i, (start, end) in enumerate(offsets) if start <= last < end]
             places.append((covering[-1], next(i for i, (_, end) in enumerate(offsets) if end > len(asked))))
         assert places[0] == places[1], text
+
+
+@pytest.mark.parametrize("chat", [None, ("[user] ", " [model] ")])
+@pytest.mark.parametrize("slow", [False, True])
+def test_texts_together_and_one_by_one(chat, slow):
+    encoder = PromptEncoder(ByT5Tokenizer() if slow else load_tokenizer("atlas"), chat)
+    prompts = ["Vera Jardez is", "Zürich {} lies in", "x", "Vera Jardez is"]
+    targets = ["Łódź 42", None, " New Zealand", None]
+    pairs = list(zip(prompts, targets, strict=True))
+    assert encoder.encode_all(prompts, targets) == [encoder.encode(p, target=t) for p, t in pairs]
+    assert encoder.encode_all(prompts) == [encoder.encode(p) for p in prompts]
+    assert encoder.encode_all([]) == []
+    with pytest.raises(LocationError, match="tokenises to nothing"):
+        encoder.encode_all(prompts[:1], [" "])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_against_one_row_at_a_time(side):
+    rows = [TokenRow([5, 6, 7, 8], 1, (8, 9)), TokenRow([4]), TokenRow([3, 2], 0, (1,)), TokenRow([1, 2, 3], -1, ())]
+    batch = pad_rows(rows, 99, side)
+    for r, row in enumerate(rows):
+        first, count = (4 - len(row.ids) if side == "left" else 0), len(row.ids)
+        real = slice(first, first + count)
+        assert batch.input_ids[r, real].tolist() == row.ids
+        assert batch.attention_mask[r, real].tolist() == [1] * count
+        assert batch.position_ids[r, real].tolist() == list(range(count))
+        assert int(batch.attention_mask[r].sum()) == count
+        assert int((batch.input_ids[r] == 99).sum()) == 4 - count
+        assert int(batch.subject[r]) == first + row.subject
+        known = len(row.labels)
+        assert batch.label_ids[r].tolist() == [*row.labels, *[IGNORE] * (2 - known)]
+        expected = [first + count - known + k if k < known else first + count - 1 for k in range(2)]
+        assert batch.label_columns[r].tolist() == expected

@@ -8,16 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from pmet_lightning.edits.records import Probe, ProbeKind
-from pmet_lightning.language_model import label_logits
-from pmet_lightning.metrics.generation import contains, greedy_texts, is_exact
-from pmet_lightning.objective import target_scores
-from pmet_lightning.prefix import prefix_of
-from pmet_lightning.tokens import IGNORE, PromptEncoder, TokenRow, by_token_budget, pad_rows
+from pmet_lightning.metrics.answers import RowScore, answers
+from pmet_lightning.metrics.generation import contains, is_exact
+from pmet_lightning.tokens import PromptEncoder
 
-_CPU_TOKENS = 1024  # larger batches leave a processor's caches, and pad more (benchmarks/evaluate.py)
 FREE_KINDS: tuple[ProbeKind, ...] = ("efficacy", "generalisation", "portability", "multihop")
 
 
@@ -95,37 +91,22 @@ def score_probes(
     # Every form of every answer, then every rival, is a row of its own.
     forms = [(i, form) for i, probe in enumerate(flat) for form in probe.answers]
     rivals = [(i, probe.rival) for i, probe in enumerate(flat) if probe.rival is not None]
-    rows = [encoder.encode(flat[i].prompt, target=text) for i, text in (*forms, *rivals)]
-    scores = _score_rows(model, rows, encoder.pad_id, tokens_per_batch, device)
-    of_forms: dict[int, list[RowScore]] = {}
-    for (i, _), score in zip(forms, scores, strict=False):
-        of_forms.setdefault(i, []).append(score)
-    rival = {i: score.nll for (i, _), score in zip(rivals, scores[len(forms) :], strict=True)}
-    scored = [_result(probe, of_forms[i], rival.get(i)) for i, probe in enumerate(flat)]
     asked = [i for i, probe in enumerate(flat) if free_tokens and probe.kind in FREE_KINDS]
-    texts = greedy_texts(
-        model,
-        encoder,
-        [flat[i].prompt for i in asked],
-        tokens_per_batch=tokens_per_batch,
-        device=device,
-        new_tokens=free_tokens,
-    )
-    for i, text in zip(asked, texts, strict=True):
+    wanted = [*forms, *rivals, *((i, None) for i in asked)]
+    rows = encoder.encode_all([flat[i].prompt for i, _ in wanted], [text for _, text in wanted])
+    scores, said = answers(model, rows, encoder.pad_id, tokens_per_batch, device, free_tokens)
+    of_forms: dict[int, list[RowScore]] = {}
+    for row, (i, _) in enumerate(forms):
+        of_forms.setdefault(i, []).append(scores[row])
+    rival = {i: scores[row].nll for row, (i, _) in enumerate(rivals, start=len(forms))}
+    scored = [_result(probe, of_forms[i], rival.get(i)) for i, probe in enumerate(flat)]
+    for row, i in enumerate(asked, start=len(forms) + len(rivals)):
+        text = encoder.decode(said[row])
         exact = any(is_exact(text, answer) for answer in flat[i].answers)
         found = any(contains(text, answer) for answer in flat[i].answers)
         scored[i] = replace(scored[i], exact=float(exact), contains=float(found))
     results = iter(scored)
     return [[next(results) for _ in record] for record in probes]
-
-
-@dataclass(frozen=True)
-class RowScore:
-    """One answer to one question: its NLL, the share of its tokens that are the argmax, and the argmax tokens."""
-
-    nll: float
-    accuracy: float
-    tokens: tuple[int, ...]
 
 
 def _result(probe: Probe, forms: Sequence[RowScore], rival_nll: float | None) -> ProbeResult:
@@ -134,58 +115,6 @@ def _result(probe: Probe, forms: Sequence[RowScore], rival_nll: float | None) ->
     success = accuracy if rival_nll is None else float(nll < rival_nll)
     magnitude = math.exp(-nll) - (0.0 if rival_nll is None else math.exp(-rival_nll))
     return ProbeResult(probe.kind, success, magnitude, accuracy=float(accuracy == 1), tokens=forms[0].tokens)
-
-
-@torch.no_grad()
-def _score_rows(
-    model: nn.Module, rows: Sequence[TokenRow], pad_id: int, budget: int, device: torch.device
-) -> list[RowScore]:
-    """The scores of each row's labels; what rows have in common is run once.
-
-    A prompt, but for its last token, is run once for all answers to it. An answer's last token is predicted and not
-    read, so that a new and an old object of one token make one row.
-    """
-    prompts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
-    for i, row in enumerate(rows):
-        cut = len(row.ids) - len(row.labels)
-        prompts.setdefault(tuple(row.ids[:cut]), {}).setdefault(tuple(row.ids[cut:]), []).append(i)
-    heads = list(prompts)
-    lengths = [len(head) + sum(map(len, prompts[head])) for head in heads]
-    found: dict[int, RowScore] = {}
-    for batch in by_token_budget(lengths, min(budget, _CPU_TOKENS) if device.type == "cpu" else budget):
-        together = [heads[h] for h in batch]
-        members = [members for head in together for members in prompts[head].values()]
-        logits = _answer_logits(model, together, [list(prompts[head]) for head in together], pad_id, device)
-        place = torch.tensor([place for place, some in enumerate(members) for _ in some], device=device)
-        indices = [i for some in members for i in some]
-        labels = pad_sequence([torch.tensor(rows[i].labels) for i in indices], batch_first=True, padding_value=IGNORE)
-        scores = target_scores(logits[place], labels.to(device))
-        columns = zip(indices, scores.nll.tolist(), scores.token_accuracy.tolist(), scores.argmax.tolist(), strict=True)
-        for i, nll, accuracy, argmax in columns:
-            found[i] = RowScore(nll, accuracy, tuple(argmax[: len(rows[i].labels)]))
-    return [found[i] for i in range(len(rows))]
-
-
-def _answer_logits(
-    model: nn.Module,
-    heads: Sequence[tuple[int, ...]],
-    tails: Sequence[Sequence[tuple[int, ...]]],
-    pad_id: int,
-    device: torch.device,
-) -> Tensor:
-    """Logits at each token of each tail behind its head, shape [tails, K, V]; the heads are run once if they can be."""
-    prefix = None
-    if any(heads):
-        prefix = prefix_of(model, pad_rows([TokenRow(list(head)) for head in heads], pad_id).to(device))
-    # Logits are wanted at every token of a tail; what the labels are does not matter here.
-    if prefix is None:
-        whole = [TokenRow([*head, *tail], labels=tail) for head, own in zip(heads, tails, strict=True) for tail in own]
-        return label_logits(model, pad_rows(whole, pad_id).to(device))
-    rows = pad_rows([TokenRow(list(tail), labels=tail) for own in tails for tail in own], pad_id).to(device)
-    place = torch.tensor([place for place, own in enumerate(tails) for _ in own], device=device)
-    lengths = torch.tensor([len(head) for head in heads], device=device)[place]
-    rows = replace(rows, position_ids=rows.position_ids + lengths.unsqueeze(1))
-    return label_logits(model, rows, prefix.select(place))
 
 
 def harmonic_mean(values: Tensor) -> Tensor:

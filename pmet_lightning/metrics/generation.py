@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from pmet_lightning.tokens import PromptEncoder, by_token_budget, pad_rows
+from pmet_lightning.prefix import Prefix, without_last
+from pmet_lightning.tokens import PromptEncoder, TokenRow, by_token_budget, pad_rows
 
 NEW_TOKENS = 16
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -26,7 +28,7 @@ def greedy_texts(
     device: torch.device,
     new_tokens: int = NEW_TOKENS,
 ) -> list[str]:
-    """What the model says next, greedily, after each prompt.
+    """What the model says next, greedily, after each prompt, read from its beginning.
 
     Args:
         model: The language model.
@@ -36,20 +38,49 @@ def greedy_texts(
         device: Where the model is.
         new_tokens: Most tokens to say.
     """
-    rows = [encoder.encode(prompt) for prompt in prompts]
+    rows = encoder.encode_all(prompts)
     texts = [""] * len(rows)
     for indices in by_token_budget([len(row.ids) + new_tokens for row in rows], tokens_per_batch):
-        batch = pad_rows([rows[i] for i in indices], encoder.pad_id, "left").to(device)
-        output = model.generate(  # type: ignore[operator]
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=encoder.pad_id,
-        )
-        for i, ids in zip(indices, output[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+        said = greedy_ids(model, [rows[i] for i in indices], encoder.pad_id, device, new_tokens)
+        for i, ids in zip(indices, said, strict=True):
             texts[i] = encoder.decode(ids)
     return texts
+
+
+@torch.no_grad()
+def greedy_ids(
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    pad_id: int,
+    device: torch.device,
+    new_tokens: int,
+    prefix: Prefix | None = None,
+) -> list[list[int]]:
+    """Ids of what the model says next, greedily, after each row, as its own generation settings have it.
+
+    Args:
+        model: The language model.
+        rows: One batch.
+        pad_id: What to pad with, and what stands behind the end of a text.
+        device: Where the model is.
+        new_tokens: Most tokens to say.
+        prefix: The rows, where they have been read already.
+    """
+    own: Any = model.generation_config
+    shortened = None
+    # Beams are not rows, and a cache of another kind is not to be had with one of ours.
+    if prefix is not None and own.num_beams in (None, 1) and own.cache_implementation is None:
+        shortened = without_last(prefix)  # its logits are not kept: generate begins with the last token
+    batch = pad_rows(rows, pad_id, "left").to(device)
+    output = model.generate(  # type: ignore[operator]
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=pad_id,
+        **({} if shortened is None else {"past_key_values": shortened.fresh(), "use_cache": True}),
+    )
+    return output[:, batch.input_ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 
 def first_sentence(text: str) -> str:
