@@ -23,6 +23,7 @@ def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
         tokens_per_batch=module.tokens_per_batch,
         device=module.device,
     )
+    solve_error = {f"{layer.site}/layer_{layer.layer}": layer.relative_error for layer in report.layers}
     lines = []
     for i, (edit, target) in enumerate(zip(report.edits, report.targets, strict=True)):
         line: dict[str, Any] = {
@@ -34,6 +35,7 @@ def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
             "target_true": edit.target_true,
             "relation": edit.relation,
             **target.record,
+            "solve_error": solve_error,
             "residual_left": report.residual_left[i],
             "p_prompt_after": scores[i][0].magnitude,
             "answer": answers[i],

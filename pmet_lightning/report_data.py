@@ -29,6 +29,7 @@ def layer_line(edit_batch: int, report: LayerReport) -> dict[str, Any]:
         "residual": report.residual,
         "norm_ratio": report.norm_ratio,
         "relative_error": report.relative_error,
+        "ridge": report.ridge,
         "kept": report.written.kept,
     }
 

@@ -41,7 +41,7 @@ from pmet_lightning.targets import Target, stack
 log = logging.getLogger(__name__)
 
 MUCH_ROUNDING = 0.5  # of ‖ΔW‖
-FEW_EDITS = 0.25  # of the key dimensions: up to here the solve with a stored factor is less work
+FEW_EDITS = 0.5  # of the key dimensions: up to here the solve with a stored factor is faster (benchmarks/solve.py)
 PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
 
 
@@ -56,7 +56,7 @@ class LayerReport:
         values_NO: Value of each edit at the target layer before the write.
         residual: Mean over edits of ‖E‖, relative to that before the first write.
         norm_ratio: ‖ΔW‖ / ‖W‖.
-        ridge: Ridge of the solve.
+        ridge: Ridge of the solve, on the diagonal of λC + KKᵀ.
         relative_error: Relative error of the linear system.
         written: How much of ΔW the stored weight has.
     """
@@ -216,7 +216,10 @@ class WeightSpread(L.Callback):
     ) -> Solution:
         few = len(keys_NI) <= FEW_EDITS * keys_NI.shape[1]
         if few and self.null_space is None:
-            return solve_with_factor(wanted_NO, keys_NI, second_moments.factor(place), self.lam)
+            try:
+                return solve_with_factor(wanted_NO, keys_NI, second_moments.factor(place), self.lam)
+            except FloatingPointError as error:
+                log.info("%s: %s; solving without it", place, error)
         moment = second_moments.moment(place).to(device)
         if self.null_space is None:
             return solve_update(wanted_NO, keys_NI, moment, self.lam)
@@ -261,6 +264,7 @@ class WeightSpread(L.Callback):
                         f"spread/residual/{place}": report.residual,
                         f"spread/norm_ratio/{place}": report.norm_ratio,
                         f"spread/solve_error/{place}": report.relative_error,
+                        f"spread/ridge/{place}": report.ridge,
                         f"spread/kept/{place}": report.written.kept,
                         f"spread/changed/{place}": report.written.changed,
                         f"spread/rounding/{place}": report.written.rounding,
