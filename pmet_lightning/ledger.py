@@ -26,6 +26,7 @@ def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
         tokens_per_batch=module.tokens_per_batch,
         device=module.device,
     )
+    solve_error = {f"{layer.site}/layer_{layer.layer}": layer.relative_error for layer in report.layers}
     lines = []
     for i, score, answer in zip(own, scores, answers, strict=True):
         edit = report.edits[i]
@@ -38,6 +39,7 @@ def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
             "target_true": edit.target_true,
             "relation": edit.relation,
             **report.targets[i].record,
+            "solve_error": solve_error,
             "residual_left": report.residual_left[i],
             "p_prompt_after": score[0].magnitude,
             "answer": answer,

@@ -25,7 +25,7 @@ from pmet_lightning.architectures import SiteName, Sites, in_features
 from pmet_lightning.files import atomic_path
 from pmet_lightning.language_model import checksum, run_to
 from pmet_lightning.sites import stop_after
-from pmet_lightning.solve import factorise
+from pmet_lightning.solve import Factor, factorise
 from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
 
 log = logging.getLogger(__name__)
@@ -164,27 +164,30 @@ class MomentStore:
         except (SafetensorError, OSError) as error:
             raise _broken(path, error) from error
 
-    def factor(self, place: Place, width: int, weight_name: str, device: torch.device) -> Tensor:
+    def factor(self, place: Place, width: int, weight_name: str, device: torch.device) -> Factor:
         """Cholesky factor of a moment (plus a ridge where it is singular), float64, kept beside it.
 
         A kept factor is known by the checksum of the moment that it is of, and the moment is not read then.
 
         Returns:
-            Lower triangular, shape [I, I], on the device.
+            The factor, on the device, and its ridge.
         """
         path = self.path(place).with_suffix(".factor.safetensors")
         kept = self._described(self.path(place))[0].get("checksum", "") if self.path(place).is_file() else ""
         try:
             with safe_open(path, framework="pt") as file:
-                if kept and (file.metadata() or {}).get("checksum") == kept:
-                    return unpacked_lower(file.get_tensor("lower"), width).to(device)
+                found = file.metadata() or {}
+                if kept and found.get("checksum") == kept and "ridge" in found:
+                    lower_II = unpacked_lower(file.get_tensor("lower"), width).to(device)
+                    return Factor(lower_II, float(found["ridge"]))
         except (SafetensorError, OSError):
             pass  # absent or broken: made anew
-        factor_II, _ = factorise(self.load(place, width, weight_name).to(device).double())
+        factor = factorise(lambda: self.load(place, width, weight_name).to(device).double())
         if not self.read_only:
             with atomic_path(path) as temporary:
-                save_file({"lower": packed_lower(factor_II.cpu())}, temporary, metadata={"checksum": kept})
-        return factor_II
+                described = {"checksum": kept, "ridge": repr(factor.ridge)}
+                save_file({"lower": packed_lower(factor.lower_II.cpu())}, temporary, metadata=described)
+        return factor
 
     def _described(self, path: Path) -> tuple[dict[str, str], int]:
         try:

@@ -31,6 +31,7 @@ def layer_line(edit_batch: int, report: LayerReport) -> dict[str, Any]:
         "norm_ratio": report.norm_ratio,
         "growth": report.growth,
         "relative_error": report.relative_error,
+        "ridge": report.ridge,
         "kept": report.written.kept,
     }
 

@@ -44,7 +44,7 @@ from pmet_lightning.targets import Target, stack
 log = logging.getLogger(__name__)
 
 MUCH_ROUNDING = 0.5  # of ‖ΔW‖
-FEW_EDITS = 0.25  # of the key dimensions: up to here the solve with a stored factor is less work
+FEW_EDITS = 0.5  # of the key dimensions: up to here the solve with a stored factor is faster (benchmarks/solve.py)
 PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
 
 
@@ -58,7 +58,7 @@ class LayerReport:
         residual: Mean over edits of ‖E‖, relative to that before the first write.
         norm_ratio: ‖ΔW‖ / ‖W‖.
         growth: The same of all edit batches so far together, relative to the unedited weight.
-        ridge: Ridge of the solve.
+        ridge: Ridge of the solve, on the diagonal of λC + KKᵀ.
         relative_error: Relative error of the linear system.
         written: How much of ΔW the stored weight has.
     """
@@ -270,18 +270,25 @@ class WeightSpread(L.Callback):
     ) -> tuple[Tensor, Solution]:
         """ΔW in the deltas' precision, and the solution without it."""
         few = len(keys_NI) <= FEW_EDITS * keys_NI.shape[1]
+        solution = self._solution(wanted_NO, keys_NI, place, second_moments, module.device)
+        return solution.delta_OI.to(module.delta_dtype), replace(solution, delta_OI=torch.empty(0))
+
+    def _solution(
+        self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, second_moments: SecondMoments, device: torch.device
+    ) -> Solution:
+        few = len(keys_NI) <= FEW_EDITS * keys_NI.shape[1]
         past = self.past.get(place)
         if few and self.null_space is None and past is None:
-            solution = solve_with_factor(wanted_NO, keys_NI, second_moments.factor(place), self.lam)
-        else:
-            moment = second_moments.moment(place).to(module.device)
-            if past is not None:  # it counts as much as the new keys
-                moment = moment.double() + past / self.lam
-            if self.null_space is None:
-                solution = solve_update(wanted_NO, keys_NI, moment, self.lam)
-            else:
-                solution = solve_in_null_space(wanted_NO, keys_NI, moment, self.lam, self.null_space)
-        return solution.delta_OI.to(module.delta_dtype), replace(solution, delta_OI=torch.empty(0))
+            try:
+                return solve_with_factor(wanted_NO, keys_NI, second_moments.factor(place), self.lam)
+            except FloatingPointError as error:
+                log.info("%s: %s; solving without it", place, error)
+        moment = second_moments.moment(place).to(device)
+        if past is not None:  # it counts as much as the new keys
+            moment = moment.double().add_(past, alpha=1 / self.lam)
+        if self.null_space is None:
+            return solve_update(wanted_NO, keys_NI, moment, self.lam)
+        return solve_in_null_space(wanted_NO, keys_NI, moment, self.lam, self.null_space)
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """Where a written site's target and residual are measured (MEMIT: the layer's output)."""
@@ -329,6 +336,7 @@ class WeightSpread(L.Callback):
                         f"spread/norm_ratio/{place}": report.norm_ratio,
                         f"spread/growth/{place}": report.growth,
                         f"spread/solve_error/{place}": report.relative_error,
+                        f"spread/ridge/{place}": report.ridge,
                         f"spread/kept/{place}": report.written.kept,
                         f"spread/changed/{place}": report.written.changed,
                         f"spread/rounding/{place}": report.written.rounding,

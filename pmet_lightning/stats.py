@@ -18,7 +18,7 @@ from pmet_lightning.corpus import corpus_fingerprint
 from pmet_lightning.memory import free_memory
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.moments import MOMENTS_FOLDER, MomentKey, MomentStore, Place, memory_groups
-from pmet_lightning.solve import WriteChoice, written_sites
+from pmet_lightning.solve import Factor, WriteChoice, written_sites
 from pmet_lightning.tokens import PromptEncoder
 
 log = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ class SecondMoments(L.Callback):
         store, width, name, _ = self._stored(place)
         return store.load(place, width, name)
 
-    def factor(self, place: Place) -> Tensor:
-        """Its lower Cholesky factor, float64, on the module's device; kept beside it."""
+    def factor(self, place: Place) -> Factor:
+        """Its Cholesky factor, float64, on the module's device; kept beside it."""
         store, width, name, device = self._stored(place)
         return store.factor(place, width, name, device)
 

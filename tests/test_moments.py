@@ -14,6 +14,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from pmet_lightning import SecondMoments, collection
 from pmet_lightning.architectures import Sites, architecture_of, in_features
@@ -32,7 +34,7 @@ from pmet_lightning.moments import (
     unpacked_symmetric,
 )
 from pmet_lightning.resources import locate
-from pmet_lightning.solve import factorise
+from pmet_lightning.solve import factorise, solve_with_factor
 from tests.conftest import ROOT
 from tests.harness import quiet_trainer
 from tests.test_method import tiny_module
@@ -236,11 +238,17 @@ def test_the_factor_is_kept_beside_the_moment(tmp_path, monkeypatch):
     store, place = MomentStore(tmp_path), ("ffn", 3)
     store.save(place, moment(), 99, KEY)
     factor = store.factor(place, 5, WEIGHT, CPU)
-    torch.testing.assert_close(factor @ factor.T, moment().double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(factor.lower_II @ factor.lower_II.T, moment().double(), rtol=1e-6, atol=1e-6)
+    assert factor.ridge == 0
     calls = []
     monkeypatch.setattr("pmet_lightning.moments.factorise", lambda m: calls.append(1) or factorise(m))
-    assert torch.equal(store.factor(place, 5, WEIGHT, CPU), factor)
+    assert torch.equal(store.factor(place, 5, WEIGHT, CPU).lower_II, factor.lower_II)
     assert not calls
+    path = store.path(place).with_suffix(".factor.safetensors")
+    with safe_open(path, framework="pt") as file:
+        save_file({"lower": file.get_tensor("lower")}, path, metadata={"checksum": file.metadata()["checksum"]})
+    store.factor(place, 5, WEIGHT, CPU)  # nor is one that does not say its ridge
+    assert calls.pop()
     other = moment()
     other[0, 1] = other[1, 0] = 0.1  # the diagonal alone does not tell them apart
     store.save(place, other, 99, KEY)
@@ -259,8 +267,13 @@ def test_dead_dimensions_need_a_ridge_only(tmp_path):
     store = MomentStore(tmp_path)
     store.save(("ffn", 0), dead, 99, KEY)
     factor = store.factor(("ffn", 0), 5, WEIGHT, CPU)
-    assert factor.isfinite().all()
-    torch.testing.assert_close((factor @ factor.T).float(), dead, rtol=1e-4, atol=1e-4)
+    assert factor.lower_II.isfinite().all()
+    torch.testing.assert_close((factor.lower_II @ factor.lower_II.T).float(), dead, rtol=1e-4, atol=1e-4)
+    assert factor.ridge > 0
+    kept = store.factor(("ffn", 0), 5, WEIGHT, CPU)
+    assert kept.ridge == factor.ridge
+    residual, keys = torch.ones(1, 2), torch.eye(5)[:1]
+    assert solve_with_factor(residual, keys, kept, 6.0).ridge == 6.0 * factor.ridge
 
 
 def test_a_plan_for_little_memory():

@@ -66,6 +66,8 @@ def test_the_ledger_has_a_line_for_every_edit(run):
         assert line["p_after"] > line["p_before"]
         assert line["p_prompt_after"] > line["p_prompt_before"]
         assert line["residual_left"] < 1
+        assert line["solve_error"]
+        assert max(line["solve_error"].values()) < 1e-8
     said = sum(line["answer"].strip().startswith(line["target"]) for line in lines)
     assert said >= 10
 

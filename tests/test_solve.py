@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from torch.nn import functional as F
 from pmet_lightning.metrics import harmonic_mean
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
 from pmet_lightning.solve import (
+    Factor,
     factorise,
     null_space,
     share,
@@ -19,6 +24,7 @@ from pmet_lightning.solve import (
     solve_update,
     solve_with_factor,
 )
+from pmet_lightning.spread import WeightSpread
 from pmet_lightning.tokens import IGNORE
 from tests.conftest import ROOT
 
@@ -41,14 +47,36 @@ def test_equals_the_explicit_inverse(n):
     assert solution.relative_error < 1e-12
 
 
+def inverse(residual, keys, moment, lam):
+    """The slow obvious twin, as other editors have it."""
+    return residual.T @ keys @ torch.inverse(lam * moment + keys.T @ keys)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40, 333])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [7, 64, 1000])
+def test_blocks_change_nothing(n, dtype, block, monkeypatch):
+    monkeypatch.setattr("pmet_lightning.solve._BLOCK", block)
+    monkeypatch.setattr("pmet_lightning.solve._BLOCK_KEYS", block)
+    given = [tensor.to(dtype) for tensor in problem(n, 130, 50)]
+    given[2] = given[2].tril() + given[2].tril(-1).T
+    before = [tensor.clone() for tensor in given]
+    expected = inverse(*(tensor.double() for tensor in given), 3.0)
+    factor = factorise(lambda: given[2].to(torch.float64, copy=True))
+    for found in (solve_update(*given, 3.0), solve_with_factor(*given[:2], factor, 3.0)):
+        torch.testing.assert_close(found.delta_OI, expected, rtol=1e-8, atol=1e-10)
+        assert found.delta_OI.is_contiguous()
+    assert all(torch.equal(tensor, old) for tensor, old in zip(given, before, strict=True))
+
+
 @pytest.mark.parametrize("n", [1, 5, 40])
 @pytest.mark.parametrize("lam", [0.5, 300.0])
 def test_a_stored_factor_gives_the_same_update(n, lam):
     residual, keys, moment = problem(n, 16, 6)
     direct = solve_update(residual, keys, moment, lam)
-    factor, ridge = factorise(moment)
+    factor = factorise(moment.clone)
     found = solve_with_factor(residual, keys, factor, lam)
-    assert ridge == 0
+    assert found.ridge == factor.ridge == 0
     torch.testing.assert_close(found.delta_OI, direct.delta_OI, rtol=1e-9, atol=1e-11)
     assert found.relative_error < 1e-11
     with pytest.raises(FloatingPointError, match="keys"):
@@ -100,10 +128,131 @@ def test_dead_dimensions_get_a_ridge():
     torch.testing.assert_close(solution.delta_OI[:, alive], reduced, rtol=1e-6, atol=1e-9)
 
 
+def conditioned(n: int, width: int, condition: float, out: int = 12):
+    """Keys drawn from the distribution that C is the second moment of."""
+    generator = torch.Generator().manual_seed(n)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+    root = turn * torch.logspace(0, -math.log10(condition) / 2, width, dtype=torch.float64)
+    moment = root @ root.T
+    keys = torch.randn(n, width, generator=generator, dtype=torch.float64) @ root.T
+    return torch.randn(n, out, generator=generator, dtype=torch.float64), keys, (moment + moment.T) / 2
+
+
+def exact(residual, keys, moment, lam):
+    """Refined with residuals in extended precision until nothing changes."""
+    wide = [tensor.numpy().astype(np.longdouble) for tensor in (residual, keys, moment)]
+    factor = torch.linalg.cholesky(lam * moment + keys.T @ keys)
+    solution = np.zeros((moment.shape[0], residual.shape[1]), np.longdouble)
+    for _ in range(20):
+        left = lam * (wide[2] @ solution) + wide[1].T @ (wide[1] @ solution)
+        rest = torch.from_numpy((wide[1].T @ wide[0] - left).astype(np.float64))
+        solution += torch.cholesky_solve(rest, factor).numpy()
+    return torch.from_numpy(solution.T.astype(np.float64))
+
+
+@pytest.mark.parametrize("condition", [1e6, 1e8, 1e10])
+@pytest.mark.parametrize("n", [4, 100])
+def test_a_badly_conditioned_moment(condition, n):
+    """The error is what the condition allows; of the system itself nothing is left."""
+    given = conditioned(n, 64, condition)
+    expected = exact(*given, 100.0)
+    for found in (solve_update(*given, 100.0), solve_with_factor(*given[:2], factorise(given[2].clone), 100.0)):
+        assert float((found.delta_OI - expected).norm() / expected.norm()) < 1e-16 * condition
+        assert found.relative_error < 1e-10
+        assert found.ridge == 0
+
+
+@pytest.mark.parametrize("n", [4, 100])
+def test_the_error_is_near_the_whole_one(n):
+    given = residual, keys, moment = conditioned(n, 64, 1e8, out=40)
+    for found in (solve_update(*given, 9.0), solve_with_factor(*given[:2], factorise(moment.clone), 9.0)):
+        left = 9.0 * found.delta_OI @ moment + found.delta_OI @ keys.T @ keys
+        whole = float((left - residual.T @ keys).norm() / (residual.T @ keys).norm())
+        assert found.relative_error == pytest.approx(whole, rel=0.8)
+
+
+def test_a_wrong_factor_is_noticed():
+    residual, keys, moment = problem(5, 16, 6)
+    good = factorise(moment.clone)
+    keys[:, 3] *= 1e9  # edits that reach far into where C has next to nothing
+    with pytest.raises(FloatingPointError, match="too singular"):
+        solve_with_factor(residual, keys, Factor(good.lower_II * torch.logspace(0, -12, 16), 0.0), 1.0)
+    good.lower_II[5, 2] = float("nan")
+    with pytest.raises(FloatingPointError):
+        solve_with_factor(residual, keys, good, 1.0)
+
+
+@pytest.mark.parametrize("reached", [False, True])
+def test_dead_dimensions_with_a_factor(reached, caplog):
+    """Right where edits leave them alone; refused, for the direct solve to do, where they do not."""
+    residual, keys, moment = conditioned(5, 24, 1e4)
+    moment[:3] = moment[:, :3] = 0
+    keys[:, :3] = torch.randn(5, 3, dtype=torch.float64) if reached else 0
+    factor = factorise(moment.clone)
+    assert factor.ridge > 0
+    if reached:
+        with pytest.raises(FloatingPointError, match="too singular"):
+            solve_with_factor(residual, keys, factor, 60.0)
+        found = solve_update(residual, keys, moment, 60.0)
+        assert found.relative_error < 1e-10
+        expected = exact(residual, keys, moment, 60.0)
+        torch.testing.assert_close(found.delta_OI, expected, rtol=1e-8, atol=1e-10)
+    else:
+        found = solve_with_factor(residual, keys, factor, 60.0)
+        assert found.ridge == 60.0 * factor.ridge
+        assert not found.delta_OI[:, :3].any()
+        expected = inverse(residual, keys[:, 3:], moment[3:, 3:], 60.0)
+        torch.testing.assert_close(found.delta_OI[:, 3:], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [5, 20])
+@pytest.mark.parametrize("reached", [False, True])
+def test_the_callback_takes_the_way_that_works(n, reached, monkeypatch, caplog):
+    """The factor for few edits, the direct solve for many and where the factor does not serve."""
+    caplog.set_level("INFO")
+    residual, keys, moment = conditioned(n, 24, 1e4)
+    if reached:
+        moment[:3] = moment[:, :3] = 0
+    calls = []
+    monkeypatch.setattr("pmet_lightning.spread.solve_update", lambda *given: calls.append(1) or solve_update(*given))
+    moments = SimpleNamespace(moment=lambda _: moment, factor=lambda _: factorise(moment.clone))
+    keys[:, :3] = torch.randn(n, 3, dtype=torch.float64)
+    found = WeightSpread(lam=60.0)._solve(residual, keys, ("ffn", 0), moments, torch.device("cpu"))
+    assert len(calls) == (n > 12 or reached)
+    assert ("solving without it" in caplog.text) == (n < 12 and reached)
+    torch.testing.assert_close(found.delta_OI, exact(residual, keys, moment, 60.0), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc")
+@pytest.mark.parametrize(("path", "most"), [("update", 1.8), ("factor", 2.2)])
+def test_memory(path, most):
+    """1 + O/I times I² float64 numbers for the direct solve, less than 2 with a factor, and blocks, here small ones."""
+    script = (
+        "import sys, torch\n"
+        "from pmet_lightning import solve\n"
+        "def status(name):\n"
+        "    return next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith(name)) * 1024\n"
+        "solve._BLOCK = solve._BLOCK_KEYS = 64\n"
+        "width, count = 3072, 1875\n"
+        "keys, residual = torch.randn(count, width), torch.randn(count, width // 4)\n"
+        "moment = torch.eye(width, dtype=torch.float32 if sys.argv[1] == 'update' else torch.float64)\n"
+        "solve.solve_update(torch.ones(9, 64), torch.randn(9, 256), torch.eye(256), 1.0)\n"
+        "before = status('VmRSS')\n"
+        "if sys.argv[1] == 'update':\n"
+        "    solve.solve_update(residual, keys, moment, 9.0)\n"
+        "else:\n"
+        "    solve.solve_with_factor(residual, keys, solve.Factor(moment, 0.0), 9.0)\n"
+        "print((status('VmHWM') - before) / 8 / width**2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < most
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_nan_is_refused(which):
+def test_nan_is_refused(which, value):
     parts = list(problem(3, 8, 4))
-    parts[which][0, 0] = float("nan")
+    parts[which][0, 0] = value
     with pytest.raises(FloatingPointError, match=["residual", "keys", "second moment"][which]):
         solve_update(*parts, 1.0)
 
