@@ -269,7 +269,6 @@ class WeightSpread(L.Callback):
         self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, second_moments: SecondMoments, module: TargetOptimizer
     ) -> tuple[Tensor, Solution]:
         """ΔW in the deltas' precision, and the solution without it."""
-        few = len(keys_NI) <= FEW_EDITS * keys_NI.shape[1]
         solution = self._solution(wanted_NO, keys_NI, place, second_moments, module.device)
         return solution.delta_OI.to(module.delta_dtype), replace(solution, delta_OI=torch.empty(0))
 

@@ -89,6 +89,7 @@ def test_a_stopped_run_goes_on_and_ends_alike(inputs, whole, tmp_path, monkeypat
     same_patch(whole, folder)
     assert state(folder)["status"] == "finished"
     for a, b in zip(ledger(whole), ledger(folder), strict=True):
+        assert a.pop("solve_error").keys() == b.pop("solve_error").keys()
         assert a == {name: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for name, v in b.items()}
     one, other = (json.loads((f / "report.json").read_text()) for f in (whole, folder))
     assert len(one["layers"]) == len(other["layers"]) == 6

@@ -217,7 +217,7 @@ def test_the_callback_takes_the_way_that_works(n, reached, monkeypatch, caplog):
     monkeypatch.setattr("pmet_lightning.spread.solve_update", lambda *given: calls.append(1) or solve_update(*given))
     moments = SimpleNamespace(moment=lambda _: moment, factor=lambda _: factorise(moment.clone))
     keys[:, :3] = torch.randn(n, 3, dtype=torch.float64)
-    found = WeightSpread(lam=60.0)._solve(residual, keys, ("ffn", 0), moments, torch.device("cpu"))
+    found = WeightSpread(lam=60.0)._solution(residual, keys, ("ffn", 0), moments, torch.device("cpu"))
     assert len(calls) == (n > 12 or reached)
     assert ("solving without it" in caplog.text) == (n < 12 and reached)
     torch.testing.assert_close(found.delta_OI, exact(residual, keys, moment, 60.0), rtol=1e-8, atol=1e-10)
