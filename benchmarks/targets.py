@@ -66,6 +66,7 @@ class Bench:
             clamp=SETTINGS["clamp"],
             kl_factor=0.0625,
             norm_factor=0.1,
+            target_value="stored",
             loss_tolerance=0.0,
             contexts=CONTEXTS,
             dtype=dtype,

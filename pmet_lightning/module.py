@@ -26,9 +26,10 @@ from pmet_lightning.data import EditBatch
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.edits import Edit
 from pmet_lightning.edits.requests import target_rows
+from pmet_lightning.flight import DeltaSlots
 from pmet_lightning.language_model import fingerprint
 from pmet_lightning.memory import ModelSize
-from pmet_lightning.optimisation import DeltaSlots, Request, Rules, TargetLoop, edits_in_flight
+from pmet_lightning.optimisation import Request, Rules, TargetLoop, edits_in_flight
 from pmet_lightning.parallel import Team
 from pmet_lightning.progress import counter
 from pmet_lightning.targets import Target, TargetStore
@@ -211,6 +212,7 @@ class TargetOptimizer(EditableModel):
         ]
         optimizer = self.optimizers()
         slots = self._slots(edits_in_flight(self.micro_batch, requests, self._size(), self.device))
+        below = [self.sites.module("hidden", i) for i in range(self.target_layer + 2)] if self._suffix_only else None
         loop = TargetLoop(
             model=self.model,
             modules={site: self.sites.module(site, self.target_layer) for site in self.sites_optimised},
@@ -218,7 +220,7 @@ class TargetOptimizer(EditableModel):
             optimizer=optimizer.optimizer,  # type: ignore[union-attr]
             step=optimizer.step,  # type: ignore[union-attr]
             rules=self.rules,
-            layers=[self.sites.module("hidden", i) for i in range(self.target_layer + 1)] if self.suffix_only else None,
+            layers=below,
             pad_id=self.encoder.pad_id,
             padding_side=self.padding_side,
             look_every=_LOOK_EVERY.get(self.device.type, _LOOK_EVERY_ELSEWHERE),
@@ -241,9 +243,14 @@ class TargetOptimizer(EditableModel):
         optimizer.param_groups[0]["params"] = list(self.deltas.parameters())
         return slots
 
+    @property
+    def _suffix_only(self) -> bool:
+        """Above the last layer there is none that a pass could begin at."""
+        return self.suffix_only and self.target_layer + 1 < self.depth
+
     def _size(self) -> ModelSize:
         """What decides how many edits fit into memory."""
-        whole = not self.suffix_only
+        whole = not self._suffix_only
         return ModelSize(
             width=self.width,
             layers=self.depth,

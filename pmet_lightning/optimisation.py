@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pmet_lightning.architectures import SiteName
-from pmet_lightning.language_model import label_logits
+from pmet_lightning.flight import DeltaSlots, Flight, RowSet
 from pmet_lightning.memory import ModelSize, free_memory, is_out_of_memory, longest_tail
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
-from pmet_lightning.prefix import Entry, Prefix, joined, split_at_subject
-from pmet_lightning.sites import record_and_add
+from pmet_lightning.prefix import Entry
 from pmet_lightning.targets import PARTS, Target
-from pmet_lightning.tokens import PaddingSide, RowBatch, TokenRow, pad_rows
+from pmet_lightning.tokens import PaddingSide, TokenRow, pad_rows
 
 log = logging.getLogger(__name__)
 
@@ -73,116 +71,6 @@ class Request:
     name: str
 
 
-class DeltaSlots:
-    """A place for each edit in flight: one trainable delta for every site.
-
-    Each delta is a parameter of its own, so that an optimizer counts its steps alone; they are rows of one tensor for
-    every site, so that all are read and projected at once.
-
-    Attributes:
-        values: Shape [slots, F] for each site.
-        parameters: Their rows.
-    """
-
-    def __init__(self, sites: Sequence[SiteName], count: int, width: int, dtype: torch.dtype, device: torch.device):
-        self.values = {site: torch.zeros(count, width, dtype=dtype, device=device) for site in sites}
-        self.parameters = {site: [nn.Parameter(row) for row in value] for site, value in self.values.items()}
-        self._gradients = {site: torch.zeros_like(value) for site, value in self.values.items()}
-
-    def __len__(self) -> int:
-        return len(next(iter(self.values.values())))
-
-    def open(self, slots: Sequence[int], state: Any) -> None:
-        """Begin with zero, and without an optimizer's memory of who was there before."""
-        for site, parameters in self.parameters.items():
-            self.values[site][list(slots)] = 0
-            for slot in slots:
-                state.pop(parameters[slot], None)
-                parameters[slot].grad = self._gradients[site][slot]
-
-    def close(self, slots: Sequence[int]) -> None:
-        """An optimizer passes over what has no gradient."""
-        for parameters in self.parameters.values():
-            for slot in slots:
-                parameters[slot].grad = None
-
-    def leaves(self, slots: Tensor) -> dict[SiteName, Tensor]:
-        """Copies of some deltas that a gradient can be taken for, shape [A, F]."""
-        return {site: value[slots].requires_grad_() for site, value in self.values.items()}
-
-    def set_gradients(self, slots: Tensor, gradients: Sequence[Tensor]) -> None:
-        """Hand gradients of shape [A, F] to the parameters."""
-        for gradient, own in zip(gradients, self._gradients.values(), strict=True):
-            own[slots] = gradient
-
-
-@dataclass
-class Flight:
-    """The edits that are optimised together at present, one behind the other in every field.
-
-    Attributes:
-        numbers: Which edits.
-        slots: Where their deltas are, int64, shape [A].
-        ages: Steps each has taken.
-        rows: Their rows, those of an edit beside each other.
-        prefix: What stands before the rows, if it is kept.
-        hidden: What enters layer L, shape [R, S, F], if it is kept.
-        active: Whether an edit goes on, bool, shape [A].
-        reason: Why it does not, an index of ``_REASONS``, shape [A].
-        nll_factor: Its weight of the likelihood now, shape [A].
-        clean: Each site's output without deltas in the bare row, shape [A, F]; of newcomers after their first step.
-        clean_kl: Log-probabilities at the KL prompt without deltas, shape [A, V]; likewise.
-        final: v* as it stands, or stood when the edit stopped, shape [A, F].
-        final_norm: Norm of the delta then, relative to the clean output, shape [A].
-        trail: What each step since the last look has brought: ``PARTS`` and whether it counts, shape [A, parts + 1].
-    """
-
-    numbers: list[int]
-    slots: Tensor
-    ages: list[int]
-    rows: RowBatch
-    prefix: Prefix | None
-    hidden: Tensor | None
-    active: Tensor
-    reason: Tensor
-    nll_factor: Tensor
-    clean: dict[SiteName, Tensor] = field(default_factory=dict)
-    clean_kl: Tensor | None = None
-    final: dict[SiteName, Tensor] = field(default_factory=dict)
-    final_norm: dict[SiteName, Tensor] = field(default_factory=dict)
-    trail: list[Tensor] = field(default_factory=list)
-
-    def join(self, other: Flight) -> None:
-        """Let others in behind these; what they learn in their first step is added after it."""
-        self.numbers += other.numbers
-        self.ages += other.ages
-        self.rows = self.rows.join(other.rows)
-        if self.prefix is not None and other.prefix is not None:
-            self.prefix = joined([self.prefix, other.prefix])
-        if self.hidden is not None and other.hidden is not None:
-            width = self.rows.input_ids.shape[1]
-            both = [nn.functional.pad(h, (0, 0, 0, width - h.shape[1])) for h in (self.hidden, other.hidden)]
-            self.hidden = torch.cat(both)
-        for name in ("slots", "active", "reason", "nll_factor"):
-            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Let all others leave."""
-        index = torch.tensor(places, dtype=torch.long, device=self.slots.device)
-        count = len(self.rows) // len(self.numbers)
-        rows = (index.unsqueeze(1) * count + torch.arange(count, device=index.device)).flatten()
-        if self.hidden is not None:
-            self.hidden = self.hidden[rows][:, self.rows.used_columns(rows)]
-        if self.prefix is not None:
-            self.prefix = self.prefix.select(rows)
-        self.rows = self.rows.select(rows)
-        self.numbers, self.ages = ([values[i] for i in places] for values in (self.numbers, self.ages))
-        for name in ("slots", "active", "reason", "nll_factor", "clean_kl"):
-            setattr(self, name, getattr(self, name)[index])
-        for values in (self.clean, self.final, self.final_norm):
-            values.update({site: value[index] for site, value in values.items()})
-
-
 class TargetLoop:
     """Finds the targets of any number of edits, as many of them at a time as there is room for.
 
@@ -193,8 +81,8 @@ class TargetLoop:
         optimizer: The optimizer of their parameters.
         step: What makes its step.
         rules: The loss and the stop rules.
-        layers: The model's first layers up to and with layer L. What stands before the subjects and below layer L is
-            then computed once; ``None`` runs the whole model at every step, which gives the same.
+        layers: The model's first layers up to and with the one above layer L. What stands before the subjects and
+            below layer L is then computed once; ``None`` runs the whole model at every step, which gives the same.
         pad_id: Padding token.
         padding_side: Where rows are padded.
         look_every: Steps between two looks of the host at what has stopped; an edit that has stopped in between
@@ -284,11 +172,8 @@ class TargetLoop:
         self.aboard += entering
         taken = set() if self.flight is None else set(self.flight.slots.tolist())
         slots = [slot for slot in range(len(self.slots)) if slot not in taken][: len(entering)]
-        rows = pad_rows([row for i in entering for row in requests[i].rows], self.pad_id, self.padding_side)
-        rows, prefix, hidden = rows.to(self.device), None, None
-        if self.entry is not None:
-            prefix, rows = split_at_subject(self.model, rows)
-            hidden = self.entry.states(self.model, rows, prefix)
+        facts = self._row_set([requests[i].rows[:-1] for i in entering])
+        meanings = self._row_set([requests[i].rows[-1:] for i in entering]) if self.rules.kl else None
         self._names |= {i: requests[i].name for i in entering}
         self.slots.open(slots, self.optimizer.state)
         count = len(entering)
@@ -296,9 +181,8 @@ class TargetLoop:
             numbers=entering,
             slots=torch.tensor(slots, device=self.device),
             ages=[0] * count,
-            rows=rows,
-            prefix=prefix,
-            hidden=hidden,
+            facts=facts,
+            meanings=meanings,
             active=torch.ones(count, dtype=torch.bool, device=self.device),
             reason=torch.zeros(count, dtype=torch.long, device=self.device),
             nll_factor=torch.full((count,), self.rules.nll, dtype=self.dtype, device=self.device),
@@ -308,17 +192,26 @@ class TargetLoop:
         else:
             self.flight.join(newcomers)
 
+    def _row_set(self, rows: Sequence[Sequence[TokenRow]]) -> RowSet:
+        """Rows of some edits, as many of each."""
+        padded = pad_rows([row for own in rows for row in own], self.pad_id, self.padding_side).to(self.device)
+        return RowSet.of(self.model, padded, len(rows[0]), self.entry)
+
     @torch.enable_grad()
     def _iterate(self, flight: Flight, leaves: dict[SiteName, Tensor]) -> Tensor:
         """Forward, losses and stop rules; returns the sum of the losses of the edits that go on."""
-        logits_APKV, outputs = self._forward(flight, leaves)
-        log_p = _last_log_probs(logits_APKV)
-        self._greet(flight, outputs, log_p.detach())
-        assert flight.clean_kl is not None
-        labels = flight.rows.label_ids.unflatten(0, (len(flight.numbers), -1))[:, :-1]
-        scores = target_scores(logits_APKV[:, :-1], labels)
+        logits_APKV, outputs = self._forward(flight, flight.facts, leaves)
+        known = flight.known
+        _greet(flight, outputs)
+        labels = flight.facts.rows.label_ids.unflatten(0, (len(flight.numbers), -1))
+        scores = target_scores(logits_APKV, labels)
         nll, p = scores.nll.mean(dim=1), (-scores.nll).exp()
-        kl = self.rules.kl * kl_divergence(log_p, flight.clean_kl)
+        kl = torch.zeros_like(nll)
+        if flight.meanings is not None:
+            meaning_APKV, _ = self._forward(flight, flight.meanings, leaves)
+            log_p = meaning_APKV[:, 0, 0].to(nll.dtype).log_softmax(dim=-1)
+            flight.clean_kl = _behind(flight.clean_kl, log_p.detach()[known:])
+            kl = self.rules.kl * kl_divergence(log_p, flight.clean_kl)
         penalties = [norm_penalty(delta, flight.clean[site]) for site, delta in leaves.items()]
         norm = self.rules.norm * torch.stack(penalties).sum(dim=0)
         loss = flight.nll_factor * nll + kl + norm
@@ -335,31 +228,12 @@ class TargetLoop:
             self._apply_stop_rules(flight, loss, kl, scores.all_argmax.all(dim=1))
         return torch.where(flight.active, loss, 0.0).sum()
 
-    def _forward(self, flight: Flight, leaves: Mapping[SiteName, Tensor]) -> tuple[Tensor, dict[SiteName, Tensor]]:
+    def _forward(
+        self, flight: Flight, rows: RowSet, leaves: Mapping[SiteName, Tensor]
+    ) -> tuple[Tensor, dict[SiteName, Tensor]]:
         """Logits [A, P, K, V], and each site's output in the bare row before its delta, [A, F]."""
-        rows_per_edit = len(flight.rows) // len(flight.numbers)
-        with ExitStack() as stack:
-            recordings = {}
-            for site, module in self.modules.items():
-                added = leaves[site].repeat_interleave(rows_per_edit, dim=0)
-                recordings[site] = stack.enter_context(record_and_add(module, flight.rows.subject, added))
-            if self.entry is not None:
-                assert flight.hidden is not None
-                stack.enter_context(self.entry.begin_with(flight.hidden))
-            logits = label_logits(self.model, flight.rows, flight.prefix)
-        outputs = {site: r.take().detach()[::rows_per_edit].to(self.dtype) for site, r in recordings.items()}
-        return logits.unflatten(0, (len(flight.numbers), rows_per_edit)), outputs
-
-    def _greet(self, flight: Flight, outputs: Mapping[SiteName, Tensor], log_p_AV: Tensor) -> None:
-        """Keep what the first step of newcomers shows: their deltas are zero in it."""
-        known = 0 if flight.clean_kl is None else len(flight.clean_kl)
-        if known == len(flight.numbers):
-            return
-        flight.clean_kl = _behind(flight.clean_kl, log_p_AV[known:])
-        for site, output in outputs.items():
-            flight.clean[site] = _behind(flight.clean.get(site), output[known:])
-            flight.final[site] = _behind(flight.final.get(site), output[known:])
-            flight.final_norm[site] = _behind(flight.final_norm.get(site), torch.zeros_like(output[known:, 0]))
+        logits, outputs = rows.run(self.model, self.modules, leaves, self.entry)
+        return logits, {site: output.to(leaves[site]) for site, output in outputs.items()}
 
     def _apply_stop_rules(self, flight: Flight, loss: Tensor, kl: Tensor, argmax: Tensor) -> None:
         settled = torch.zeros_like(argmax)
@@ -472,11 +346,16 @@ def edits_in_flight(
     return min(wanted, len(requests))
 
 
+def _greet(flight: Flight, outputs: Mapping[SiteName, Tensor]) -> None:
+    """Keep what the first step of newcomers shows: their deltas are zero in it."""
+    known = flight.known
+    if known == len(flight.numbers):
+        return
+    for site, output in outputs.items():
+        flight.clean[site] = _behind(flight.clean.get(site), output[known:])
+        flight.final[site] = _behind(flight.final.get(site), output[known:])
+        flight.final_norm[site] = _behind(flight.final_norm.get(site), torch.zeros_like(output[known:, 0]))
+
+
 def _behind(known: Tensor | None, more: Tensor) -> Tensor:
     return more.clone() if known is None else torch.cat([known, more])
-
-
-def _last_log_probs(logits_APKV: Tensor) -> Tensor:
-    """Log-probabilities at the end of each edit's last row, the KL prompt, shape [A, V]."""
-    logits = logits_APKV[:, -1, 0]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

@@ -254,7 +254,7 @@ class Entry:
     """Lets forward passes begin at a layer, with hidden states that entered it in a pass before.
 
     Args:
-        layers: The model's first layers up to and with the one to enter at.
+        layers: The model's first layers; passes can begin at the last two of them.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -262,8 +262,8 @@ class Entry:
         self._tuples = [False] * len(self.below)
 
     @torch.no_grad()
-    def states(self, model: nn.Module, rows: RowBatch, prefix: Prefix | None) -> Tensor:
-        """What enters the layer, shape [R, S, F]; the pass ends there."""
+    def states(self, model: nn.Module, rows: RowBatch, prefix: Prefix | None) -> tuple[Tensor, Tensor]:
+        """What enters the last layer but one and the last, shape [R, S, F] each; the pass ends there."""
         seen: list[Tensor] = []
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -272,21 +272,24 @@ class Entry:
         with ExitStack() as stack:
             for i, layer in enumerate(self.below):
                 stack.callback(layer.register_forward_hook(self._note_kind(i)).remove)
+            stack.callback(self.below[-1].register_forward_pre_hook(record, with_kwargs=True).remove)
             stack.enter_context(stop_before(self.layer, record))
             run_to(model, rows, prefix)
-        return seen[0]
+        return seen[0], seen[1]
 
     @contextmanager
-    def begin_with(self, hidden_RSF: Tensor) -> Iterator[None]:
-        """Have the passes inside begin with these states."""
+    def begin_with(self, hidden_RSF: Tensor, at: nn.Module) -> Iterator[None]:
+        """Have the passes inside begin with these states, at one of the last two layers."""
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return ((hidden_RSF, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_RSF})
 
         with ExitStack() as stack:
             for layer, is_tuple in zip(self.below, self._tuples, strict=True):
+                if layer is at:
+                    break
                 stack.enter_context(_passing_on(layer, is_tuple))
-            stack.callback(self.layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(at.register_forward_pre_hook(enter, with_kwargs=True).remove)
             yield
 
     def _note_kind(self, i: int) -> Any:

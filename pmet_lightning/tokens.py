@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -87,6 +87,11 @@ class RowBatch:
                 value, more = (_widened(tensor, width, name) for tensor in (value, more))
             joined[name] = torch.cat([value, more])
         return RowBatch(**joined)
+
+    def first_columns(self, count: int) -> RowBatch:
+        """The same rows, cut behind their first columns; for passes without labels."""
+        cut = {name: getattr(self, name)[:, :count] for name in ("input_ids", "attention_mask", "position_ids")}
+        return replace(self, **cut)
 
     def used_columns(self, rows: Tensor) -> slice:
         """From the first to the last column that any of the given rows uses."""

@@ -56,11 +56,11 @@ def test_same_logits_with_a_delta(family, side, loaded):
     assert prefix is not None
     assert int((tails.subject != 0).sum()) == 0
     assert tails.attention_mask.sum() + prefix.mask_RP.sum() == rows.attention_mask.sum()
-    entry = Entry([sites.module("hidden", i) for i in range(3)])
-    hidden = entry.states(model, tails, prefix)
+    entry = Entry([sites.module("hidden", i) for i in range(4)])
+    hidden, _ = entry.states(model, tails, prefix)
     scale = float(expected[real].abs().max())
     for _ in range(2):  # a pass leaves no trace in the cache
-        with record_and_add(layer, tails.subject, added) as recording, entry.begin_with(hidden):
+        with record_and_add(layer, tails.subject, added) as recording, entry.begin_with(hidden, entry.below[-1]):
             found = label_logits(model, tails, prefix)
         assert float((found[real] - expected[real]).abs().max()) < 1e-5 * max(1.0, scale)
         torch.testing.assert_close(recording.take(), clean.take(), rtol=1e-4, atol=1e-5)
@@ -104,17 +104,18 @@ def test_the_lower_layers_do_not_run_again(loaded):
     model, sites, tokenizer = loaded("llama")
     prefix, tails = split_at_subject(model, rows_of(tokenizer, "right"))
     layers = [sites.module("hidden", i) for i in range(4)]
-    entry = Entry(layers[:3])
+    entry = Entry(layers[:4])
     calls: list[int] = []
     handles = [sites.module("ffn", i).register_forward_hook(lambda *_, i=i: calls.append(i)) for i in range(4)]
-    hidden = entry.states(model, tails, prefix)
-    for _ in range(2):
-        with torch.no_grad(), entry.begin_with(hidden):
+    entering, leaving = entry.states(model, tails, prefix)
+    calls.clear()
+    for hidden, at in ((entering, layers[2]), (leaving, layers[3])):
+        with torch.no_grad(), entry.begin_with(hidden, at):
             label_logits(model, tails, prefix)
     for handle in handles:
         handle.remove()
-    assert calls == [0, 1, 2, 3, 2, 3]
-    with pytest.raises(ZeroDivisionError), entry.begin_with(hidden):
+    assert calls == [2, 3, 3]
+    with pytest.raises(ZeroDivisionError), entry.begin_with(leaving, layers[3]):
         raise ZeroDivisionError
     assert not any("forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
 

@@ -1,0 +1,234 @@
+"""Edits in flight: where their deltas are, the rows that are run for them, and what is known of each.
+
+Legend: A = edits in flight, P = rows of an edit, R = A·P, K = target tokens, V = vocabulary, F = model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pmet_lightning.architectures import SiteName
+from pmet_lightning.language_model import label_logits, run_to
+from pmet_lightning.prefix import Entry, Prefix, joined, split_at_subject
+from pmet_lightning.sites import record_and_add, stop_after
+from pmet_lightning.tokens import RowBatch
+
+
+class DeltaSlots:
+    """A place for each edit in flight: one trainable delta for every site.
+
+    Each delta is a parameter of its own, so that an optimizer counts its steps alone; they are rows of one tensor for
+    every site, so that all are read and projected at once.
+
+    Attributes:
+        values: Shape [slots, F] for each site.
+        parameters: Their rows.
+    """
+
+    def __init__(self, sites: Sequence[SiteName], count: int, width: int, dtype: torch.dtype, device: torch.device):
+        self.values = {site: torch.zeros(count, width, dtype=dtype, device=device) for site in sites}
+        self.parameters = {site: [nn.Parameter(row) for row in value] for site, value in self.values.items()}
+        self._gradients = {site: torch.zeros_like(value) for site, value in self.values.items()}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    def open(self, slots: Sequence[int], state: Any) -> None:
+        """Begin with zero, and without an optimizer's memory of who was there before."""
+        for site, parameters in self.parameters.items():
+            self.values[site][list(slots)] = 0
+            for slot in slots:
+                state.pop(parameters[slot], None)
+                parameters[slot].grad = self._gradients[site][slot]
+
+    def close(self, slots: Sequence[int]) -> None:
+        """An optimizer passes over what has no gradient."""
+        for parameters in self.parameters.values():
+            for slot in slots:
+                parameters[slot].grad = None
+
+    def leaves(self, slots: Tensor) -> dict[SiteName, Tensor]:
+        """Copies of some deltas that a gradient can be taken for, shape [A, F]."""
+        return {site: value[slots].requires_grad_() for site, value in self.values.items()}
+
+    def set_gradients(self, slots: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Hand gradients of shape [A, F] to the parameters."""
+        for gradient, own in zip(gradients, self._gradients.values(), strict=True):
+            own[slots] = gradient
+
+
+@dataclass
+class RowSet:
+    """Rows of some edits, as many of each, and what of them need not be run at every step.
+
+    What stands before the subjects and below layer L is never run again. In layer L itself only the subjects' last
+    tokens are, since no delta reaches the others there.
+
+    Attributes:
+        rows: What is run: from the subject's last token on, or whole rows.
+        per_edit: P.
+        prefix: What stands before the rows; ``None`` where whole rows are run by the whole model.
+        entering: What enters layer L at the subject's last token, shape [R, 1, F], if it is kept.
+        leaving: What leaves layer L without deltas, shape [R, S, F], if it is kept.
+    """
+
+    rows: RowBatch
+    per_edit: int
+    prefix: Prefix | None = None
+    entering: Tensor | None = None
+    leaving: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, rows: RowBatch, per_edit: int, entry: Entry | None) -> RowSet:
+        """Prepare some rows, ``per_edit`` for each edit.
+
+        Args:
+            model: The language model.
+            rows: Whole rows, padded on either side.
+            per_edit: P.
+            entry: Layers up to and with the one behind L; ``None`` runs everything at every step.
+        """
+        if entry is None:
+            return cls(rows, per_edit)
+        prefix, rows = split_at_subject(model, rows)
+        if prefix is None:
+            return cls(rows, per_edit)
+        below, leaving = entry.states(model, rows, prefix)
+        return cls(rows, per_edit, prefix, below[:, :1], leaving)
+
+    def join(self, other: RowSet) -> None:
+        """Add rows of other edits."""
+        self.rows = self.rows.join(other.rows)
+        if self.prefix is not None and other.prefix is not None:
+            self.prefix = joined([self.prefix, other.prefix])
+        if self.entering is not None and other.entering is not None:
+            self.entering = torch.cat([self.entering, other.entering])
+        if self.leaving is not None and other.leaving is not None:
+            width = self.rows.input_ids.shape[1]
+            both = (self.leaving, other.leaving)
+            self.leaving = torch.cat([nn.functional.pad(h, (0, 0, 0, width - h.shape[1])) for h in both])
+
+    def keep(self, places: Tensor) -> None:
+        """Leave out the rows of all edits but these."""
+        count = torch.arange(self.per_edit, device=places.device)
+        rows = (places.unsqueeze(1) * self.per_edit + count).flatten()
+        if self.prefix is not None:
+            self.prefix = self.prefix.select(rows)
+        if self.entering is not None:
+            self.entering = self.entering[rows]
+        if self.leaving is not None:
+            self.leaving = self.leaving[rows][:, self.rows.used_columns(rows)]
+        self.rows = self.rows.select(rows)
+
+    def run(
+        self,
+        model: nn.Module,
+        modules: Mapping[SiteName, nn.Module],
+        leaves: Mapping[SiteName, Tensor],
+        entry: Entry | None,
+    ) -> tuple[Tensor, dict[SiteName, Tensor]]:
+        """The rows with the deltas added.
+
+        Returns:
+            Logits, shape [A, P, K, V], and each site's output in the first row of an edit before its delta, [A, F].
+        """
+        entry = None if self.prefix is None else entry
+        first = self.rows if entry is None else self.rows.first_columns(1)
+        with ExitStack() as stack:
+            recordings = {}
+            for site, module in modules.items():
+                added = leaves[site].repeat_interleave(self.per_edit, dim=0)
+                recordings[site] = stack.enter_context(record_and_add(module, first.subject, added))
+            if entry is None:
+                logits = label_logits(model, self.rows)
+            else:
+                hidden = self._behind_subjects(model, first, entry)
+        if entry is not None:
+            with entry.begin_with(hidden, entry.layer):
+                logits = label_logits(model, self.rows, self.prefix)
+        outputs = {site: recording.take().detach()[:: self.per_edit] for site, recording in recordings.items()}
+        return logits.unflatten(0, (-1, self.per_edit)), outputs
+
+    def _behind_subjects(self, model: nn.Module, first: RowBatch, entry: Entry) -> Tensor:
+        """What leaves layer L, which is run at the subjects' last tokens only, shape [R, S, F]."""
+        assert self.entering is not None
+        assert self.leaving is not None
+        layer = entry.below[-1]
+        with (
+            entry.begin_with(self.entering, layer),
+            record_and_add(layer, first.subject) as output,
+            stop_after(layer),
+        ):
+            run_to(model, first, self.prefix)
+        return torch.cat([output.take().unsqueeze(1).to(self.leaving), self.leaving[:, 1:]], dim=1)
+
+
+@dataclass
+class Flight:
+    """The edits that are optimised together at present, one behind the other in every field.
+
+    Attributes:
+        numbers: Which edits.
+        slots: Where their deltas are, int64, shape [A].
+        ages: Steps each has taken.
+        facts: Rows of their prompts: the bare one and the contexts.
+        meanings: Rows of their KL prompts; ``None`` if the divergence has no weight.
+        active: Whether an edit goes on, bool, shape [A].
+        reason: Why it does not, a number of the loop's, shape [A].
+        nll_factor: Its weight of the likelihood now, shape [A].
+        clean: Each site's output without deltas in the bare row, shape [A, F]; of newcomers after their first step.
+        clean_kl: Log-probabilities at the KL prompt without deltas, shape [A, V]; likewise.
+        final: v* as it stands, or stood when the edit stopped, shape [A, F].
+        final_norm: Norm of the delta then, relative to the clean output, shape [A].
+        trail: What each step since the last look has brought: the parts of the loss and whether it counts, shape
+            [A, parts + 1].
+    """
+
+    numbers: list[int]
+    slots: Tensor
+    ages: list[int]
+    facts: RowSet
+    meanings: RowSet | None
+    active: Tensor
+    reason: Tensor
+    nll_factor: Tensor
+    clean: dict[SiteName, Tensor] = field(default_factory=dict)
+    clean_kl: Tensor | None = None
+    final: dict[SiteName, Tensor] = field(default_factory=dict)
+    final_norm: dict[SiteName, Tensor] = field(default_factory=dict)
+    trail: list[Tensor] = field(default_factory=list)
+
+    @property
+    def known(self) -> int:
+        """How many edits have taken a step: the first ones."""
+        return len(next(iter(self.clean.values()))) if self.clean else 0
+
+    def join(self, other: Flight) -> None:
+        """Let others in behind these; what they learn in their first step is added after it."""
+        self.numbers += other.numbers
+        self.ages += other.ages
+        self.facts.join(other.facts)
+        if self.meanings is not None and other.meanings is not None:
+            self.meanings.join(other.meanings)
+        for name in ("slots", "active", "reason", "nll_factor"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Let all others leave."""
+        index = torch.tensor(places, dtype=torch.long, device=self.slots.device)
+        self.facts.keep(index)
+        if self.meanings is not None:
+            self.meanings.keep(index)
+        self.numbers, self.ages = ([values[i] for i in places] for values in (self.numbers, self.ages))
+        for name in ("slots", "active", "reason", "nll_factor"):
+            setattr(self, name, getattr(self, name)[index])
+        if self.clean_kl is not None:
+            self.clean_kl = self.clean_kl[index]
+        for values in (self.clean, self.final, self.final_norm):
+            values.update({site: value[index] for site, value in values.items()})
