@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from pmet_lightning.edits import Edit, RecordError, read_edits
 from pmet_lightning.language_model import load_tokenizer
+from pmet_lightning.parallel import Team
 from pmet_lightning.tokens import LocationError, PromptEncoder
 
 log = logging.getLogger(__name__)
@@ -142,8 +143,10 @@ class EditDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[EditBatch]:
         """All edits with their questions, for the scores before and after; each process gets its part."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self._loader(BatchSampler(len(self.edits), self.evaluation_batch, rank, world_size))
+        team = (0, 1)
+        if self.trainer:
+            team = (Team.of(self.trainer).rank, Team.of(self.trainer).size)
+        return self._loader(BatchSampler(len(self.edits), self.evaluation_batch, *team))
 
     def test_dataloader(self) -> DataLoader[EditBatch]:
         """The same as :meth:`val_dataloader`."""

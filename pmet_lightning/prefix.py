@@ -45,7 +45,8 @@ class Prefix:
         """The given rows (a boolean mask, shape [R], or an index)."""
         layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            own = rows.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys[own], layer.values[own]
         return Prefix(self._with_layers(layers), self.mask_RP[rows])
 
     def repeated(self, count: int) -> Prefix:
@@ -184,7 +185,8 @@ def _moved_to_the_end(cache: Any, mask_RP: Tensor) -> Any:
         for name in ("keys", "values"):
             kept = getattr(layer, name)
             # Of padding nothing may be left: even no weight times NaN is NaN.
-            setattr(layer, name, torch.where(real, kept.take_along_dim(index, dim=2), 0))
+            moved = kept.take_along_dim(index.to(kept.device), dim=2)
+            setattr(layer, name, torch.where(real.to(kept.device), moved, 0))
     return cache
 
 
@@ -218,7 +220,7 @@ class Entry:
                 stack.callback(layer.register_forward_hook(self._note_kind(i)).remove)
             stack.enter_context(stop_before(self.layer, record))
             run_to(model, rows, prefix)
-        return seen[0]
+        return seen[0].to(rows.input_ids.device)
 
     @contextmanager
     def begin_with(self, hidden_RSF: Tensor) -> Iterator[None]:

@@ -27,6 +27,7 @@ from pmet_lightning.moments import Place
 from pmet_lightning.parallel import Team
 from pmet_lightning.postnorm import pull_back
 from pmet_lightning.progress import find_callback, track
+from pmet_lightning.sharding import is_finite, norm_of, own_rows, whole
 from pmet_lightning.solve import (
     Solution,
     SpreadRule,
@@ -197,14 +198,14 @@ class WeightSpread(L.Callback):
                 wanted = aims[site].lacking(values) * share(layers_left, self.rule)
                 norm = sites.norm(site, layer)
                 if norm is not None:
-                    wanted = pull_back(norm, here, wanted)
+                    wanted = pull_back(whole(norm, here.device), here, wanted)
                 weight = projections[place].weight
                 assert isinstance(weight, Tensor)
                 keys, wanted = team.gathered(keys, count), team.gathered(wanted, count)
                 solve = partial(self._solve, wanted, keys, place, second_moments, module)
                 empty = torch.empty(wanted.shape[1], keys.shape[1], dtype=module.delta_dtype, device=module.device)
                 delta, solution = team.from_first(solve, empty)
-                ratio = float(delta.norm() / weight.to(delta.dtype).norm())
+                ratio = float(delta.norm()) / norm_of(weight, delta.dtype)
                 written = add_to_weight(projections[place], delta)
                 deltas[module.sites.weight_name(site, layer)] = delta.cpu()
                 reports.append(
@@ -250,7 +251,8 @@ class WeightSpread(L.Callback):
         where = self._value_site(module, site)
         nothing = torch.empty(0, module.width, dtype=module.delta_dtype)  # of a process without an edit
         goal = (stack(targets, where) if targets else nothing).to(module.device)
-        return _Aim((where, module.target_layer), goal, module.sites.norm(where, module.target_layer))
+        norm = module.sites.norm(where, module.target_layer)
+        return _Aim((where, module.target_layer), goal, None if norm is None else whole(norm, module.device))
 
     def _log_layers(self, trainer: L.Trainer, reports: Sequence[LayerReport], edit_batch: int) -> None:
         for report in reports:
@@ -293,13 +295,13 @@ def _warn_of_overload(module: TargetOptimizer, count: int) -> None:
 @contextmanager
 def _all_or_nothing(projections: Any) -> Iterator[None]:
     """Put the weights back, bit by bit, if the block does not end well (an interrupt included)."""
-    kept: list[tuple[nn.Module, Tensor]] = [(p, p.weight.detach().clone()) for p in projections]
+    kept: list[tuple[Tensor, Tensor]] = [(p.weight, own_rows(p.weight).clone()) for p in projections]
     try:
         yield
-        for projection, _ in kept:
-            if not projection.weight.isfinite().all():  # type: ignore[operator,union-attr]
+        for weight, _ in kept:
+            if not is_finite(weight):
                 raise FloatingPointError("a written weight is not finite in its own precision")
     except BaseException:
-        for projection, weight in kept:
-            projection.weight.data.copy_(weight)  # type: ignore[operator,union-attr]
+        for weight, before in kept:
+            own_rows(weight).copy_(before)
         raise
