@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard
+
+if TYPE_CHECKING:  # these take their time, and most runs shard nothing
+    import lightning as L
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 def shard(model: nn.Module, layers: str, mesh: DeviceMesh) -> None:
@@ -33,6 +34,8 @@ def shard(model: nn.Module, layers: str, mesh: DeviceMesh) -> None:
     Raises:
         ValueError: If the strategy is to split single weights' products too.
     """
+    from torch.distributed.fsdp import fully_shard
+
     if mesh["tensor_parallel"].size() > 1:
         raise ValueError(
             f"the strategy's tensor_parallel_size is {mesh['tensor_parallel'].size()}, expected 1 (and "
@@ -65,6 +68,8 @@ def in_turn(module: L.LightningModule) -> Iterator[None]:
 @contextmanager
 def left_sharded(model: nn.Module) -> Iterator[None]:
     """Leave no weight put together, even where a pass inside ends early and the layers' hooks do not run."""
+    from torch.distributed.fsdp import FSDPModule
+
     try:
         yield
     finally:
@@ -73,31 +78,39 @@ def left_sharded(model: nn.Module) -> Iterator[None]:
                 module.reshard()
 
 
+def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def own_rows(weight: Tensor) -> Tensor:
     """This process' rows of a weight, not a copy."""
-    rows: Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
+    rows: Tensor = weight.to_local() if _is_sharded(weight) else weight
     return rows.detach()
 
 
 def first_row(weight: Tensor) -> int:
     """Which row of the weight :func:`own_rows` begin with."""
-    if not isinstance(weight, DTensor):
+    if not _is_sharded(weight):
         return 0
-    assert weight.placements == (Shard(0),), weight.placements
+    assert weight.placements[0].is_shard(0), weight.placements
     rows = -(-weight.shape[0] // weight.device_mesh.size())
     return min(weight.device_mesh.get_local_rank() * rows, weight.shape[0])
 
 
-def rows_for(weight: Tensor, whole: Tensor) -> Tensor:
+def rows_for(weight: Tensor, matrix: Tensor) -> Tensor:
     """Those rows of a matrix of the weight's shape that belong to :func:`own_rows`, on their device."""
     own = own_rows(weight)
-    return whole.narrow(0, first_row(weight), len(own)).to(own.device)
+    return matrix.narrow(0, first_row(weight), len(own)).to(own.device)
 
 
 def summed(weight: Tensor, values: Tensor) -> Tensor:
     """The sum, over the processes that hold a weight, of what each has found in its own rows."""
-    if not isinstance(weight, DTensor):
+    if not _is_sharded(weight):
         return values
+    from torch.distributed.tensor import DTensor, Partial
+
     return DTensor.from_local(values, weight.device_mesh, [Partial()]).full_tensor()
 
 
@@ -113,7 +126,7 @@ def is_finite(weight: Tensor) -> bool:
 
 def whole(module: nn.Module, device: torch.device) -> nn.Module:
     """A small module, such as a norm, to be run by itself: as it is, or a copy whose weights are whole and there."""
-    weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in module.named_parameters()}
+    weights = {name: p.full_tensor() if _is_sharded(p) else p for name, p in module.named_parameters()}
     if all(weights[name] is p and p.device == device for name, p in module.named_parameters()):
         return module
     twin = copy.copy(module)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from pmet_lightning.architectures import add_to_weight, in_features
 from pmet_lightning.cli import main
+from pmet_lightning.keys import Measurement, current_values
 from pmet_lightning.language_model import fingerprint
 from pmet_lightning.spread import _all_or_nothing
 
@@ -58,7 +59,9 @@ class Watch(L.Callback):
         self.check(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """After the passes of the spread, which end early."""
+        """After a pass that ends inside a layer."""
+        over = Measurement.of(batch.edits, [], pl_module.encoder, 100, pl_module.device)
+        current_values(pl_module.model, pl_module.sites, ("attn", 1), over)
         self.check(pl_module)
         found = fingerprint(pl_module.model)
         if trainer.is_global_zero:
