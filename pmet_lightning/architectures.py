@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pmet_lightning.sharding import own_rows, rows_for, summed
+
 SiteName = Literal["attn", "ffn", "hidden"]
 
 
@@ -228,25 +230,24 @@ def add_to_weight(projection: nn.Module, delta_OI: Tensor) -> Written:
     """W ← W + ΔW, the sum formed in ΔW's precision and then stored in the weight's own dtype.
 
     Args:
-        projection: ``nn.Linear`` or ``Conv1D``.
-        delta_OI: Shape [out, in].
+        projection: ``nn.Linear`` or ``Conv1D``; of a sharded one, each process writes the rows that it holds.
+        delta_OI: Shape [out, in], whole on every process.
 
     Returns:
         How much of ΔW the stored weight has.
     """
     weight = projection.weight
     assert isinstance(weight, Tensor)
-    delta = (delta_OI.T if is_transposed(projection) else delta_OI).to(weight.device)
-    before = weight.detach().to(delta.dtype, copy=True)
-    weight.data.copy_(before + delta)
-    stored = weight.detach().to(delta.dtype) - before
-    square = delta.square().sum().clamp_min(torch.finfo(delta.dtype).tiny)
+    own = own_rows(weight)
+    delta = rows_for(weight, delta_OI.T if is_transposed(projection) else delta_OI)
+    before = own.to(delta.dtype, copy=True)
+    own.copy_(before + delta)
+    stored = own.to(delta.dtype) - before
     moving = delta != 0
-    return Written(
-        float((stored * delta).sum() / square),
-        float((stored[moving] != 0).double().mean()) if bool(moving.any()) else 1.0,
-        float((stored - delta).norm() / square.sqrt()),
-    )
+    sums = (stored * delta, delta.square(), (stored - delta).square(), moving, stored[moving] != 0)
+    product, square, lost, wanted, moved = summed(weight, torch.stack([part.sum().double() for part in sums])).tolist()
+    square = max(square, torch.finfo(torch.float64).tiny)
+    return Written(product / square, moved / wanted if wanted else 1.0, (lost / square) ** 0.5)
 
 
 def keep_in_float32(projection: nn.Module) -> None:

@@ -36,6 +36,7 @@ from pmet_lightning.moments import (
     unpacked_lower,
     unpacked_symmetric,
 )
+from pmet_lightning.parallel import Team
 from pmet_lightning.progress import counter
 from pmet_lightning.tokens import TokenRow, by_token_budget
 
@@ -96,7 +97,8 @@ class Collection:
         key: MomentKey,
     ) -> None:
         self.settings, self.trainer, self.module, self.store, self.key = settings, trainer, module, store, key
-        self.rank, self.world = trainer.global_rank, trainer.world_size
+        self.team = Team.of(trainer)
+        self.rank, self.world = self.team.rank, self.team.size
         self.sums = MomentSums(module.model, module.sites, places, module.encoder.pad_id, module.device)
         self.previous: dict[Place, Tensor] = {}  # the moments at the last look
         width = max(len(total) for total in self.sums.lower.values())
@@ -191,8 +193,7 @@ class Collection:
 
     def _reduced(self, value: Tensor) -> Tensor:
         """Sum over the processes; the value itself stays as it is."""
-        total: Tensor = self.trainer.strategy.reduce(value.clone(), reduce_op="sum")  # type: ignore[assignment]
-        return total
+        return self.team.total(value)
 
     # ---- unfinished work -------------------------------------------------------------------------------
 
@@ -210,8 +211,9 @@ class Collection:
             tensors[f"sum-{site}-{layer}"] = packed_lower(total.cpu())
             if (site, layer) in self.previous:
                 tensors[f"previous-{site}-{layer}"] = packed_lower(self.previous[site, layer].cpu())
-        with atomic_path(self._path(self.blocks_done, self.rank)) as temporary:
-            save_file(tensors, temporary, metadata={"tokens": str(self.sums.tokens)})
+        if self.team.writes:
+            with atomic_path(self._path(self.blocks_done, self.rank)) as temporary:
+                save_file(tensors, temporary, metadata={"tokens": str(self.sums.tokens)})
         self.trainer.strategy.barrier()
         for block, path in self._own_files().items():
             if block != self.blocks_done:

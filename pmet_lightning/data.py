@@ -219,8 +219,10 @@ class EditDataModule(L.LightningDataModule):
         """All edits with their questions, for the scores before and after; each process gets its part."""
         if self.stream:
             return []
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self._loader(BatchSampler(len(self.edits), self.evaluation_batch, rank, world_size))
+        team = (0, 1)
+        if self.trainer:
+            team = (Team.of(self.trainer).rank, Team.of(self.trainer).size)
+        return self._loader(BatchSampler(len(self.edits), self.evaluation_batch, *team))
 
     def test_dataloader(self) -> DataLoader[EditBatch] | list[Any]:
         """The same as :meth:`val_dataloader`."""

@@ -20,6 +20,7 @@ from pmet_lightning.corpus import corpus_texts, packed_rows
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.objective import kl_divergence, target_scores
+from pmet_lightning.parallel import Team
 from pmet_lightning.progress import find_callback
 from pmet_lightning.spread import WeightSpread
 from pmet_lightning.tokens import TokenRow, by_token_budget, pad_rows
@@ -132,7 +133,7 @@ class Drift(L.Callback):
             packed = itertools.islice(packed_rows(texts, module.tokenizer, self.length), self.rows)
             # Every token but the first is predicted from those before it.
             rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
-            self._rows = rows[trainer.global_rank :: trainer.world_size]
+            self._rows = Team.of(trainer).own(rows)
         return self._rows
 
     @torch.no_grad()

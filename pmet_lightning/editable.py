@@ -27,12 +27,13 @@ from pmet_lightning.architectures import (
 )
 from pmet_lightning.data import EditBatch
 from pmet_lightning.edits import Edit
-from pmet_lightning.language_model import DtypeName, fingerprint, load_config, load_model, load_tokenizer
+from pmet_lightning.language_model import DeviceMap, DtypeName, fingerprint, load_config, load_model, load_tokenizer
 from pmet_lightning.metrics import EditScores, ProbeResult, RecordResult, compared, score_probes
 from pmet_lightning.metrics.references import References
 from pmet_lightning.metrics.scores import table_of
 from pmet_lightning.metrics.texts import fluency, sampled_texts
 from pmet_lightning.patch import apply_patch
+from pmet_lightning.sharding import in_turn, shard
 from pmet_lightning.solve import written_sites
 from pmet_lightning.tokens import PaddingSide, PromptEncoder
 
@@ -81,6 +82,8 @@ class EditableModel(L.LightningModule):
         keep_float32: Whether the output projections of the edited layers of a half-precision model are held in
             float32, so that no part of an edit is rounded away here (``export --dtype float32`` keeps it in a folder).
         patch: A patch.safetensors that is applied after loading.
+        device_map: Where the parts of a model go that is larger than one device, such as auto (needs accelerate; one
+            process). Null leaves that to the trainer, whose ModelParallelStrategy shards it over processes instead.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class EditableModel(L.LightningModule):
         chat: bool = False,
         keep_float32: bool = False,
         patch: str | None = None,
+        device_map: DeviceMap | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # the language model is no part of a checkpoint
@@ -109,7 +113,7 @@ class EditableModel(L.LightningModule):
         self.padding_side: PaddingSide = padding_side
         self.tokens_per_batch = tokens_per_batch
         self.free_tokens, self.texts = free_tokens, texts
-        self.chat, self.keep_float32, self.patch = chat, keep_float32, patch
+        self.chat, self.keep_float32, self.patch, self.device_map = chat, keep_float32, patch, device_map
 
         self.lm: nn.Module | None = None
         self.base_fingerprint = ""
@@ -150,14 +154,27 @@ class EditableModel(L.LightningModule):
         if self.lm is not None:
             return
         assert self._architecture is not None, "setup runs before configure_model"
-        self.lm = load_model(self.model_name, self.dtype_name, self.attn_implementation)
-        self.base_fingerprint = fingerprint(self.lm)
+        if self.device_map is not None and self.trainer.world_size > 1:
+            raise ValueError(
+                f"--model.device_map {self.device_map} spreads the model over the devices of one process, expected "
+                f"--trainer.devices 1, got {self.trainer.world_size} processes; to shard it over processes, take "
+                "ModelParallelStrategy as --trainer.strategy and no device map"
+            )
+        with in_turn(self):
+            model = load_model(self.model_name, self.dtype_name, self.attn_implementation, self.device_map)
+            if self.device_mesh is not None:
+                shard(model, self._architecture.layers, self.device_mesh)
+        if self.device_map is None:
+            self.lm = model
+        else:
+            self.__dict__["lm"] = model  # not as a submodule: Lightning would move all of it to one device
+        self.base_fingerprint = fingerprint(model)
         if self.keep_float32:
             for layer in self.layers:
                 for site in written_sites("attn+ffn"):
                     keep_in_float32(self.sites.module(site, layer))
         if self.patch is not None:
-            apply_patch(self.lm, Sites.of(self.lm, self._architecture), self.patch, self.base_fingerprint)
+            apply_patch(model, self.sites, self.patch, self.base_fingerprint)
 
     @property
     def model(self) -> nn.Module:

@@ -62,6 +62,8 @@ class FineTuning(EditableModel):
     def configure_model(self) -> None:
         """Load the language model, once; its one trained matrix is held in float32."""
         if self.lm is None:
+            if self.device_mesh is not None:
+                raise ValueError("finetune trains a weight, which must not be sharded: expected one process or ddp")
             super().configure_model()
             keep_in_float32(self.projection)
             self.projection.weight.requires_grad_(True)  # type: ignore[operator,union-attr]

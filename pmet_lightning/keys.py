@@ -147,7 +147,7 @@ def _record(model: nn.Module, rows: SharedRows, points: Sequence[_Point], over: 
             stack.enter_context(stop_after(points[-1].module))
             run_to(model, batch, None if prefix is None else prefix.repeated(len(batch)))
         for values, recording in zip(found, recordings, strict=True):
-            values[indices] = recording.take().to(dtype)
+            values[indices] = recording.take().to(values)
     return found
 
 

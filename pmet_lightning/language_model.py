@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.resources import locate
+from pmet_lightning.sharding import first_row, left_sharded, own_rows, summed
 from pmet_lightning.sites import narrow_input
 from pmet_lightning.tokens import RowBatch
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DtypeName = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+DeviceMap = str | dict[str, int | str]
 _CHUNK = 1 << 22  # elements hashed at a time
 
 
@@ -46,21 +49,35 @@ def load_tokenizer(name: str) -> Any:
     return _from_pretrained(AutoTokenizer, name)
 
 
-def load_model(name: str, dtype: DtypeName = "auto", attn_implementation: str | None = None) -> nn.Module:
+def load_model(
+    name: str,
+    dtype: DtypeName = "auto",
+    attn_implementation: str | None = None,
+    device_map: DeviceMap | None = None,
+) -> nn.Module:
     """The causal language model, frozen and in eval mode.
 
     Raises:
         FileNotFoundError: As :func:`load_config`.
+        ImportError: If there is a device map, and accelerate is not installed.
+        ValueError: If the devices of the map have no room for the whole model.
     """
     from transformers import AutoModelForCausalLM
 
-    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    wishes = {"attn_implementation": attn_implementation, "device_map": device_map}
+    extra = {wish: value for wish, value in wishes.items() if value is not None}
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     # Converting after loading keeps buffers (rotary tables) as computed from the file's own precision.
     stored = "auto" if dtype in ("auto", "float64") else wanted
     model = _from_pretrained(AutoModelForCausalLM, name, dtype=stored, **extra)
     if dtype == "float64":
         model = model.double()
+    offloaded = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"--model.device_map {device_map} leaves {len(offloaded)} weights on no device (first {offloaded[0]}); "
+            "expected devices with room for all of them: what only visits a device cannot be edited there"
+        )
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -90,13 +107,15 @@ def label_logits(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None)
         Shape [R, K, V], in the model's dtype.
     """
     with narrow_input(model.get_output_embeddings(), rows.label_columns):  # type: ignore[operator]
-        return model(**_inputs(model, rows, prefix)).logits  # type: ignore[no-any-return]
+        logits: Tensor = model(**_inputs(model, rows, prefix)).logits
+        return logits.to(rows.input_ids.device)
 
 
 def run_to(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> None:
     """Run the layers for the sake of hooks; there is no vocabulary head."""
     body: nn.Module = model.base_model  # type: ignore[assignment]
-    body(**_inputs(body, rows, prefix))
+    with left_sharded(body):
+        body(**_inputs(body, rows, prefix))
 
 
 def _inputs(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> dict[str, Any]:
@@ -125,11 +144,12 @@ def fingerprint(model: nn.Module) -> str:
 def checksum(tensor: Tensor) -> str:
     """Exact sums of a tensor's bits, plain and weighted by position."""
     views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().flatten().view(views[tensor.element_size()])
-    plain = weighted = 0
+    bits = own_rows(tensor).contiguous().flatten().view(views[tensor.element_size()])
+    before = first_row(tensor) * math.prod(tensor.shape[1:])
+    sums = torch.zeros(2, dtype=torch.int64, device=bits.device)  # modulo 2^64
     for start in range(0, bits.numel(), _CHUNK):
         chunk = bits[start : start + _CHUNK].to(torch.int64)
-        position = torch.arange(start, start + chunk.numel(), device=chunk.device)
-        plain += int(chunk.sum())
-        weighted += int((chunk * (2 * position + 1)).sum())
+        position = torch.arange(before + start, before + start + chunk.numel(), device=chunk.device)
+        sums += torch.stack([chunk.sum(), (chunk * (2 * position + 1)).sum()])
+    plain, weighted = summed(tensor, sums).tolist()
     return f"{plain % (1 << 64):x}:{weighted % (1 << 64):x}"

@@ -183,14 +183,16 @@ class TargetOptimizer(EditableModel):
         if not batch.edits:  # written before the run was resumed
             return {"targets": []}
         store = self._target_store(batch_idx)
-        edits = Team.of(self.trainer).own(batch.edits)
+        team = Team.of(self.trainer)
+        edits = team.own(batch.edits)
         found = {i: store.load(edit.identity()) for i, edit in enumerate(edits)} if store else {}
+        found = team.agreed(found)
         targets = {i: target for i, target in found.items() if target is not None}
         missing = [i for i in range(len(edits)) if i not in targets]
         with counter(self.trainer, len(missing), "Targets", "edit") as bar:
             for k, target in self.optimised([edits[i] for i in missing]):
                 targets[missing[k]] = target
-                if store:
+                if store and team.writes:
                     store.save(edits[missing[k]].identity(), target)
                 bar.update(1)
         return {"targets": [targets[i] for i in range(len(edits))]}
@@ -211,7 +213,8 @@ class TargetOptimizer(EditableModel):
             Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question) for edit in edits
         ]
         optimizer = self.optimizers()
-        slots = self._slots(edits_in_flight(self.micro_batch, requests, self._size(), self.device))
+        team = Team.of(self.trainer)
+        slots = self._slots(team.agreed(edits_in_flight(self.micro_batch, requests, self._size(), self.device)))
         below = [self.sites.module("hidden", i) for i in range(self.target_layer + 2)] if self._suffix_only else None
         loop = TargetLoop(
             model=self.model,
@@ -225,6 +228,7 @@ class TargetOptimizer(EditableModel):
             padding_side=self.padding_side,
             look_every=_LOOK_EVERY.get(self.device.type, _LOOK_EVERY_ELSEWHERE),
             logged=lambda means: self.log_step("targets", means),
+            agreed=team.agreed if team.together else None,
         )
         yield from loop.run(requests)
 

@@ -284,8 +284,8 @@ class MomentSums:
 @contextmanager
 def _sum_inputs(module: nn.Module, mask_RT: Tensor, lower_II: Tensor) -> Iterator[None]:
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        keys_TI = inputs[0].reshape(*mask_RT.shape, -1)[mask_RT]
-        keys_TI = keys_TI.to(torch.promote_types(keys_TI.dtype, torch.float32))
+        keys_TI = inputs[0].reshape(*mask_RT.shape, -1)[mask_RT.to(inputs[0].device)]
+        keys_TI = keys_TI.to(lower_II.device, torch.promote_types(keys_TI.dtype, torch.float32))
         # The product is symmetric: block rows up to the diagonal are about half of it.
         for start in range(0, len(lower_II), _BLOCK_ROWS):
             end = start + _BLOCK_ROWS

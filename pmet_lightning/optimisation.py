@@ -88,6 +88,8 @@ class TargetLoop:
         look_every: Steps between two looks of the host at what has stopped; an edit that has stopped in between
             stays as it was.
         logged: Gets means over the edits in flight at every look.
+        agreed: Of processes that must run the same passes, gives all of them what one has. An allocation that fails on
+            one of them then ends the run.
     """
 
     def __init__(
@@ -104,12 +106,13 @@ class TargetLoop:
         padding_side: PaddingSide,
         look_every: int,
         logged: Callable[[dict[str, float]], None],
+        agreed: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
         self.model, self.modules, self.slots, self.rules = model, modules, slots, rules
         self.optimizer, self.step = optimizer, step
         self.entry = None if layers is None else Entry(layers)
         self.pad_id, self.padding_side, self.look_every, self.logged = pad_id, padding_side, look_every, logged
-        self.room = len(slots)
+        self.agreed, self.room = agreed, len(slots)
         self.flight: Flight | None = None
         self.aboard: list[int] = []  # in flight, or about to be
         self._steps_since_look = 0
@@ -135,7 +138,7 @@ class TargetLoop:
             try:
                 finished = self._round(waiting, requests)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self.agreed is not None:
                     raise
                 if len(self.aboard) == 1:
                     raise RuntimeError(
@@ -274,7 +277,12 @@ class TargetLoop:
         now = points[-1][counted[-1]]
         means = dict(zip(PARTS, now[:, :-1].mean(dim=0).tolist(), strict=True)) if len(now) else {}
         self.logged(means | {"active": float(len(now))})
-        return (~flight.active).nonzero().flatten().tolist()
+        stopped: list[int] = (~flight.active).nonzero().flatten().tolist()
+        if self.agreed is not None:  # a rounding error may decide: then it must be the same one everywhere
+            stopped = self.agreed(stopped)
+            flight.active = torch.ones_like(flight.active)  # a gradient may still need the old one
+            flight.active[stopped] = False
+        return stopped
 
     def _leave(self, flight: Flight, stopped: Sequence[int]) -> list[tuple[int, Target]]:
         values = {site: value[list(stopped)].cpu() for site, value in flight.final.items()}

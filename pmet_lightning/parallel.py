@@ -1,6 +1,9 @@
 """Work dealt out to the processes of a run, and what they found put together again.
 
 Place i of the work belongs to process i modulo their number, so that no process has more than one place more.
+
+Where the model is sharded, a pass takes all processes, so that all of them do all of the work, in step: they are then
+one member of the team.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from typing import TypeVar
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 
 Item = TypeVar("Item")
@@ -23,18 +26,31 @@ class Team:
 
     Attributes:
         strategy: Lightning's, which talks to the others.
-        rank: Number of this process.
+        rank: Number of this process, or of the member of the team that it is part of.
         size: How many there are.
+        together: Whether all processes are one member, which must not come to different decisions.
     """
 
     strategy: Strategy
     rank: int
     size: int
+    together: bool = False
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> Team:
         """The processes of a trainer."""
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            return cls(trainer.strategy, 0, 1, together=True)
         return cls(trainer.strategy, trainer.global_rank, trainer.world_size)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process stores what its member of the team has found."""
+        return not self.together or self.strategy.is_global_zero
+
+    def agreed(self, own: Item) -> Item:
+        """What this process has found, or, where all are in step, what the first one has."""
+        return self.strategy.broadcast(own) if self.together else own
 
     def own(self, work: Sequence[Item]) -> list[Item]:
         """What of the work is this process'."""
@@ -56,9 +72,9 @@ class Team:
         return [parts[place % self.size][place // self.size] for place in range(count)]
 
     def total(self, own: Tensor) -> Tensor:
-        """The sum over the processes, on every process."""
+        """The sum over the team, on every process; a new tensor."""
         if self.size == 1:
-            return own
+            return own.clone()
         summed: Tensor = self.strategy.reduce(own.clone(), reduce_op="sum")  # type: ignore[assignment]
         return summed
 
@@ -81,13 +97,14 @@ class Team:
 
         rest = self.object_from_first(make_and_keep)
         # What is zero everywhere else arrives as it is.
-        return self.total(kept[0] if kept else torch.zeros_like(empty)), rest
+        tensor = kept[0] if kept else torch.zeros_like(empty)
+        return self.strategy.reduce(tensor, reduce_op="sum"), rest  # type: ignore[return-value]
 
     def object_from_first(self, make: Callable[[], Item]) -> Item:
         """As :meth:`from_first`, for what is no tensor."""
         made: Item | None = None
         error: Exception | None = None
-        if self.rank == 0:
+        if self.strategy.is_global_zero:
             try:
                 made = make()
             except Exception as problem:

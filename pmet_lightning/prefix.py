@@ -46,7 +46,8 @@ class Prefix:
         """The given rows (a boolean mask, shape [R], or an index)."""
         layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            own = rows.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys[own], layer.values[own]
         return Prefix(self._with_layers(layers), self.mask_RP[rows])
 
     def repeated(self, count: int) -> Prefix:
@@ -238,9 +239,9 @@ def _moved_to_the_end(cache: Any, mask_RP: Tensor) -> Any:
     for layer in cache.layers:
         for name in ("keys", "values"):
             kept = getattr(layer, name).transpose(1, 2)
-            moved = kept.flatten(0, 1).index_select(0, index).view_as(kept).transpose(1, 2)
+            moved = kept.flatten(0, 1).index_select(0, index.to(kept.device)).view_as(kept).transpose(1, 2)
             # Of padding nothing may be left: even no weight times NaN is NaN.
-            setattr(layer, name, moved.masked_fill_(padding, 0))
+            setattr(layer, name, moved.masked_fill_(padding.to(kept.device), 0))
     return cache
 
 
@@ -275,7 +276,7 @@ class Entry:
             stack.callback(self.below[-1].register_forward_pre_hook(record, with_kwargs=True).remove)
             stack.enter_context(stop_before(self.layer, record))
             run_to(model, rows, prefix)
-        return seen[0], seen[1]
+        return seen[0].to(rows.input_ids.device), seen[1].to(rows.input_ids.device)
 
     @contextmanager
     def begin_with(self, hidden_RSF: Tensor, at: nn.Module) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """Context managers that record or add vectors at a module while a model runs; all hooks leave with them.
 
+Of a model on several devices, a module may be on another one than the rows.
+
 Legend: R = rows, T = tokens, K = columns kept, F = features.
 """
 
@@ -41,7 +43,7 @@ def _by_row(tensor: Tensor, columns_R: Tensor) -> Tensor:
 
 def _at(tensor: Tensor, columns_R: Tensor) -> Tensor:
     rows = torch.arange(len(columns_R), device=tensor.device)
-    return _by_row(tensor, columns_R)[rows, columns_R]
+    return _by_row(tensor, columns_R)[rows, columns_R.to(tensor.device)]
 
 
 @contextmanager
@@ -75,8 +77,8 @@ def record_and_add(module: nn.Module, columns_R: Tensor, added_RF: Tensor | None
         recording.values = _at(whole, columns_R)
         if added_RF is None:
             return None
-        rows = torch.arange(len(columns_R), device=whole.device)
-        changed = _by_row(whole, columns_R).index_put((rows, columns_R), added_RF.to(whole.dtype), accumulate=True)
+        rows, columns = torch.arange(len(columns_R), device=whole.device), columns_R.to(whole.device)
+        changed = _by_row(whole, columns_R).index_put((rows, columns), added_RF.to(whole), accumulate=True)
         changed = changed.view_as(whole)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
@@ -95,8 +97,9 @@ def narrow_input(module: nn.Module, columns_RK: Tensor) -> Iterator[None]:
     """
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        rows = torch.arange(columns_RK.shape[0], device=columns_RK.device).unsqueeze(1)
-        return (inputs[0][rows, columns_RK], *inputs[1:])
+        columns = columns_RK.to(inputs[0].device)
+        rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
+        return (inputs[0][rows, columns], *inputs[1:])
 
     handle = module.register_forward_pre_hook(hook)
     try:

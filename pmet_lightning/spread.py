@@ -28,6 +28,7 @@ from pmet_lightning.moments import Place
 from pmet_lightning.parallel import Team
 from pmet_lightning.postnorm import pull_back
 from pmet_lightning.progress import find_callback, track
+from pmet_lightning.sharding import is_finite, norm_of, own_rows, whole
 from pmet_lightning.solve import (
     Solution,
     SpreadRule,
@@ -108,9 +109,9 @@ class _Aim:
 
 @dataclass(frozen=True)
 class Before:
-    """What there was before an edit batch: weights, ΔW so far, protected keys."""
+    """What there was before an edit batch: each weight with its own rows then, ΔW so far, protected keys."""
 
-    weights: list[tuple[nn.Module, Tensor]]
+    weights: list[tuple[Tensor, Tensor]]
     deltas: dict[str, Tensor]
     past: dict[Place, Tensor]
 
@@ -228,17 +229,17 @@ class WeightSpread(L.Callback):
                 wanted = aims[site].lacking(values) * share(layers_left, self.rule)
                 norm = sites.norm(site, layer)
                 if norm is not None:
-                    wanted = pull_back(norm, here, wanted)
+                    wanted = pull_back(whole(norm, here.device), here, wanted)
                 weight = projections[place].weight
                 assert isinstance(weight, Tensor)
                 keys, wanted = team.gathered(keys, count), team.gathered(wanted, count)
                 solve = partial(self._solve, wanted, keys, place, second_moments, module)
-                if self.protect_past and team.rank == 0:
+                if self.protect_past and trainer.is_global_zero:
                     past[place] = keys.T.double() @ keys.double()
                 empty = torch.empty(wanted.shape[1], keys.shape[1], dtype=module.delta_dtype, device=module.device)
                 delta, solution = team.from_first(solve, empty)
                 name = sites.weight_name(site, layer)
-                norm_before = float(weight.detach().to(delta.dtype).norm())
+                norm_before = norm_of(weight, delta.dtype)
                 written = add_to_weight(projections[place], delta)
                 deltas[name] = delta.cpu()
                 reports.append(
@@ -298,14 +299,14 @@ class WeightSpread(L.Callback):
         for place in itertools.product(self.sites, module.layers):
             weight = module.sites.module(*place).weight
             assert isinstance(weight, Tensor)
-            self.base_norms[module.sites.weight_name(*place)] = float(weight.detach().to(module.delta_dtype).norm())
+            self.base_norms[module.sites.weight_name(*place)] = norm_of(weight, module.delta_dtype)
 
     @torch.no_grad()
     def undo(self) -> None:
         """Take the last edit batch back, bit by bit; needs ``keep_before``."""
         assert self.before is not None, "keep_before was not set"
-        for projection, weight in self.before.weights:
-            projection.weight.copy_(weight)  # type: ignore[operator,union-attr]
+        for weight, before in self.before.weights:
+            own_rows(weight).copy_(before)
         self.deltas, self.past = self.before.deltas, self.before.past
         self.before, self.report = None, None
 
@@ -313,7 +314,8 @@ class WeightSpread(L.Callback):
         where = self._value_site(module, site)
         nothing = torch.empty(0, module.width, dtype=module.delta_dtype)  # of a process without an edit
         goal = (stack(targets, where) if targets else nothing).to(module.device)
-        return _Aim((where, module.target_layer), goal, module.sites.norm(where, module.target_layer))
+        norm = module.sites.norm(where, module.target_layer)
+        return _Aim((where, module.target_layer), goal, None if norm is None else whole(norm, module.device))
 
     def _log_layers(self, trainer: L.Trainer, reports: Sequence[LayerReport], edit_batch: int) -> None:
         for report in reports:
@@ -356,15 +358,15 @@ def _warn_of_overload(module: TargetOptimizer, count: int) -> None:
 
 
 @contextmanager
-def _all_or_nothing(projections: Any) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+def _all_or_nothing(projections: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Put the weights back, bit by bit, if the block does not end well (an interrupt included)."""
-    kept: list[tuple[nn.Module, Tensor]] = [(p, p.weight.detach().clone()) for p in projections]
+    kept: list[tuple[Tensor, Tensor]] = [(p.weight, own_rows(p.weight).clone()) for p in projections]
     try:
         yield kept
-        for projection, _ in kept:
-            if not projection.weight.isfinite().all():  # type: ignore[operator,union-attr]
+        for weight, _ in kept:
+            if not is_finite(weight):
                 raise FloatingPointError("a written weight is not finite in its own precision")
     except BaseException:
-        for projection, weight in kept:
-            projection.weight.data.copy_(weight)  # type: ignore[operator,union-attr]
+        for weight, before in kept:
+            own_rows(weight).copy_(before)
         raise

@@ -18,6 +18,7 @@ from pmet_lightning.corpus import corpus_fingerprint
 from pmet_lightning.memory import free_memory
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.moments import MOMENTS_FOLDER, MomentKey, MomentStore, Place, memory_groups
+from pmet_lightning.parallel import Team
 from pmet_lightning.solve import Factor, WriteChoice, written_sites
 from pmet_lightning.tokens import PromptEncoder
 
@@ -90,7 +91,7 @@ class SecondMoments(L.Callback):
                 "no second moments for layers %s of this model in %s: collecting them over %s",
                 sorted({layer for _, layer in missing}), store.folder, self.settings.described(),
             )  # fmt: skip
-            groups = memory_groups(missing, free_memory(pl_module.device))
+            groups = Team.of(trainer).agreed(memory_groups(missing, free_memory(pl_module.device)))
             if len(groups) > 1:
                 log.info("they do not fit into memory together: %d passes over the corpus", len(groups))
             for group in groups:
