@@ -213,8 +213,10 @@ class TargetOptimizer(EditableModel):
             Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question) for edit in edits
         ]
         optimizer = self.optimizers()
-        team = Team.of(self.trainer)
-        slots = self._slots(team.agreed(edits_in_flight(self.micro_batch, requests, self._size(), self.device)))
+        together = self._trainer is not None and Team.of(self.trainer).together
+        agreed = Team.of(self.trainer).agreed if together else None
+        count = edits_in_flight(self.micro_batch, requests, self._size(), self.device)
+        slots = self._slots(count if agreed is None else agreed(count))
         below = [self.sites.module("hidden", i) for i in range(self.target_layer + 2)] if self._suffix_only else None
         loop = TargetLoop(
             model=self.model,
@@ -228,7 +230,7 @@ class TargetOptimizer(EditableModel):
             padding_side=self.padding_side,
             look_every=_LOOK_EVERY.get(self.device.type, _LOOK_EVERY_ELSEWHERE),
             logged=lambda means: self.log_step("targets", means),
-            agreed=team.agreed if team.together else None,
+            agreed=agreed,
         )
         yield from loop.run(requests)
 
