@@ -17,7 +17,7 @@ _KEPT = 40
 # Bytes kept of each logit: as it is, in float32, its exponential and its gradient.
 _LOGIT_BYTES = 16
 # Tokens in flight beyond which a device gains nothing (benchmarks/targets.py).
-_MOST_TOKENS = {"cpu": 2048}
+_MOST_TOKENS = {"cpu": 4096}
 _MOST_TOKENS_ELSEWHERE = 65536
 
 
