@@ -58,10 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _start_log(arguments: Sequence[str]) -> None:
-    """Show messages as they are. Lightning, where a verb uses it, is imported before: after, it shows its own twice."""
+    """Show messages as they are, and of several processes those of the first.
+
+    Lightning, where a verb uses it, is imported before: after, it shows its own twice.
+    """
+    level = logging.INFO
     if arguments[0] not in ("export", "harness") and "--help" not in arguments:
-        import lightning  # noqa: F401
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+        from lightning.pytorch.utilities import rank_zero_only
+
+        level = logging.WARNING if rank_zero_only.rank else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s")
 
 
 def _call(function: Callable[..., None], arguments: Sequence[str]) -> None:

@@ -103,6 +103,35 @@ def solve_update(residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: f
     return solution
 
 
+def solve_sums(right_OI: Tensor, products_II: Tensor, moment_II: Tensor, lam: float) -> Solution:
+    """The same ΔW from E Kᵀ and K Kᵀ, which processes can sum: less to send than the keys of many edits.
+
+    Args:
+        right_OI: E Kᵀ, float64, shape [O, I].
+        products_II: K Kᵀ, float64, shape [I, I].
+        moment_II: As for :func:`solve_update`.
+        lam: λ.
+
+    Raises:
+        FloatingPointError: As :func:`solve_update`.
+    """
+    _refuse_nan({"residual": right_OI, "keys": products_II, "second moment": moment_II})
+    whole_II = products_II + lam * moment_II.to(torch.float64)
+    lower_II, ridge = factorise(whole_II.clone)
+    delta_OI = right_OI.clone(memory_format=torch.contiguous_format)
+    _substitute(lower_II, delta_OI)
+    _substitute(lower_II, delta_OI, transposed=True)
+    if not _finite(delta_OI):
+        raise FloatingPointError("the update of the solve is not finite")
+    error = (delta_OI @ whole_II + ridge * delta_OI - right_OI).norm() / right_OI.norm().clamp_min(1e-300)
+    return Solution(delta_OI, ridge, float(error))
+
+
+def products(left_NX: Tensor, keys_NI: Tensor) -> Tensor:
+    """leftᵀ keys, float64, shape [X, I]: E Kᵀ of residuals, K Kᵀ of keys."""
+    return _right_side(left_NX, keys_NI)
+
+
 def solve_with_factor(residual_NO: Tensor, keys_NI: Tensor, factor: Factor, lam: float) -> Solution:
     """The same ΔW from a factor of C alone, which any number of edit batches and any λ can share.
 

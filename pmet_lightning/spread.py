@@ -33,8 +33,10 @@ from pmet_lightning.solve import (
     Solution,
     SpreadRule,
     WriteChoice,
+    products,
     share,
     solve_in_null_space,
+    solve_sums,
     solve_update,
     solve_with_factor,
     written_sites,
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 
 MUCH_ROUNDING = 0.5  # of ‖ΔW‖
 FEW_EDITS = 0.5  # of the key dimensions: up to here the solve with a stored factor is faster (benchmarks/solve.py)
+SUMS_BEYOND = 1.0  # of the key dimensions: for more edits K Kᵀ and E Kᵀ are less to send than K and E
 PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
 
 
@@ -232,10 +235,18 @@ class WeightSpread(L.Callback):
                     wanted = pull_back(whole(norm, here.device), here, wanted)
                 weight = projections[place].weight
                 assert isinstance(weight, Tensor)
-                keys, wanted = team.gathered(keys, count), team.gathered(wanted, count)
-                solve = partial(self._solve, wanted, keys, place, second_moments, module)
-                if self.protect_past and trainer.is_global_zero:
-                    past[place] = keys.T.double() @ keys.double()
+                keys_keys: Tensor | None = None
+                if team.size > 1 and self.null_space is None and count > SUMS_BEYOND * keys.shape[1]:
+                    keys_keys = team.total(products(keys, keys))
+                    right = team.total(products(wanted, keys))
+                    solve = partial(self._solve_sums, right, keys_keys, place, second_moments, module)
+                else:
+                    keys, wanted = team.gathered(keys, count), team.gathered(wanted, count)
+                    if self.protect_past and trainer.is_global_zero:
+                        keys_keys = products(keys, keys)
+                    solve = partial(self._solve, wanted, keys, place, second_moments, module)
+                if self.protect_past and trainer.is_global_zero and keys_keys is not None:
+                    past[place] = keys_keys
                 empty = torch.empty(wanted.shape[1], keys.shape[1], dtype=module.delta_dtype, device=module.device)
                 delta, solution = team.from_first(solve, empty)
                 name = sites.weight_name(site, layer)
@@ -283,12 +294,28 @@ class WeightSpread(L.Callback):
                 return solve_with_factor(wanted_NO, keys_NI, second_moments.factor(place), self.lam)
             except FloatingPointError as error:
                 log.info("%s: %s; solving without it", place, error)
-        moment = second_moments.moment(place).to(device)
-        if past is not None:  # it counts as much as the new keys
-            moment = moment.double().add_(past, alpha=1 / self.lam)
+        moment = self._protected(place, second_moments, device)
         if self.null_space is None:
             return solve_update(wanted_NO, keys_NI, moment, self.lam)
         return solve_in_null_space(wanted_NO, keys_NI, moment, self.lam, self.null_space)
+
+    def _solve_sums(
+        self,
+        right_OI: Tensor,
+        products_II: Tensor,
+        place: Place,
+        second_moments: SecondMoments,
+        module: TargetOptimizer,
+    ) -> tuple[Tensor, Solution]:
+        """The same from what the processes have summed."""
+        moment = self._protected(place, second_moments, module.device)
+        solution = solve_sums(right_OI, products_II, moment, self.lam)
+        return solution.delta_OI.to(module.delta_dtype), replace(solution, delta_OI=torch.empty(0))
+
+    def _protected(self, place: Place, second_moments: SecondMoments, device: torch.device) -> Tensor:
+        """C and, in its units, the keys of earlier edit batches, which count as much as the new ones."""
+        moment, past = second_moments.moment(place).to(device), self.past.get(place)
+        return moment if past is None else moment.double().add_(past, alpha=1 / self.lam)
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """Where a written site's target and residual are measured (MEMIT: the layer's output)."""

@@ -11,8 +11,12 @@ from pmet_lightning.cli import main
 from pmet_lightning.keys import measure
 
 # Edits, and edits of an edit batch: 7 edits on 2 or 3 processes are uneven, one edit leaves a process without any.
-SHAPES = {"whole": (7, None), "batches": (7, 3), "one": (1, None), "both": (5, None)}
-EXTRA = {"both": ["--spread.write", "attn+ffn", "--model.micro_batch", "2"]}
+# In "sums" K Kᵀ and E Kᵀ travel, as if edits were more than key dimensions.
+SHAPES = {"whole": (7, None), "batches": (7, 3), "one": (1, None), "both": (5, None), "sums": (7, 4)}
+EXTRA = {
+    "both": ["--spread.write", "attn+ffn", "--model.micro_batch", "2"],
+    "sums": ["--spread.protect_past", "true"],
+}
 
 
 def fit(folder: Path, model: str, records: Path, corpus: Path, processes: int, *extra: str) -> None:
@@ -31,6 +35,7 @@ def fit(folder: Path, model: str, records: Path, corpus: Path, processes: int, *
 def fit_all(folder: Path, model: str, records: Path, corpus: Path, processes: int) -> None:
     """A run in ``folder`` for each shape."""
     for name, (limit, edit_batch) in SHAPES.items():
+        spread.SUMS_BEYOND = 0.0 if name == "sums" else 1.0
         fit(
             folder / name, model, records, corpus, processes, "--data.limit", str(limit), "--data.edit_batch",
             str(edit_batch or "null"), *EXTRA.get(name, []),

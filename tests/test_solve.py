@@ -19,8 +19,10 @@ from pmet_lightning.solve import (
     Factor,
     factorise,
     null_space,
+    products,
     share,
     solve_in_null_space,
+    solve_sums,
     solve_update,
     solve_with_factor,
 )
@@ -50,6 +52,18 @@ def test_equals_the_explicit_inverse(n):
 def inverse(residual, keys, moment, lam):
     """The slow obvious twin, as other editors have it."""
     return residual.T @ keys @ torch.inverse(lam * moment + keys.T @ keys)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_sums_serve_as_well_as_keys(n):
+    residual, keys, moment = problem(n, 16, 6)
+    parts = [(residual[i::3], keys[i::3]) for i in range(3)]  # as three processes have them, some of them nothing
+    right = torch.stack([products(e, k) for e, k in parts]).sum(dim=0)
+    solution = solve_sums(right, torch.stack([products(k, k) for _, k in parts]).sum(dim=0), moment, 3.0)
+    torch.testing.assert_close(solution.delta_OI, inverse(residual, keys, moment, 3.0), rtol=1e-10, atol=1e-12)
+    assert solution.relative_error < 1e-12
+    with pytest.raises(FloatingPointError, match="residual of the solve is not finite"):
+        solve_sums(right * float("nan"), keys.T @ keys, moment, 3.0)
 
 
 @pytest.mark.parametrize("n", [1, 5, 40, 333])
