@@ -203,7 +203,7 @@ class TargetLoop:
     @torch.enable_grad()
     def _iterate(self, flight: Flight, leaves: dict[SiteName, Tensor]) -> Tensor:
         """Forward, losses and stop rules; returns the sum of the losses of the edits that go on."""
-        logits_APKV, outputs = self._forward(flight, flight.facts, leaves)
+        logits_APKV, outputs = self._forward(flight.facts, leaves)
         known = flight.known
         _greet(flight, outputs)
         labels = flight.facts.rows.label_ids.unflatten(0, (len(flight.numbers), -1))
@@ -211,7 +211,7 @@ class TargetLoop:
         nll, p = scores.nll.mean(dim=1), (-scores.nll).exp()
         kl = torch.zeros_like(nll)
         if flight.meanings is not None:
-            meaning_APKV, _ = self._forward(flight, flight.meanings, leaves)
+            meaning_APKV, _ = self._forward(flight.meanings, leaves)
             log_p = meaning_APKV[:, 0, 0].to(nll.dtype).log_softmax(dim=-1)
             flight.clean_kl = _behind(flight.clean_kl, log_p.detach()[known:])
             kl = self.rules.kl * kl_divergence(log_p, flight.clean_kl)
@@ -231,9 +231,7 @@ class TargetLoop:
             self._apply_stop_rules(flight, loss, kl, scores.all_argmax.all(dim=1))
         return torch.where(flight.active, loss, 0.0).sum()
 
-    def _forward(
-        self, flight: Flight, rows: RowSet, leaves: Mapping[SiteName, Tensor]
-    ) -> tuple[Tensor, dict[SiteName, Tensor]]:
+    def _forward(self, rows: RowSet, leaves: Mapping[SiteName, Tensor]) -> tuple[Tensor, dict[SiteName, Tensor]]:
         """Logits [A, P, K, V], and each site's output in the bare row before its delta, [A, F]."""
         logits, outputs = rows.run(self.model, self.modules, leaves, self.entry)
         return logits, {site: output.to(leaves[site]) for site, output in outputs.items()}

@@ -16,7 +16,8 @@ from pmet_lightning.progress import EditProgressBar
 from pmet_lightning.recorder import RunRecorder
 
 # Lightning warns of what is meant here: the language model stays in eval mode, batches are text, edits are
-# read once and by this process, the CSV logger shares the run folder, nothing is done in place to outputs.
+# read once and by this process, edit batches are as many as they say, the CSV logger shares the run folder, nothing is
+# done in place to outputs.
 _INTENDED = (
     r".*module\(s\) in eval mode.*",
     r".*transfer_batch_to_device.*",
@@ -24,6 +25,7 @@ _INTENDED = (
     r".*directory .* exists and is not empty.*",
     r".*is smaller than the logging interval.*",
     r".*isinstance\(treespec, LeafSpec\).*",
+    r".*`IterableDataset` has `__len__` defined.*",
     r".*FSDP2-wrapped module .* returned a view tensor.*",
 )
 

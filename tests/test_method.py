@@ -254,11 +254,11 @@ def test_a_lack_of_memory_halves_the_edits_in_flight(folder_of, tmp_path_factory
     values, _, _ = run(folder, tmp_path_factory.mktemp("a"))
     sizes, forward = [], TargetLoop._forward
 
-    def limited(self, flight, rows, leaves):
-        sizes.append(len(flight.numbers))
+    def limited(self, rows, leaves):
+        sizes.append(len(rows.rows) // rows.per_edit)
         if sizes[-1] > most:
             raise torch.OutOfMemoryError("of the test")
-        return forward(self, flight, rows, leaves)
+        return forward(self, rows, leaves)
 
     monkeypatch.setattr(TargetLoop, "_forward", limited)
     most = 3
