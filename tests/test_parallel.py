@@ -33,7 +33,7 @@ def alone(inputs, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def together(request, inputs, tmp_path_factory):
     """The same runs on several processes, in one process group."""
     folder = tmp_path_factory.mktemp(f"processes{request.param}")
@@ -92,7 +92,7 @@ def test_one_of_each_file(alone, together):
         assert (state["status"], state["edits_written"]) == ("finished", SHAPES[shape][0])
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_the_run_and_it_goes_on(rank, inputs, alone, tmp_path):
     """An error instead of a hang; what was written is there, and the run ends as one that nothing befell."""
     command = [sys.executable, "-m", "tests.parallel_runs", f"dies{rank}", str(tmp_path / "run"), *map(str, inputs)]

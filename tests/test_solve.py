@@ -238,7 +238,7 @@ def test_the_callback_takes_the_way_that_works(n, reached, monkeypatch, caplog):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc")
-@pytest.mark.parametrize(("path", "most"), [("update", 1.8), ("factor", 2.2)])
+@pytest.mark.parametrize(("path", "most"), [("update", 1.8), pytest.param("factor", 2.2, marks=pytest.mark.slow)])
 def test_memory(path, most):
     """1 + O/I times I² float64 numbers for the direct solve, less than 2 with a factor, and blocks, here small ones."""
     script = (
