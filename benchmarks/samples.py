@@ -14,7 +14,7 @@ from pathlib import Path
 from pmet_lightning.comparison import Method, quiet_run
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.moments import stored_moments
-from pmet_lightning.recorder import score_cell
+from pmet_lightning.score_lines import score_cell
 
 SAMPLES = ("20", "60", "200", "600", "2000", "auto")
 

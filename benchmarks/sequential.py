@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pmet_lightning.comparison import Method, quiet_run
 from pmet_lightning.metrics import METRICS
-from pmet_lightning.recorder import score_cell
+from pmet_lightning.score_lines import score_cell
 
 VARIANTS = {
     "both deltas, stored": ("attn+ffn", "stored"),

@@ -98,7 +98,6 @@ class Collection:
     ) -> None:
         self.settings, self.trainer, self.module, self.store, self.key = settings, trainer, module, store, key
         self.team = Team.of(trainer)
-        self.rank, self.world = self.team.rank, self.team.size
         self.sums = MomentSums(module.model, module.sites, places, module.encoder.pad_id, module.device)
         self.previous: dict[Place, Tensor] = {}  # the moments at the last look
         width = max(len(total) for total in self.sums.lower.values())
@@ -120,7 +119,7 @@ class Collection:
         if not tokens:
             raise CorpusError(f"the corpus {self.settings.corpus!r} has no text")
         for place, total in self.sums.lower.items():
-            moment = symmetric(self._reduced(total)).div_(tokens)
+            moment = symmetric(self.team.total(total)).div_(tokens)
             dead = int((moment.diagonal() == 0).sum())
             if dead:
                 log.warning("%s in layer %d: %d of %d key dimensions are dead", *place, dead, len(moment))
@@ -136,11 +135,11 @@ class Collection:
         saved = time.monotonic()
         total = None if self.settings.samples else self.most
         with counter(self.trainer, total, "Second moments", "token") as bar:
-            bar.update(self.sums.tokens * self.world)
+            bar.update(self.sums.tokens * self.team.size)
             for number, block in enumerate(self._blocks()):
                 if number < self.blocks_done:
                     continue
-                self._add(block[self.rank :: self.world])
+                self._add(self.team.own(block))
                 bar.update(sum(len(row.ids) for row in block))
                 if self.settings.samples:  # how many tokens they will be shows as they are read
                     bar.total = round(bar.n * self.settings.samples / max(self.texts_read, 1))
@@ -175,7 +174,7 @@ class Collection:
         tokens = self._tokens()
         changes = []
         for place, total in self.sums.lower.items():
-            moment = symmetric(self._reduced(total)).div_(tokens)
+            moment = symmetric(self.team.total(total)).div_(tokens)
             if place in self.previous:
                 change = _relative_change(self.previous[place], moment)
                 rank = float(moment.diagonal().sum() ** 2 / moment.norm() ** 2)
@@ -189,20 +188,16 @@ class Collection:
         return self.settings.samples is None and tokens >= self.least and enough
 
     def _tokens(self) -> int:
-        return int(self._reduced(torch.tensor(self.sums.tokens, device=self.module.device)))
-
-    def _reduced(self, value: Tensor) -> Tensor:
-        """Sum over the processes; the value itself stays as it is."""
-        return self.team.total(value)
+        return int(self.team.total(torch.tensor(self.sums.tokens, device=self.module.device)))
 
     # ---- unfinished work -------------------------------------------------------------------------------
 
     def _path(self, block: int, rank: int) -> Path:
-        return self.unfinished / f"{block:08d}-{rank}-of-{self.world}.safetensors"
+        return self.unfinished / f"{block:08d}-{rank}-of-{self.team.size}.safetensors"
 
     def _own_files(self) -> dict[int, Path]:
         """What this process has kept, by the number of blocks done."""
-        return {int(p.name[:8]): p for p in self.unfinished.glob(f"*-{self.rank}-of-{self.world}.safetensors")}
+        return {int(p.name[:8]): p for p in self.unfinished.glob(f"*-{self.team.rank}-of-{self.team.size}.safetensors")}
 
     def _save(self) -> None:
         """Keep this process' sums; the files of the save before go once all processes have theirs."""
@@ -212,7 +207,7 @@ class Collection:
             if (site, layer) in self.previous:
                 tensors[f"previous-{site}-{layer}"] = packed_lower(self.previous[site, layer].cpu())
         if self.team.writes:
-            with atomic_path(self._path(self.blocks_done, self.rank)) as temporary:
+            with atomic_path(self._path(self.blocks_done, self.team.rank)) as temporary:
                 save_file(tensors, temporary, metadata={"tokens": str(self.sums.tokens)})
         self.trainer.strategy.barrier()
         for block, path in self._own_files().items():
@@ -221,11 +216,11 @@ class Collection:
 
     def _resume(self) -> None:
         """Go on from the last block that all processes have kept."""
-        whole = [b for b in self._own_files() if all(self._path(b, r).is_file() for r in range(self.world))]
+        whole = [b for b in self._own_files() if all(self._path(b, r).is_file() for r in range(self.team.size))]
         newest = self.trainer.strategy.broadcast(max(whole, default=0))
         if not newest:
             return
-        path = self._path(newest, self.rank)
+        path = self._path(newest, self.team.rank)
         try:
             with safe_open(path, framework="pt") as file:
                 for (site, layer), total in self.sums.lower.items():

@@ -18,7 +18,7 @@ from pmet_lightning.files import atomic_path, write_json
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.metrics.scores import NAMES, score_difference, table_of
 from pmet_lightning.page import STYLE, panels, svg, write_page
-from pmet_lightning.recorder import score_cell
+from pmet_lightning.score_lines import score_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

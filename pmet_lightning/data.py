@@ -199,8 +199,7 @@ class EditDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[EditBatch]:
         """The edit batches, the same on every process."""
         if self.stream:
-            team = None if self.trainer is None else Team.of(self.trainer)
-            batches = EditBatches(self._streamed, self.edit_batch or 1, self.done, None, team)
+            batches = EditBatches(self._streamed, self.edit_batch or 1, self.done, None, self._team)
         else:
             batches = EditBatches(
                 lambda: iter(self.edits), self.edit_batch or len(self.edits), self.done, len(self.edits)
@@ -219,14 +218,16 @@ class EditDataModule(L.LightningDataModule):
         """All edits with their questions, for the scores before and after; each process gets its part."""
         if self.stream:
             return []
-        team = (0, 1)
-        if self.trainer:
-            team = (Team.of(self.trainer).rank, Team.of(self.trainer).size)
-        return self._loader(BatchSampler(len(self.edits), self.evaluation_batch, *team))
+        share = (self._team.rank, self._team.size) if self._team else (0, 1)
+        return self._loader(BatchSampler(len(self.edits), self.evaluation_batch, *share))
 
     def test_dataloader(self) -> DataLoader[EditBatch] | list[Any]:
         """The same as :meth:`val_dataloader`."""
         return self.val_dataloader()
+
+    @property
+    def _team(self) -> Team | None:
+        return Team.of(self.trainer) if self.trainer else None
 
     def _loader(self, sampler: BatchSampler) -> DataLoader[EditBatch]:
         if self._rows is None:

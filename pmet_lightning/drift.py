@@ -74,6 +74,8 @@ class Drift(L.Callback):
         if self.text is None:
             return
         perplexity, kl = self._measure(pl_module, self._own_rows(trainer, pl_module))
+        if pl_module.phase == "before":
+            self._first_perplexity = perplexity
         pl_module.report({"perplexity": perplexity} | ({} if kl is None else {"kl": kl}))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -92,7 +94,7 @@ class Drift(L.Callback):
         if not self.limited or spread is None:
             return
         spread.keep_before = self.on_limit == "rollback"
-        if self.max_perplexity is not None:
+        if self.max_perplexity is not None and self._first_perplexity is None:  # nothing was judged before
             self._first_perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
 
     def on_train_batch_end(

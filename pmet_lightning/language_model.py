@@ -107,7 +107,7 @@ def label_logits(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None)
         Shape [R, K, V], in the model's dtype.
     """
     with narrow_input(model.get_output_embeddings(), rows.label_columns):  # type: ignore[operator]
-        logits: Tensor = model(**_inputs(model, rows, prefix)).logits
+        logits: Tensor = model(**model_inputs(model, rows, prefix)).logits
         return logits.to(rows.input_ids.device)
 
 
@@ -115,18 +115,29 @@ def run_to(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> No
     """Run the layers for the sake of hooks; there is no vocabulary head."""
     body: nn.Module = model.base_model  # type: ignore[assignment]
     with left_sharded(body):
-        body(**_inputs(body, rows, prefix))
+        body(**model_inputs(body, rows, prefix))
 
 
-def _inputs(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> dict[str, Any]:
-    """Inputs that the model takes; a family without position ids counts positions from the mask."""
-    inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}
+def model_inputs(
+    model: nn.Module, rows: RowBatch, prefix: Prefix | None = None, *, masked: bool = True, keep: bool = False
+) -> dict[str, Any]:
+    """Inputs that the model takes; a family without position ids counts positions from the mask.
+
+    Args:
+        model: The language model, or its body.
+        rows: What is run.
+        prefix: What stands before the rows, if anything does.
+        masked: Whether padding is named; it need not be where it stands on the right and nothing looks at it.
+        keep: Whether the output is to have a cache.
+    """
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": keep}
+    if masked:
+        inputs |= {"attention_mask": rows.attention_mask, "position_ids": rows.position_ids}
     if prefix is not None:
         mask = torch.cat([prefix.mask_RP, rows.attention_mask], dim=1)
         inputs |= {"attention_mask": mask, "use_cache": True, "past_key_values": prefix.fresh()}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = rows.position_ids
-    return inputs
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in known}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -155,7 +155,7 @@ class TargetOptimizer(EditableModel):
     # ---- the targets -----------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """One element-wise optimizer over all deltas."""
+        """One optimizer over all deltas, each a parameter of its own."""
         return self.optimizer_callable(self.deltas.parameters())
 
     def on_fit_start(self) -> None:

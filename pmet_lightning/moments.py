@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pmet_lightning.architectures import SiteName, Sites, in_features
@@ -95,6 +96,23 @@ def unpacked_lower(packed: Tensor, width: int) -> Tensor:
         lower_II[i, : i + 1] = packed[start : start + i + 1]
         start += i + 1
     return lower_II
+
+
+def save_products(path: Path, products: Mapping[Place, Tensor]) -> None:
+    """Store symmetric matrices, one triangle of each, in place of what is there."""
+    stored = {f"{site}-{layer}": packed_lower(product.cpu()) for (site, layer), product in products.items()}
+    with atomic_path(path) as temporary:
+        save_file(stored, temporary)
+
+
+def load_products(path: Path, device: torch.device) -> dict[Place, Tensor]:
+    """What :func:`save_products` has stored."""
+    found: dict[Place, Tensor] = {}
+    for name, packed in load_file(path).items():
+        site, layer = name.split("-")
+        width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+        found[site, int(layer)] = unpacked_symmetric(packed, width).to(device)  # type: ignore[index]
+    return found
 
 
 class MomentStore:

@@ -116,7 +116,7 @@ class TargetLoop:
         self.flight: Flight | None = None
         self.aboard: list[int] = []  # in flight, or about to be
         self._steps_since_look = 0
-        self._names: dict[int, str] = {}
+        self._requests: Sequence[Request] = ()
         self._histories: dict[int, list[list[float]]] = {}
         first = next(iter(slots.values.values()))
         self.dtype, self.device = first.dtype, first.device
@@ -131,12 +131,13 @@ class TargetLoop:
             FloatingPointError: If a loss is not finite; the message names the edit.
             RuntimeError: If not even one edit fits into memory.
         """
+        self._requests = requests
         lengths = [longest_tail(request.rows, self.entry is None) for request in requests]
         waiting = sorted(range(len(requests)), key=lambda i: lengths[i])
         while waiting or self.flight is not None:
             short_of_memory = False
             try:
-                finished = self._round(waiting, requests)
+                finished = self._round(waiting)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.agreed is not None:
                     raise
@@ -151,9 +152,9 @@ class TargetLoop:
             else:
                 yield from finished
 
-    def _round(self, waiting: list[int], requests: Sequence[Request]) -> list[tuple[int, Target]]:
+    def _round(self, waiting: list[int]) -> list[tuple[int, Target]]:
         """Let edits enter if there is room, take one step, and let those that have stopped leave."""
-        self._admit(waiting, requests)
+        self._admit(waiting)
         assert self.flight is not None
         flight = self.flight
         leaves = self.slots.leaves(flight.slots)
@@ -167,7 +168,7 @@ class TargetLoop:
             self._update(flight, leaves, loss)
         return self._leave(flight, stopped) if stopped else []
 
-    def _admit(self, waiting: list[int], requests: Sequence[Request]) -> None:
+    def _admit(self, waiting: list[int]) -> None:
         free = self.room - len(self.aboard)
         if not waiting or free < max(1, min(int(_REFILL * self.room), len(waiting))) or self._steps_since_look:
             return
@@ -175,9 +176,8 @@ class TargetLoop:
         self.aboard += entering
         taken = set() if self.flight is None else set(self.flight.slots.tolist())
         slots = [slot for slot in range(len(self.slots)) if slot not in taken][: len(entering)]
-        facts = self._row_set([requests[i].rows[:-1] for i in entering])
-        meanings = self._row_set([requests[i].rows[-1:] for i in entering]) if self.rules.kl else None
-        self._names |= {i: requests[i].name for i in entering}
+        facts = self._row_set([self._requests[i].rows[:-1] for i in entering])
+        meanings = self._row_set([self._requests[i].rows[-1:] for i in entering]) if self.rules.kl else None
         self.slots.open(slots, self.optimizer.state)
         count = len(entering)
         newcomers = Flight(
@@ -325,7 +325,7 @@ class TargetLoop:
     def _check_finite(self, flight: Flight, fine_SA: Tensor) -> None:
         broken = (~fine_SA).any(dim=0).nonzero().flatten().tolist()
         if broken:
-            names = "; ".join(self._names[flight.numbers[place]] for place in broken[:5])
+            names = "; ".join(self._requests[flight.numbers[place]].name for place in broken[:5])
             taken = len(self._histories.get(flight.numbers[broken[0]], ()))
             step = taken + int((~fine_SA[:, broken[0]]).long().argmax())
             raise FloatingPointError(

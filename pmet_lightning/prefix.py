@@ -8,7 +8,6 @@ Legend: R = rows, P = tokens kept, S = tokens run, F = model width.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from pmet_lightning.language_model import run_to
+from pmet_lightning.language_model import model_inputs, run_to
 from pmet_lightning.sites import narrow_input, stop_before
 from pmet_lightning.tokens import RowBatch
 
@@ -206,11 +205,7 @@ def _columns(rows: RowBatch, wanted_RC: Tensor, first_R: Tensor, last_R: Tensor)
 @torch.no_grad()
 def _run(part: nn.Module, rows: RowBatch, masked: bool = True, keep: bool = True) -> Any:
     """What a model or its body makes of some rows, with its cache if that is to be kept."""
-    known = inspect.signature(part.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": keep}
-    if masked:
-        inputs |= {"attention_mask": rows.attention_mask, "position_ids": rows.position_ids}
-    return part(**{name: value for name, value in inputs.items() if name in known})
+    return part(**model_inputs(part, rows, masked=masked, keep=keep))
 
 
 def _plain_cache(output: Any, rows: int) -> Any:

@@ -16,7 +16,6 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pmet_lightning.clock import PhaseClock
@@ -24,13 +23,13 @@ from pmet_lightning.data import EditBatch
 from pmet_lightning.drift import Drift
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.edits import Edit
-from pmet_lightning.files import atomic_path, write_json
+from pmet_lightning.files import write_json
 from pmet_lightning.journal import Journal
 from pmet_lightning.ledger import ledger_lines
 from pmet_lightning.metrics import METRICS
-from pmet_lightning.metrics.scores import TEXTS, record_rows, table_of
+from pmet_lightning.metrics.scores import record_rows, table_of
 from pmet_lightning.module import TargetOptimizer
-from pmet_lightning.moments import Place, packed_lower, unpacked_symmetric
+from pmet_lightning.moments import load_products, save_products
 from pmet_lightning.parallel import Team
 from pmet_lightning.patch import apply_patch, load_patch, save_patch
 from pmet_lightning.progress import all_edits, find_callback
@@ -43,6 +42,7 @@ from pmet_lightning.report_data import (
     saved_settings,
     versions,
 )
+from pmet_lightning.score_lines import forgetting_lines, other_lines, score_table
 from pmet_lightning.spread import WeightSpread
 from pmet_lightning.targets import mean_curves
 
@@ -162,7 +162,7 @@ class RunRecorder(L.Callback):
         if self._writes(trainer):
             self.journal.add(lines, entry)
             if spread.protect_past:
-                _save_past(self._past_path, spread.past)
+                save_products(self._past_path, spread.past)
             save_patch(self._patch_path, spread.deltas, self._manifest(pl_module, spread))
         self._save_state(trainer, edit_batches_written=report.edit_batch + 1, edits_written=self._written)
         self.clock.end("ledger")
@@ -217,7 +217,7 @@ class RunRecorder(L.Callback):
         """
         spread = find_callback(trainer, WeightSpread)
         assert spread is not None
-        _, manifest = load_patch(self._patch_path)
+        deltas, manifest = load_patch(self._patch_path)
         module.contexts = module.given_contexts or manifest["contexts"]
         mine = json.loads(json.dumps(self._manifest(module, spread), default=str))
         other = [name for name in _SETTINGS if mine[name] != manifest.get(name)]
@@ -227,6 +227,7 @@ class RunRecorder(L.Callback):
                 f"--trainer.resume: {self.folder} holds a run with other settings ({differences}); give the same ones, "
                 "or another --trainer.run_dir"
             )
+        spread.deltas = deltas
         if trainer.is_global_zero:
             self.journal.keep(manifest["edit_batches"])
         self._written = manifest["edits"]
@@ -239,10 +240,9 @@ class RunRecorder(L.Callback):
         spread = find_callback(trainer, WeightSpread)
         assert spread is not None
         spread.keep_norms(module)
-        spread.deltas, _ = load_patch(self._patch_path)
         apply_patch(module.model, module.sites, self._patch_path, module.base_fingerprint)
         if spread.protect_past and trainer.is_global_zero:
-            spread.past = _load_past(self._past_path, module.device)
+            spread.past = load_products(self._past_path, module.device)
 
     def _sum_up(self, module: EditableModel, entries: Sequence[Mapping[str, Any]]) -> None:
         """The scores of a stream: of each edit right before and right after its edit batch was written."""
@@ -339,21 +339,6 @@ def _rows(plain: Sequence[Sequence[float | None]]) -> Tensor:
     return torch.tensor([[math.nan if v is None else v for v in row] for row in plain], dtype=torch.float64)
 
 
-def _save_past(path: Path, past: Mapping[Place, Tensor]) -> None:
-    stored = {f"{site}-{layer}": packed_lower(product.cpu()) for (site, layer), product in past.items()}
-    with atomic_path(path) as temporary:
-        save_file(stored, temporary)
-
-
-def _load_past(path: Path, device: torch.device) -> dict[Place, Tensor]:
-    found: dict[Place, Tensor] = {}
-    for name, packed in load_file(path).items():
-        site, layer = name.split("-")
-        width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
-        found[site, int(layer)] = unpacked_symmetric(packed, width).to(device)  # type: ignore[index]
-    return found
-
-
 def _forgetting(entries: Sequence[Mapping[str, Any]], final: Tensor | None) -> list[dict[str, Any]]:
     """For each edit batch its scores right after it and after all of them, and the difference.
 
@@ -378,45 +363,3 @@ def _forgetting(entries: Sequence[Mapping[str, Any]], final: Tensor | None) -> l
         start += len(rows)
         batches.append(batch)
     return batches
-
-
-def score_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A small table of the scores, with 95 % intervals: a row for each time they were taken.
-
-    Below each stands how often the answer was in what the model said freely.
-    """
-    lines = [f"{'':8}" + "".join(f"{name:>24}" for name in METRICS)]
-    for phase, table in results.items():
-        for label, suffix in ((phase, ""), ("  freely", "_contains")):
-            if suffix == "" or any(f"{name}{suffix}" in table for name in METRICS):
-                cells = [score_cell(table, f"{name}{suffix}") for name in METRICS]
-                lines.append(f"{label:8}" + "".join(f"{cell:>24}" for cell in cells))
-    counts = {int(table["count"]) for table in results.values() if "count" in table}
-    return "\n".join([*lines, f"records: {', '.join(map(str, sorted(counts)))}"])
-
-
-def score_cell(table: Mapping[str, float], name: str) -> str:
-    """A score with its interval, or a dash."""
-    return f"{table[name]:.1f} [{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]" if name in table else "-"
-
-
-def other_lines(results: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What else was measured: text that has nothing to do with the edits, texts about what was edited."""
-    lines = []
-    for name in ("perplexity", "kl", "specificity_kept", *TEXTS):
-        values = [f"{phase} {table[name]:.4g}" for phase, table in results.items() if name in table]
-        if values:
-            lines.append(f"{name.replace('_', ' ')}: {', '.join(values)}")
-    return lines
-
-
-def forgetting_lines(batches: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each edit batch lost to those after it."""
-    if not batches:
-        return []
-    lines = [f"{'batch':8}" + "".join(f"{name:>24}" for name in METRICS) + "   (at once, then at the end)"]
-    for batch in batches:
-        once, end = batch["at_once"], batch.get("at_the_end", {})
-        cells = [", ".join(f"{table[n]:.1f}" for table in (once, end) if n in table) or "-" for n in METRICS]
-        lines.append(f"{batch['edit_batch']:<8}" + "".join(f"{cell:>24}" for cell in cells))
-    return lines

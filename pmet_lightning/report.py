@@ -147,12 +147,12 @@ def _loss_curves(data: Mapping[str, Any]) -> Figure | None:
         axes["active"].set(title="edits still being optimised", ylim=(0, None))
     known = _known(columns["step"])
     below[-1].set_xlim(min(known) - 1, max(known) + 1)
-    below[-1].set_xlabel("inner step, micro-batches one after the other")
+    below[-1].set_xlabel("inner step, edits in flight together")
     return figure
 
 
 def _inner_steps(curves: Mapping[str, Any]) -> list[dict[str, float]]:
-    """A mapping for each step, and an empty one where a micro-batch begins, so that no line leads over to it."""
+    """A mapping for each step, and an empty one where an edit batch begins, so that no line leads over to it."""
     steps: list[dict[str, float]] = []
     for place, values in enumerate(zip_longest(*(curves.get(name) or [] for name in _CURVES))):
         step = dict(zip(_CURVES, map(number, values), strict=True))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class _Exit(Exception):
@@ -115,13 +116,8 @@ def stop_after(module: nn.Module) -> Iterator[None]:
     def hook(*_: Any) -> None:
         raise _Exit
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with _until_exit(module.register_forward_hook(hook)):
         yield
-    except _Exit:
-        pass
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -134,7 +130,13 @@ def stop_before(
         look(*given)
         raise _Exit
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    with _until_exit(module.register_forward_pre_hook(hook, with_kwargs=True)):
+        yield
+
+
+@contextmanager
+def _until_exit(handle: RemovableHandle) -> Iterator[None]:
+    """Catch the exit that a hook takes, and remove the hook."""
     try:
         yield
     except _Exit:

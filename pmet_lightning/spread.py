@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -235,20 +235,17 @@ class WeightSpread(L.Callback):
                     wanted = pull_back(whole(norm, here.device), here, wanted)
                 weight = projections[place].weight
                 assert isinstance(weight, Tensor)
-                keys_keys: Tensor | None = None
-                if team.size > 1 and self.null_space is None and count > SUMS_BEYOND * keys.shape[1]:
-                    keys_keys = team.total(products(keys, keys))
-                    right = team.total(products(wanted, keys))
-                    solve = partial(self._solve_sums, right, keys_keys, place, second_moments, module)
+                summed = team.size > 1 and self.null_space is None and count > SUMS_BEYOND * keys.shape[1]
+                if summed:
+                    keys, wanted = team.total(products(keys, keys)), team.total(products(wanted, keys)).T
+                    solve = partial(self._solution_of_sums, wanted.T, keys, place, second_moments, module.device)
                 else:
                     keys, wanted = team.gathered(keys, count), team.gathered(wanted, count)
-                    if self.protect_past and trainer.is_global_zero:
-                        keys_keys = products(keys, keys)
-                    solve = partial(self._solve, wanted, keys, place, second_moments, module)
-                if self.protect_past and trainer.is_global_zero and keys_keys is not None:
-                    past[place] = keys_keys
+                    solve = partial(self._solution, wanted, keys, place, second_moments, module.device)
+                if self.protect_past and trainer.is_global_zero:
+                    past[place] = keys if summed else products(keys, keys)
                 empty = torch.empty(wanted.shape[1], keys.shape[1], dtype=module.delta_dtype, device=module.device)
-                delta, solution = team.from_first(solve, empty)
+                delta, solution = team.from_first(partial(_parted, solve, module.delta_dtype), empty)
                 name = sites.weight_name(site, layer)
                 norm_before = norm_of(weight, delta.dtype)
                 written = add_to_weight(projections[place], delta)
@@ -277,13 +274,6 @@ class WeightSpread(L.Callback):
             edit_batch, tuple(edits), tuple(everyone), tuple(reports), tuple(left.nan_to_num(0.0).tolist())
         )
 
-    def _solve(
-        self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, second_moments: SecondMoments, module: TargetOptimizer
-    ) -> tuple[Tensor, Solution]:
-        """ΔW in the deltas' precision, and the solution without it."""
-        solution = self._solution(wanted_NO, keys_NI, place, second_moments, module.device)
-        return solution.delta_OI.to(module.delta_dtype), replace(solution, delta_OI=torch.empty(0))
-
     def _solution(
         self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, second_moments: SecondMoments, device: torch.device
     ) -> Solution:
@@ -299,18 +289,10 @@ class WeightSpread(L.Callback):
             return solve_update(wanted_NO, keys_NI, moment, self.lam)
         return solve_in_null_space(wanted_NO, keys_NI, moment, self.lam, self.null_space)
 
-    def _solve_sums(
-        self,
-        right_OI: Tensor,
-        products_II: Tensor,
-        place: Place,
-        second_moments: SecondMoments,
-        module: TargetOptimizer,
-    ) -> tuple[Tensor, Solution]:
-        """The same from what the processes have summed."""
-        moment = self._protected(place, second_moments, module.device)
-        solution = solve_sums(right_OI, products_II, moment, self.lam)
-        return solution.delta_OI.to(module.delta_dtype), replace(solution, delta_OI=torch.empty(0))
+    def _solution_of_sums(
+        self, right_OI: Tensor, products_II: Tensor, place: Place, second_moments: SecondMoments, device: torch.device
+    ) -> Solution:
+        return solve_sums(right_OI, products_II, self._protected(place, second_moments, device), self.lam)
 
     def _protected(self, place: Place, second_moments: SecondMoments, device: torch.device) -> Tensor:
         """C and, in its units, the keys of earlier edit batches, which count as much as the new ones."""
@@ -371,6 +353,12 @@ class WeightSpread(L.Callback):
                     },
                     edit_batch,
                 )
+
+
+def _parted(solve: Callable[[], Solution], dtype: torch.dtype) -> tuple[Tensor, Solution]:
+    """ΔW in the deltas' precision, and the solution without it."""
+    solution = solve()
+    return solution.delta_OI.to(dtype), replace(solution, delta_OI=torch.empty(0))
 
 
 def _warn_of_overload(module: TargetOptimizer, count: int) -> None:

@@ -23,6 +23,26 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def loaded(tmp_path_factory):
+    """Gives a tiny model of a family, its sites and its tokenizer; nobody changes its weights."""
+    # Imported behind the settings above.
+    from pmet_lightning.architectures import Sites, architecture_of
+    from pmet_lightning.language_model import load_config, load_model, load_tokenizer
+    from tests.tiny import save_tiny
+
+    made: dict = {}
+
+    def get(family: str):
+        if family not in made:
+            folder = save_tiny(family, tmp_path_factory.mktemp(family))
+            model = load_model(folder, "float32")
+            made[family] = model, Sites.of(model, architecture_of(load_config(folder))), load_tokenizer(folder)
+        return made[family]
+
+    return get
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(0)

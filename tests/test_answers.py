@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from pmet_lightning import prefix
-from pmet_lightning.language_model import load_model, load_tokenizer
 from pmet_lightning.metrics import answers as module
 from pmet_lightning.metrics.answers import answers
 from pmet_lightning.tokens import PromptEncoder
-from tests.tiny import CONFIGS, save_tiny
+from tests.tiny import CONFIGS
 
 CPU = torch.device("cpu")
 NEW = 5
@@ -20,17 +19,9 @@ PROMPTS = ["X", "The river runs to", "Danila Morvane is a citizen of", LONG]
 TARGETS = ["New Zealand", "Norway", "ice hockey", "Lisbon", "New Zealand"]
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    made: dict = {}
-
-    def get(family: str):
-        if family not in made:
-            folder = save_tiny(family, tmp_path_factory.mktemp(family))
-            made[family] = load_model(folder, "float32"), PromptEncoder(load_tokenizer(folder))
-        return made[family]
-
-    return get
+def with_encoder(found):
+    model, _, tokenizer = found
+    return model, PromptEncoder(tokenizer)
 
 
 def questions(encoder):
@@ -72,12 +63,12 @@ def test_as_one_row_at_a_time(family, loaded, monkeypatch):
     """All in one batch; in batches of which a group shares one generation; and hardly two rows together."""
     for limit, budget in ((1024, 4096), (40, 4096), (40, 40)):
         monkeypatch.setattr(module, "_CPU_TOKENS", limit)
-        compare(*loaded(family), budget)
+        compare(*with_encoder(loaded(family)), budget)
 
 
 def test_a_model_with_another_cache(loaded, monkeypatch):
     monkeypatch.setattr(prefix, "_is_plain", lambda *_: False)
-    compare(*loaded("gpt2"), 100)
+    compare(*with_encoder(loaded("gpt2")), 100)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +82,14 @@ def test_a_model_with_another_cache(loaded, monkeypatch):
     ],
 )
 def test_the_model_s_own_generation_settings(name, value, loaded, monkeypatch):
-    model, encoder = loaded("llama")
+    model, encoder = with_encoder(loaded("llama"))
     monkeypatch.setattr(model.generation_config, name, value)
     compare(model, encoder, 4096)
 
 
 def test_each_prompt_is_read_once(loaded, monkeypatch):
     """Tokens that go through the model: prompts, answers but for their last tokens, and what is said."""
-    model, encoder = loaded("llama")
+    model, encoder = with_encoder(loaded("llama"))
     rows = encoder.encode_all([PROMPTS[1]] * 4, [*TARGETS[:3], None])
     tokens = []
     handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].numel()))

@@ -223,7 +223,7 @@ def validated(folder: Path, devices: int, *arguments: str) -> dict[str, float]:
     return {name: float(value) for name, value in pairs if value and name not in ("epoch", "step")}
 
 
-@pytest.mark.parametrize("batch", [2, 5])  # three micro-batches for two processes, and one for two
+@pytest.mark.parametrize("batch", [2, 5])  # three evaluation batches for two processes, and one for two
 def test_one_and_two_processes_agree(tmp_path, batch):
     arguments = ("--data.evaluation_batch", str(batch))
     one = validated(tmp_path / "one", 1, *arguments)

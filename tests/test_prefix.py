@@ -6,32 +6,17 @@ import pytest
 import torch
 
 from pmet_lightning import prefix as module
-from pmet_lightning.architectures import Sites, architecture_of
 from pmet_lightning.edits.records import Probe, parse_records
 from pmet_lightning.edits.requests import target_rows
-from pmet_lightning.language_model import label_logits, load_config, load_model, load_tokenizer
+from pmet_lightning.language_model import label_logits
 from pmet_lightning.metrics import score_probes
 from pmet_lightning.prefix import Entry, joined, split_at_subject
 from pmet_lightning.sites import record_and_add
 from pmet_lightning.tokens import PromptEncoder, pad_rows
-from tests.tiny import CONFIGS, CONTEXTS, RECORDS, save_tiny
+from tests.tiny import CONFIGS, CONTEXTS, RECORDS
 
 # Longer than the windows of 12 tokens of the tiny models.
 LONG = "Because nobody came to the harbour in the spring, the old clock was closed for years. {}"
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    made: dict = {}
-
-    def get(family: str):
-        if family not in made:
-            folder = save_tiny(family, tmp_path_factory.mktemp(family))
-            model = load_model(folder, "float32")
-            made[family] = model, Sites.of(model, architecture_of(load_config(folder))), load_tokenizer(folder)
-        return made[family]
-
-    return get
 
 
 def rows_of(tokenizer, side: str, contexts=(CONTEXTS[0], LONG)):

@@ -314,7 +314,7 @@ def test_curves_show_every_step():
         assert line(loss, name) == (data["curves"]["step"], data["curves"][name])
     assert line(p, "p") == (data["curves"]["step"], data["curves"]["p"])
     assert [one.get_label() for one in loss.lines] == ["loss", "nll", "kl"], "a part that is 0 throughout is left out"
-    assert len(loss.lines[0].get_xdata()) == 6, "a gap between the micro-batches"
+    assert len(loss.lines[0].get_xdata()) == 6, "a gap between the edit batches"
     assert active.get_ylim()[1] >= 8
 
 

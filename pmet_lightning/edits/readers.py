@@ -12,7 +12,7 @@ import random
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -103,27 +103,21 @@ def _streamed_records(found: str, name: str, split: str, wait: float) -> Iterato
         return _records(found, name, split)  # of the hub, or an error
     if Path(found).suffix.lower() != ".jsonl":
         raise RecordError(f"{name}: a stream reads one record a line; expected a .jsonl file or a hub data set")
-    return _growing_lines(Path(found), name, wait)
+    return _json_lines(_growing_lines(Path(found), wait), name)
 
 
-def _growing_lines(path: Path, name: str, wait: float) -> Iterator[tuple[str, Any]]:
-    """The records of a file that others may be writing to: a line counts once it has its end, or nothing follows."""
-    number, begun, since = 0, "", time.monotonic()
+def _growing_lines(path: Path, wait: float) -> Iterator[str]:
+    """The lines of a file that others may be writing to: one counts once it has its end, or nothing follows."""
+    begun, since = "", time.monotonic()
     with path.open(encoding="utf-8-sig") as file:
-        for line_number in count(1):
+        while True:
             while not (line := begun + file.readline()).endswith("\n") and time.monotonic() - since < wait:
                 begun = line
                 time.sleep(_POLL)
             begun, since = "", time.monotonic()
             if not line:
                 return
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise _broken_json(name, line_number, error) from error
-                yield f"{name}, record {number} (line {line_number})", record
-                number += 1
+            yield line
 
 
 def _warn_of_generation_prompts(edits: Sequence[Edit], path: str) -> None:
@@ -179,9 +173,14 @@ def _json_records(found: str, name: str) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             raise _broken_json(name, error.lineno, error) from error
         yield from _numbered(records, name)
-        return
+    else:
+        yield from _json_lines(text.splitlines(), name)
+
+
+def _json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
+    """A record a line, whose number an error names; empty lines are none."""
     number = 0
-    for line_number, line in enumerate(text.splitlines(), start=1):
+    for line_number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 record = json.loads(line)
