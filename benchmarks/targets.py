@@ -1,11 +1,16 @@
 """Target vectors of many edits: ours against the method written plainly, one edit at a time through the whole model.
 
     python benchmarks/targets.py [--shapes atlas gptj gpt2] [--edits 64] [--plain_edits 4] [--repeat 5]
+        [--dtype bfloat16]
 
 Same edits, same contexts, same number of steps (all of them: no edit stops early), and the same targets, which is
 checked first. The plain twin is that of the tests (tests/plain.py); its time for an edit does not depend on how many
 there are, so it gets a few. Shapes: atlas (the shipped model), gptj (8 layers of 512) and gpt2 (12 of 768) with random
-weights and a vocabulary of 5,000.
+weights and a vocabulary of 5,000. With --dtype bfloat16 ours runs in it, and is compared with the plain twin in float32
+and in bfloat16; the difference of the targets is then the effect of the precision.
+
+The floor counts multiplications with weights that no implementation can leave out (see :func:`floor`), and what they
+would take at the rate of a large matrix product, measured in the same run.
 """
 
 from __future__ import annotations
@@ -27,7 +32,9 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the plain twin is no part of the package
 
 from pmet_lightning import TargetOptimizer
+from pmet_lightning.architectures import in_features
 from pmet_lightning.edits import Edit, read_edits
+from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.resources import locate
 from tests.plain import plain_target
 
@@ -36,6 +43,8 @@ SHAPES: dict[str, tuple[type[Any], dict[str, int]]] = {
     "gpt2": (transformers.GPT2Config, {"n_embd": 768, "n_layer": 12, "n_head": 12}),
 }
 LAYER = {"atlas": 2, "gptj": 3, "gpt2": 5}
+PARALLEL = {"atlas", "gptj"}  # the FFN does not see what the attention of its layer gives
+MATRIX = 2048  # rows of the product that measures the machine
 CONTEXTS = ["The clock was closed for a week. {}", "Because it was late, the boat stayed. {}", "I like it. {}"]
 SETTINGS = {"steps": 10, "lr": 0.1, "clamp": 3.0}
 TOLERANCE = 1e-4
@@ -91,6 +100,41 @@ class Bench:
         return [plain_target(model, tokenizer, *modules, e, CONTEXTS, **SETTINGS, **factors)[0] for e in edits]
 
 
+def floor(bench: Bench, edits: list[Edit], parallel: bool) -> float:
+    """Floating-point operations for each edit that cannot be left out: products with weights, in all steps.
+
+    Tokens in front of the subject's last one never change, nor does the attention of layer L. In the layer above, only
+    the subject's query, key and value do, and in a parallel block only its FFN. The last layer needs keys and values
+    of all tokens, everything else where logits are read. A gradient costs what the value costs; the last step needs
+    none. Products between tokens are not counted.
+    """
+    module = bench.module
+    ffn = module.sites.module("ffn", module.target_layer)
+    d, f = module.width, in_features(ffn)
+    head = int(module.model.get_output_embeddings().weight.shape[0])
+    middle = module.depth - module.target_layer - 3
+    products = 0
+    for edit in edits:
+        for row in target_rows(edit, CONTEXTS, module.encoder):
+            tail, labels = len(row.ids) - row.subject, max(1, len(row.labels))
+            products += 0 if parallel else 2 * d * f
+            products += 3 * d * d + tail * d * d + 2 * d * f * (1 if parallel else tail)
+            products += middle * tail * (4 * d * d + 2 * d * f)
+            products += 2 * tail * d * d + labels * (2 * d * d + 2 * d * f + d * head)
+    return 2 * products * (2 * SETTINGS["steps"] - 1) / len(edits)
+
+
+def matrix_rate(dtype: str, repeat: int) -> float:
+    """Operations a second of a large matrix product."""
+    a, b = (torch.randn(MATRIX, MATRIX, dtype=getattr(torch, dtype)) for _ in range(2))
+    times = []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return 2 * MATRIX**3 / statistics.median(times[1:])
+
+
 class _Plain:
     """What Lightning hands out inside a Trainer: the optimizer, and its step."""
 
@@ -101,22 +145,32 @@ class _Plain:
 def compare(shape: str, base: str, options: argparse.Namespace) -> None:
     """Check one shape, and time both in turn."""
     bench = Bench(shape, base, options.dtype)
+    exact = bench if options.dtype == "float32" else Bench(shape, base, "float32")
     edits = read_edits("atlas-records", limit=options.edits)
     few = edits[: options.plain_edits]
-    found, expected = bench.ours(edits), bench.plain(few)
+    found, expected = bench.ours(edits), exact.plain(few)
     difference = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=False))
     if options.dtype == "float32" and not difference <= TOLERANCE:
         raise AssertionError(f"{shape}: not the same targets ({difference:.1e}), so nothing to time")
-    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    ways = {"ours": (bench.ours, edits), "plain": (exact.plain, few)}
+    if exact is not bench:
+        ways["plain in bfloat16"] = bench.plain, few
+    rates: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.repeat):
-        for way, some in (("ours", edits), ("plain", few)):
+        for way, (find, some) in ways.items():
             start = time.perf_counter()
-            getattr(bench, way)(some)
+            find(some)
             rates[way].append(len(some) / (time.perf_counter() - start))
     medians = {way: statistics.median(values) for way, values in rates.items()}
-    parts = [f"{way} {medians[way]:.2f} edits/s ({min(v):.2f} to {max(v):.2f})" for way, v in rates.items()]
-    ratio = medians["ours"] / medians["plain"]
-    sys.stdout.write(f"{shape}: {', '.join(parts)}, ratio {ratio:.1f}; targets differ by {difference:.1e}\n")
+    for way, values in rates.items():
+        ratio = "" if way == "ours" else f", ratio {medians['ours'] / medians[way]:.1f}"
+        sys.stdout.write(f"{shape}: {way} {medians[way]:.2f} edits/s ({min(values):.2f} to {max(values):.2f}){ratio}\n")
+    rate, needed = matrix_rate(options.dtype, options.repeat), floor(bench, edits, shape in PARALLEL)
+    share = needed * medians["ours"] / rate
+    sys.stdout.write(
+        f"{shape}: targets differ by {difference:.1e}; floor {needed / 1e9:.2f} GFLOP an edit, at "
+        f"{rate / 1e9:.0f} GFLOP/s of a matrix product {rate / needed:.1f} edits/s, of which ours reaches {share:.0%}\n"
+    )
     sys.stdout.flush()
 
 

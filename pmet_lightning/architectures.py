@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -165,6 +166,14 @@ class Sites:
         if site == "hidden":
             return self.layers[layer]
         return self.layers[layer].get_submodule(self._path(site))
+
+    def ffn_block(self, layer: int) -> nn.Module | None:
+        """The module of a layer that is its whole FFN, in families that have one which takes hidden states alone."""
+        path, _, _ = self.architecture.ffn.rpartition(".")
+        if not path or self.architecture.attn.startswith(f"{path}."):
+            return None
+        block = self.layers[layer].get_submodule(path)
+        return block if len(inspect.signature(block.forward).parameters) == 1 else None
 
     def norm(self, site: SiteName, layer: int) -> nn.Module | None:
         """The norm between a projection and the residual stream, in families that have one."""

@@ -83,6 +83,7 @@ class RowSet:
     prefix: Prefix | None = None
     entering: Tensor | None = None
     leaving: Tensor | None = None
+    _places: tuple[Tensor, Tensor] | None = field(default=None, init=False)  # of real tokens, and of labels
 
     @classmethod
     def of(cls, model: nn.Module, rows: RowBatch, per_edit: int, entry: Entry | None) -> RowSet:
@@ -104,6 +105,7 @@ class RowSet:
 
     def join(self, other: RowSet) -> None:
         """Add rows of other edits."""
+        self._places = None
         self.rows = self.rows.join(other.rows)
         if self.prefix is not None and other.prefix is not None:
             self.prefix = joined([self.prefix, other.prefix])
@@ -116,6 +118,7 @@ class RowSet:
 
     def keep(self, places: Tensor) -> None:
         """Leave out the rows of all edits but these."""
+        self._places = None
         count = torch.arange(self.per_edit, device=places.device)
         rows = (places.unsqueeze(1) * self.per_edit + count).flatten()
         if self.prefix is not None:
@@ -150,7 +153,9 @@ class RowSet:
             else:
                 hidden = self._behind_subjects(model, first, entry)
         if entry is not None:
-            with entry.begin_with(hidden, entry.layer):
+            if self._places is None:
+                self._places = self.rows.places()
+            with entry.begin_with(hidden, entry.layer), entry.only_tokens(self.rows, *self._places):
                 logits = label_logits(model, self.rows, self.prefix)
         outputs = {site: recording.take().detach()[:: self.per_edit] for site, recording in recordings.items()}
         return logits.unflatten(0, (-1, self.per_edit)), outputs

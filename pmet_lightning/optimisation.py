@@ -81,8 +81,8 @@ class TargetLoop:
         optimizer: The optimizer of their parameters.
         step: What makes its step.
         rules: The loss and the stop rules.
-        layers: The model's first layers up to and with the one above layer L. What stands before the subjects and
-            below layer L is then computed once; ``None`` runs the whole model at every step, which gives the same.
+        entry: Layers up to and with the one above layer L. What stands before the subjects and below layer L is then
+            computed once; ``None`` runs the whole model at every step, which gives the same.
         pad_id: Padding token.
         padding_side: Where rows are padded.
         look_every: Steps between two looks of the host at what has stopped; an edit that has stopped in between
@@ -101,7 +101,7 @@ class TargetLoop:
         optimizer: Any,
         step: Callable[[], Any],
         rules: Rules,
-        layers: Sequence[nn.Module] | None,
+        entry: Entry | None,
         pad_id: int,
         padding_side: PaddingSide,
         look_every: int,
@@ -110,7 +110,7 @@ class TargetLoop:
     ) -> None:
         self.model, self.modules, self.slots, self.rules = model, modules, slots, rules
         self.optimizer, self.step = optimizer, step
-        self.entry = None if layers is None else Entry(layers)
+        self.entry = entry
         self.pad_id, self.padding_side, self.look_every, self.logged = pad_id, padding_side, look_every, logged
         self.agreed, self.room = agreed, len(slots)
         self.flight: Flight | None = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pmet_lightning.language_model import model_inputs, run_to
-from pmet_lightning.sites import narrow_input, stop_before
+from pmet_lightning.sites import narrow_input, run_at, stop_before
 from pmet_lightning.tokens import RowBatch
 
 log = logging.getLogger(__name__)
@@ -251,10 +251,12 @@ class Entry:
 
     Args:
         layers: The model's first layers; passes can begin at the last two of them.
+        ffn_blocks: The FFN of each layer from the last of these on, where it can be run by itself.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], ffn_blocks: Sequence[nn.Module | None] = ()) -> None:
         self.below, self.layer = list(layers[:-1]), layers[-1]
+        self.ffn_blocks = list(ffn_blocks)
         self._tuples = [False] * len(self.below)
 
     @torch.no_grad()
@@ -286,6 +288,22 @@ class Entry:
                     break
                 stack.enter_context(_passing_on(layer, is_tuple))
             stack.callback(at.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            yield
+
+    @contextmanager
+    def only_tokens(self, rows: RowBatch, real_N: Tensor, labelled_N: Tensor) -> Iterator[None]:
+        """Have the passes inside run no FFN on padding, and the model's last one where logits are wanted only.
+
+        Args:
+            rows: What is run.
+            real_N: Places of real tokens, counted over all rows.
+            labelled_N: Those whose logits are wanted.
+        """
+        places = [real_N] * (len(self.ffn_blocks) - 1) + [labelled_N]
+        with ExitStack() as stack:
+            for block, own in zip(self.ffn_blocks, places, strict=False):
+                if block is not None:
+                    stack.enter_context(run_at(block, own, rows.input_ids.shape))  # type: ignore[arg-type]
             yield
 
     def _note_kind(self, i: int) -> Any:

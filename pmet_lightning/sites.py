@@ -110,6 +110,33 @@ def narrow_input(module: nn.Module, columns_RK: Tensor) -> Iterator[None]:
 
 
 @contextmanager
+def run_at(module: nn.Module, positions_N: Tensor, shape: tuple[int, int]) -> Iterator[None]:
+    """Run a module that maps each token by itself, such as an FFN, at some tokens only; elsewhere it gives zeros.
+
+    Args:
+        module: Takes and gives [R, T, F].
+        positions_N: int64, counted over all tokens of all rows; none twice.
+        shape: R and T.
+    """
+
+    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+        (hidden,) = (*args, *kwargs.values())
+        taken = hidden.flatten(0, 1).index_select(0, positions_N.to(hidden.device))
+        return (taken.unsqueeze(0),), {}
+
+    def widen(_: nn.Module, __: tuple[Any, ...], output_1NF: Tensor) -> Tensor:
+        whole = output_1NF.new_zeros(shape[0] * shape[1], output_1NF.shape[-1])
+        return whole.index_copy(0, positions_N.to(whole.device), output_1NF[0]).unflatten(0, shape)
+
+    handles = [module.register_forward_pre_hook(narrow, with_kwargs=True), module.register_forward_hook(widen)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def stop_after(module: nn.Module) -> Iterator[None]:
     """End the forward pass that runs inside as soon as the module has its output."""
 

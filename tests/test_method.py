@@ -333,6 +333,18 @@ def test_nan_names_the_edit(folder_of, tmp_path):
         edit(tiny_module(str(broken)), RECORDS, moments_for(str(broken)), tmp_path, lam=2.0)
 
 
+@pytest.mark.slow  # compiling takes longer than everything else here
+def test_compiled_ffns_find_the_same_targets(folder_of, tmp_path_factory):
+    torch._dynamo.reset()
+    plain, compiled = (
+        run(folder_of("gptj"), tmp_path_factory.mktemp("run"), compile_ffn=compile_ffn)[0]
+        for compile_ffn in (False, True)
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for question, value in plain.items():
+        torch.testing.assert_close(compiled[question], value, rtol=1e-8, atol=1e-10)
+
+
 def test_edit_identity_depends_on_what_the_target_depends_on():
     one = Edit("0", "{} is", "A", "B")
     assert one.identity() == Edit("7", "{} is", "A", "B", origin="elsewhere").identity()

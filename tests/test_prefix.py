@@ -29,7 +29,7 @@ def rows_of(tokenizer, side: str, contexts=(CONTEXTS[0], LONG)):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_same_logits_with_a_delta(family, side, loaded):
-    """The whole rows, the tails behind a cache, and the tails from layer 2 on."""
+    """The whole rows, and the tails from layer 2 on behind a cache, with FFNs at all of their tokens or at some."""
     model, sites, tokenizer = loaded(family)
     rows = rows_of(tokenizer, side)
     layer = sites.module("ffn", 2)
@@ -41,11 +41,17 @@ def test_same_logits_with_a_delta(family, side, loaded):
     assert prefix is not None
     assert int((tails.subject != 0).sum()) == 0
     assert tails.attention_mask.sum() + prefix.mask_RP.sum() == rows.attention_mask.sum()
-    entry = Entry([sites.module("hidden", i) for i in range(4)])
-    hidden, _ = entry.states(model, tails, prefix)
+    blocks = [sites.ffn_block(i) for i in range(3, len(sites.layers))]
+    assert (None in blocks) == (family.split("-")[0] in {"bloom", "opt"})
     scale = float(expected[real].abs().max())
-    for _ in range(2):  # a pass leaves no trace in the cache
-        with record_and_add(layer, tails.subject, added) as recording, entry.begin_with(hidden, entry.below[-1]):
+    for some in ([], blocks):  # a pass leaves no trace in the cache
+        entry = Entry([sites.module("hidden", i) for i in range(4)], some)
+        hidden, _ = entry.states(model, tails, prefix)
+        with (
+            record_and_add(layer, tails.subject, added) as recording,
+            entry.begin_with(hidden, entry.below[-1]),
+            entry.only_tokens(tails, *tails.places()),
+        ):
             found = label_logits(model, tails, prefix)
         assert float((found[real] - expected[real]).abs().max()) < 1e-5 * max(1.0, scale)
         torch.testing.assert_close(recording.take(), clean.take(), rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from pmet_lightning.architectures import (
     ARCHITECTURES,
@@ -21,7 +22,7 @@ from pmet_lightning.architectures import (
 from pmet_lightning.edits import parse_record
 from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.language_model import fingerprint, label_logits, load_config, load_model, load_tokenizer, run_to
-from pmet_lightning.sites import narrow_input, record_and_add, record_input, stop_after
+from pmet_lightning.sites import narrow_input, record_and_add, record_input, run_at, stop_after
 from pmet_lightning.tokens import PromptEncoder, pad_rows
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS, save_tiny
 
@@ -253,3 +254,29 @@ def test_mixtures_of_experts_are_refused_with_the_reason(name):
 def test_a_wrong_description_is_refused(loaded):
     with pytest.raises(UnknownArchitectureError, match="does not fit"):
         Sites.of(loaded[0], Architecture("nowhere.layers", "a", "b"))
+
+
+def test_a_module_run_at_some_tokens_gives_zeros_elsewhere():
+    """Values and gradients of the tokens that are run are those of the whole pass."""
+    module = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)).requires_grad_(False)
+    inputs, wanted = torch.randn(3, 5, 4), torch.tensor([0, 7, 13, 14])
+    seen = []
+    handle = module[0].register_forward_hook(lambda *given: seen.append(given[2].shape))
+    results = []
+    for some in (False, True):
+        hidden = inputs.clone().requires_grad_()
+        with ExitStack() as stack:
+            if some:
+                stack.enter_context(run_at(module, wanted, (3, 5)))
+            output = module(hidden)
+        assert output.shape == (3, 5, 4)
+        taken = output.flatten(0, 1)[wanted]
+        results.append((taken, torch.autograd.grad(taken.square().sum(), hidden)[0]))
+    handle.remove()
+    assert seen == [(3, 5, 8), (1, 4, 8)]
+    for whole, part in zip(*results, strict=True):
+        torch.testing.assert_close(part, whole)
+    others = torch.ones(15, dtype=torch.bool).index_fill(0, wanted, False)
+    assert not output.flatten(0, 1)[others].any()
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
