@@ -175,6 +175,13 @@ class Sites:
         block = self.layers[layer].get_submodule(path)
         return block if len(inspect.signature(block.forward).parameters) == 1 else None
 
+    def token_modules(self, layer: int) -> list[nn.Module]:
+        """Modules of a layer that map each token by itself: the FFN, and projections outside of it."""
+        block = self.ffn_block(layer)
+        inside = set() if block is None else set(block.modules())
+        projections = [m for m in self.layers[layer].modules() if is_projection(m) and m not in inside]
+        return projections if block is None else [block, *projections]
+
     def norm(self, site: SiteName, layer: int) -> nn.Module | None:
         """The norm between a projection and the residual stream, in families that have one."""
         paths = {"attn": self.architecture.attn_norm, "ffn": self.architecture.ffn_norm, "hidden": None}
@@ -191,15 +198,18 @@ class Sites:
         return out_features(self.module("ffn", 0))
 
 
+def is_projection(module: nn.Module) -> bool:
+    """Whether it is ``nn.Linear`` or the ``Conv1D`` of GPT-2."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def is_transposed(projection: nn.Module) -> bool:
     """Whether the weight is stored [in, out] (``Conv1D`` of GPT-2) and not [out, in] (``nn.Linear``).
 
     Decided by type: a square weight says nothing by its shape.
     """
-    if isinstance(projection, nn.Linear):
-        return False
-    if type(projection).__name__ == "Conv1D":
-        return True
+    if is_projection(projection):
+        return not isinstance(projection, nn.Linear)
     raise UnknownArchitectureError(
         f"the output projection is a {type(projection).__name__}; expected nn.Linear or Conv1D. Point "
         "--model.architecture at the projection itself."

@@ -150,7 +150,7 @@ class TargetOptimizer(EditableModel):
         loaded = self.lm is not None
         super().configure_model()
         if self.compile_ffn and not loaded:
-            for block in self._ffn_blocks():
+            for block in map(self.sites.ffn_block, self._above):
                 if block is not None:
                     # Its hooks stay outside: they come and go.
                     block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
@@ -264,11 +264,15 @@ class TargetOptimizer(EditableModel):
 
     def _entry(self) -> Entry:
         layers = [self.sites.module("hidden", i) for i in range(self.target_layer + 2)]
-        return Entry(layers, self._ffn_blocks())
+        modules = [module for i in self._above for module in self.sites.token_modules(i)]
+        top = self.depth - 1
+        last = [self.sites.module("attn", top), self.sites.ffn_block(top) or self.sites.module("ffn", top)]
+        return Entry(layers, modules, last)
 
-    def _ffn_blocks(self) -> list[nn.Module | None]:
-        """The FFN of each layer above L, where it is a module of its own."""
-        return [self.sites.ffn_block(i) for i in range(self.target_layer + 1, self.depth)]
+    @property
+    def _above(self) -> range:
+        """The layers above L."""
+        return range(self.target_layer + 1, self.depth)
 
     @property
     def _suffix_only(self) -> bool:

@@ -251,12 +251,18 @@ class Entry:
 
     Args:
         layers: The model's first layers; passes can begin at the last two of them.
-        ffn_blocks: The FFN of each layer from the last of these on, where it can be run by itself.
+        token_modules: What maps each token by itself in the layers from the last of these on.
+        last_modules: Those of them that only the logits need: in the model's last layer, behind its keys and values.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], ffn_blocks: Sequence[nn.Module | None] = ()) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        token_modules: Sequence[nn.Module] = (),
+        last_modules: Sequence[nn.Module] = (),
+    ) -> None:
         self.below, self.layer = list(layers[:-1]), layers[-1]
-        self.ffn_blocks = list(ffn_blocks)
+        self.token_modules = {module: module in set(last_modules) for module in token_modules}
         self._tuples = [False] * len(self.below)
 
     @torch.no_grad()
@@ -292,18 +298,19 @@ class Entry:
 
     @contextmanager
     def only_tokens(self, rows: RowBatch, real_N: Tensor, labelled_N: Tensor) -> Iterator[None]:
-        """Have the passes inside run no FFN on padding, and the model's last one where logits are wanted only.
+        """Have the passes inside run nothing on padding that they need not, and the last FFN only for the logits.
 
         Args:
             rows: What is run.
             real_N: Places of real tokens, counted over all rows.
             labelled_N: Those whose logits are wanted.
         """
-        places = [real_N] * (len(self.ffn_blocks) - 1) + [labelled_N]
+        shape = tuple(rows.input_ids.shape)
         with ExitStack() as stack:
-            for block, own in zip(self.ffn_blocks, places, strict=False):
-                if block is not None:
-                    stack.enter_context(run_at(block, own, rows.input_ids.shape))  # type: ignore[arg-type]
+            for module, is_last in self.token_modules.items():
+                places = labelled_N if is_last else real_N
+                if len(places) < rows.input_ids.numel():
+                    stack.enter_context(run_at(module, places, shape))  # type: ignore[arg-type]
             yield
 
     def _note_kind(self, i: int) -> Any:

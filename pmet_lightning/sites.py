@@ -114,19 +114,28 @@ def run_at(module: nn.Module, positions_N: Tensor, shape: tuple[int, int]) -> It
     """Run a module that maps each token by itself, such as an FFN, at some tokens only; elsewhere it gives zeros.
 
     Args:
-        module: Takes and gives [R, T, F].
+        module: Takes and gives [R, T, F], or [R·T, F] as in OPT; whatever else it gets goes through it as it is.
         positions_N: int64, counted over all tokens of all rows; none twice.
         shape: R and T.
     """
 
-    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
-        (hidden,) = (*args, *kwargs.values())
-        taken = hidden.flatten(0, 1).index_select(0, positions_N.to(hidden.device))
-        return (taken.unsqueeze(0),), {}
+    count = shape[0] * shape[1]
+    outer: list[tuple[int, ...]] = []  # how rows and tokens came in the pass that is under way
 
-    def widen(_: nn.Module, __: tuple[Any, ...], output_1NF: Tensor) -> Tensor:
-        whole = output_1NF.new_zeros(shape[0] * shape[1], output_1NF.shape[-1])
-        return whole.index_copy(0, positions_N.to(whole.device), output_1NF[0]).unflatten(0, shape)
+    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (hidden,) = (*args, *kwargs.values())
+        if hidden.shape[:-1] not in (shape, (count,)):
+            return None
+        outer.append(hidden.shape[:-1])
+        taken = hidden.reshape(count, -1).index_select(0, positions_N.to(hidden.device))
+        return (taken.unsqueeze(0) if hidden.dim() == 3 else taken,), {}
+
+    def widen(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not outer:
+            return output
+        whole = output.new_zeros(count, output.shape[-1])
+        filled = whole.index_copy(0, positions_N.to(whole.device), output.flatten(0, -2))
+        return filled.unflatten(0, outer.pop())
 
     handles = [module.register_forward_pre_hook(narrow, with_kwargs=True), module.register_forward_hook(widen)]
     try:

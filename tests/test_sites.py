@@ -256,7 +256,8 @@ def test_a_wrong_description_is_refused(loaded):
         Sites.of(loaded[0], Architecture("nowhere.layers", "a", "b"))
 
 
-def test_a_module_run_at_some_tokens_gives_zeros_elsewhere():
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_module_run_at_some_tokens_gives_zeros_elsewhere(flat):
     """Values and gradients of the tokens that are run are those of the whole pass."""
     module = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)).requires_grad_(False)
     inputs, wanted = torch.randn(3, 5, 4), torch.tensor([0, 7, 13, 14])
@@ -268,15 +269,17 @@ def test_a_module_run_at_some_tokens_gives_zeros_elsewhere():
         with ExitStack() as stack:
             if some:
                 stack.enter_context(run_at(module, wanted, (3, 5)))
-            output = module(hidden)
-        assert output.shape == (3, 5, 4)
-        taken = output.flatten(0, 1)[wanted]
+            output = module(hidden.flatten(0, 1) if flat else hidden)
+            assert module(torch.ones(2, 4)).shape == (2, 4), "what is of another shape is not touched"
+        assert output.shape == ((15, 4) if flat else (3, 5, 4))
+        taken = output.reshape(15, 4)[wanted]
         results.append((taken, torch.autograd.grad(taken.square().sum(), hidden)[0]))
     handle.remove()
-    assert seen == [(3, 5, 8), (1, 4, 8)]
+    whole, part = ((15, 8), (4, 8)) if flat else ((3, 5, 8), (1, 4, 8))
+    assert seen == [whole, (2, 8), part, (2, 8)]
     for whole, part in zip(*results, strict=True):
         torch.testing.assert_close(part, whole)
     others = torch.ones(15, dtype=torch.bool).index_fill(0, wanted, False)
-    assert not output.flatten(0, 1)[others].any()
+    assert not output.reshape(15, 4)[others].any()
     assert not module._forward_hooks
     assert not module._forward_pre_hooks
