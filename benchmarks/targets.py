@@ -32,7 +32,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the plain twin is no part of the package
 
 from pmet_lightning import TargetOptimizer
-from pmet_lightning.architectures import in_features
+from pmet_lightning.architectures import Sites, in_features
 from pmet_lightning.edits import Edit, read_edits
 from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.resources import locate
@@ -84,6 +84,10 @@ class Bench:
         self.module.setup("fit")
         self.module.configure_model()
         self.module.contexts = CONTEXTS
+        # As transformers loads it, with none of our changes.
+        self.theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            self.module.model_name, dtype=getattr(torch, dtype)
+        ).requires_grad_(False)
         optimizer = self.module.configure_optimizers()
         self.module.optimizers = lambda: _Plain(optimizer)  # type: ignore[method-assign]
 
@@ -93,11 +97,12 @@ class Bench:
 
     def plain(self, edits: list[Edit]) -> list[torch.Tensor]:
         """One edit after the other."""
-        sites, layer = self.module.sites, self.module.target_layer
+        sites = Sites.of(self.theirs, self.module.sites.architecture)
+        layer = self.module.target_layer
         modules = sites.module("attn", layer), sites.module("ffn", layer)
         factors = {"nll": 1.0, "kl": 0.0625, "norm": 0.1}
-        model, tokenizer = self.module.model, self.module.tokenizer
-        return [plain_target(model, tokenizer, *modules, e, CONTEXTS, **SETTINGS, **factors)[0] for e in edits]
+        tokenizer = self.module.tokenizer
+        return [plain_target(self.theirs, tokenizer, *modules, e, CONTEXTS, **SETTINGS, **factors)[0] for e in edits]
 
 
 def floor(bench: Bench, edits: list[Edit], parallel: bool) -> float:
