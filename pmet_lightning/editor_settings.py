@@ -52,7 +52,7 @@ def parts_of(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> Part
     Raises:
         ValueError: If there is no such setting, or a value is not what it takes.
     """
-    parser = _parser()
+    parser = section_parser()
     wanted = {name: dict(section) for name, section in sections.items()}
     wanted["model"] = {**wanted.get("model", {}), "model_name": model_name}
     wanted["data"] = {"path": _PLACEHOLDER, **wanted.get("data", {})}
@@ -79,7 +79,7 @@ def written_settings(config: str) -> dict[str, dict[str, Any]]:
         FileNotFoundError: If there is none.
         ValueError: If it is none of an edit run.
     """
-    parser = _parser()
+    parser = section_parser()
     for name in _OTHERS:
         parser.add_argument(f"--{name}", type=object)
     try:
@@ -92,7 +92,8 @@ def written_settings(config: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _parser() -> LightningArgumentParser:
+def section_parser() -> LightningArgumentParser:
+    """A parser of the sections, linked as on the command line."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(TargetOptimizer, "model")
     parser.add_lightning_class_args(EditDataModule, "data")

@@ -292,6 +292,16 @@ def test_what_fails_or_is_interrupted_writes_nothing(make, monkeypatch, error):
     assert same(bits(model), bits(other)), "as if nothing had happened"
 
 
+def test_a_limit_takes_the_batch_back_and_says_so(make):
+    editor, model = make(drift={"max_growth": 1e-6})
+    clean = bits(model)
+    report = editor.edit(FACTS[:2], evaluate=False)
+    assert "growth" in report.ended
+    assert report.ended in str(report)
+    assert (report.edits, editor.edits_written) == ((), 0)
+    assert same(clean, bits(model))
+
+
 def test_two_editors_at_once(make):
     """In turn, each as if it were alone."""
     one, two = make("gptj"), make("gpt2")
