@@ -183,6 +183,7 @@ class EditableModel(L.LightningModule):
                     keep_in_float32(self.sites.module(site, layer))
         if self.patch is not None:
             apply_patch(model, self.sites, self.patch, self.base_fingerprint)
+            self.base_fingerprint = fingerprint(model)  # second moments and further edits are of the patched weights
 
     def _loaded(self) -> nn.Module:
         """The language model from its files, or this process' part of it."""

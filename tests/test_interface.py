@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import warnings
 from itertools import pairwise
@@ -20,7 +21,8 @@ from pmet_lightning import Editor, editor_report, read_edits
 from pmet_lightning.cli import edit_cli, main
 from pmet_lightning.edits import RecordError
 from pmet_lightning.files import write_json
-from pmet_lightning.patch import load_patch
+from pmet_lightning.moments import MomentError
+from pmet_lightning.patch import PatchError, load_patch
 from tests.harness import tiny_fit
 from tests.tiny import CONFIGS, RECORDS, save_tiny
 
@@ -300,6 +302,28 @@ def test_a_limit_takes_the_batch_back_and_says_so(make):
     assert report.ended in str(report)
     assert (report.edits, editor.edits_written) == ((), 0)
     assert same(clean, bits(model))
+
+
+def test_moments_are_never_those_of_an_edited_model(make, tmp_path):
+    """Not after an edit, when the files of the unedited one are gone; and a patched model has moments of its own."""
+    editor, model = make(moments={"samples": 40, "folder": str(tmp_path / "moments")})
+    editor.edit(FACTS[:1], evaluate=False)
+    first = bits(model)
+    shutil.rmtree(tmp_path / "moments")
+    with pytest.raises(MomentError, match="take the edits back"):
+        editor.edit(FACTS[1:2], evaluate=False)
+    assert same(first, bits(model))
+    editor.save_patch(tmp_path / "patch.safetensors")
+    editor.revert()
+    editor.edit(FACTS[:1], evaluate=False)
+    assert same(first, bits(model)), "collected again"
+    patched, other = make(patch=str(tmp_path / "patch.safetensors"))
+    assert same(first, bits(other))
+    assert patched._moments.key(patched._module) != editor._moments.key(editor._module)
+    patched.edit(FACTS[1:2], evaluate=False)
+    patched.save_patch(tmp_path / "second.safetensors")
+    with pytest.raises(PatchError, match="was made for the model"):
+        make(patch=str(tmp_path / "second.safetensors"))
 
 
 def test_two_editors_at_once(make):
