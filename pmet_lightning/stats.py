@@ -88,8 +88,8 @@ class SecondMoments(L.Callback):
         missing = trainer.strategy.broadcast(missing)
         if missing and pl_module.edits_done:
             raise MomentError(
-                f"second moments of layers {sorted({layer for _, layer in missing})} are no longer in {store.folder}, and "
-                "those of the edited model are others; take the edits back, or put the files back"
+                f"moments of layers {sorted({layer for _, layer in missing})} are no longer in {store.folder}, "
+                "and those of the edited model are others; take the edits back, or put the files back"
             )
         if missing:
             log.info(
