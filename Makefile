@@ -1,4 +1,4 @@
-.PHONY: install test style slow benchmark
+.PHONY: install test style slow docs benchmark
 
 install:
 	pip install -c constraints.txt -e ".[test]"
@@ -13,6 +13,10 @@ test: style
 
 slow:
 	python -m pytest -m slow
+
+docs:
+	pip install -c constraints.txt -e ".[docs]"
+	sphinx-build -W --keep-going -q docs build/docs
 
 benchmark:
 	python benchmarks/targets.py

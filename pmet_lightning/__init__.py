@@ -8,6 +8,8 @@ __version__ = version("pmet-lightning")
 
 if TYPE_CHECKING:
     from pmet_lightning.data import EditDataModule as EditDataModule
+    from pmet_lightning.editor import Editor as Editor
+    from pmet_lightning.editor_report import EditReport as EditReport
     from pmet_lightning.edits import Edit as Edit
     from pmet_lightning.edits import read_edits as read_edits
     from pmet_lightning.metrics import EditScores as EditScores
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 else:
     _HOMES = {
         "EditDataModule": "data",
+        "Editor": "editor",
+        "EditReport": "editor_report",
         "Edit": "edits",
         "read_edits": "edits",
         "EditScores": "metrics",

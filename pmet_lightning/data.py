@@ -166,6 +166,26 @@ class EditDataModule(L.LightningDataModule):
         self.evaluation_batch = evaluation_batch
         self.edits: list[Edit] = []
         self._rows: Sequence[Mapping[str, Any]] | None = None
+        self._at_hand: list[Edit] | None = None
+        self._tokenizer: Any = None
+
+    @classmethod
+    def of(cls, edits: Sequence[Edit], tokenizer: Any, **settings: Any) -> EditDataModule:
+        """The same for edits that are at hand instead of in a file.
+
+        Args:
+            edits: The edits.
+            tokenizer: As for :meth:`borrow`.
+            settings: The other arguments of the class.
+        """
+        data = cls(**{"path": "facts", **settings})
+        data._at_hand = list(edits)
+        data.borrow(tokenizer)
+        return data
+
+    def borrow(self, tokenizer: Any) -> None:
+        """Take a tokenizer that is loaded already, instead of loading one."""
+        self._tokenizer = tokenizer
 
     def setup(self, stage: str) -> None:
         """Read the edits and check each against the tokenizer.
@@ -182,14 +202,18 @@ class EditDataModule(L.LightningDataModule):
             return
         import datasets
 
-        edits = read_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, shuffle=self.shuffle)
+        if self._at_hand is None:
+            edits = read_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, shuffle=self.shuffle)
+        else:
+            edits = self._at_hand
         self._check_tokens(edits)
         self.edits = edits
         self._rows = datasets.Dataset.from_list([edit.to_row() for edit in edits])
         log.info("%d edits from %s", len(edits), self.path)
 
     def _check_tokens(self, edits: Sequence[Edit]) -> None:
-        encoder = PromptEncoder.of(load_tokenizer(self.tokenizer_name), self.chat)
+        tokenizer = load_tokenizer(self.tokenizer_name) if self._tokenizer is None else self._tokenizer
+        encoder = PromptEncoder.of(tokenizer, self.chat)
         for edit in edits:
             try:
                 encoder.encode(edit.prompt, edit.subject, target=edit.target)

@@ -74,7 +74,7 @@ class Drift(L.Callback):
         if self.text is None:
             return
         perplexity, kl = self._measure(pl_module, self._own_rows(trainer, pl_module))
-        if pl_module.phase == "before":
+        if self._first_perplexity is None and pl_module.phase == "before":
             self._first_perplexity = perplexity
         pl_module.report({"perplexity": perplexity} | ({} if kl is None else {"kl": kl}))
 
@@ -151,10 +151,8 @@ class Drift(L.Callback):
             last = logits[torch.arange(len(indices)), lengths - 1]
             ends_RV[indices] = last.float().log_softmax(-1).cpu()
         perplexity = float(nll.compute().exp())
-        if module.phase == "before":
-            self._clean = ends_RV
-            return perplexity, None
         if self._clean is None:
+            self._clean = ends_RV if module.phase == "before" else None
             return perplexity, None
         kl.update(kl_divergence(self._clean, ends_RV).double())
         return perplexity, float(kl.compute())

@@ -116,6 +116,7 @@ class EditableModel(L.LightningModule):
         self.chat, self.keep_float32, self.patch, self.device_map = chat, keep_float32, patch, device_map
 
         self.lm: nn.Module | None = None
+        self._lent: tuple[nn.Module, Any] | None = None
         self.base_fingerprint = ""
         self.inner_step = 0
         self.scores = EditScores()
@@ -129,9 +130,25 @@ class EditableModel(L.LightningModule):
 
     # ---- the model -------------------------------------------------------------------------------------
 
+    def borrow(self, model: nn.Module, tokenizer: Any) -> None:
+        """Work on a model that is loaded already, where it is and as it is, instead of loading one.
+
+        It does not become a part of this module: Lightning neither moves it nor changes its mode.
+
+        Args:
+            model: A causal language model of transformers, frozen and in eval mode while this module works.
+            tokenizer: Its tokenizer.
+        """
+        self._lent = model, tokenizer
+
+    def forget(self) -> None:
+        """Forget what was evaluated and logged, for a run that is told apart from those before it."""
+        self.results, self.record_rows, self.curves, self.inner_step = {}, {}, [], 0
+        self._before = {}
+
     def setup(self, stage: str) -> None:
         """Check the layers and the family by the configuration alone, before any weight is read."""
-        config = load_config(self.model_name)
+        config: Any = load_config(self.model_name) if self._lent is None else self._lent[0].config
         self._architecture = architecture_of(config, self.architecture_override)
         self.depth = depth = depth_of(config)
         if self.layers_wanted is None:
@@ -147,12 +164,29 @@ class EditableModel(L.LightningModule):
             self._references = References.of(self.texts.references, self.texts.references_subset)
             log.info("consistency: likeness to %s", self._references.label)
         if self._encoder is None:
-            self._encoder = PromptEncoder.of(load_tokenizer(self.model_name), self.chat)
+            tokenizer = load_tokenizer(self.model_name) if self._lent is None else self._lent[1]
+            self._encoder = PromptEncoder.of(tokenizer, self.chat)
 
     def configure_model(self) -> None:
         """Load the language model, once."""
         if self.lm is not None:
             return
+        model = self._loaded() if self._lent is None else self._lent[0]
+        if self.device_map is None and self._lent is None:
+            self.lm = model
+        else:
+            self.__dict__["lm"] = model  # not as a submodule: Lightning would move all of it to one device
+        self.base_fingerprint = fingerprint(model)
+        if self.keep_float32:
+            for layer in self.layers:
+                for site in written_sites("attn+ffn"):
+                    keep_in_float32(self.sites.module(site, layer))
+        if self.patch is not None:
+            apply_patch(model, self.sites, self.patch, self.base_fingerprint)
+            self.base_fingerprint = fingerprint(model)  # second moments and further edits are of the patched weights
+
+    def _loaded(self) -> nn.Module:
+        """The language model from its files, or this process' part of it."""
         assert self._architecture is not None, "setup runs before configure_model"
         if self.device_map is not None and self.trainer.world_size > 1:
             raise ValueError(
@@ -164,17 +198,7 @@ class EditableModel(L.LightningModule):
             model = load_model(self.model_name, self.dtype_name, self.attn_implementation, self.device_map)
             if self.device_mesh is not None:
                 shard(model, self._architecture.layers, self.device_mesh)
-        if self.device_map is None:
-            self.lm = model
-        else:
-            self.__dict__["lm"] = model  # not as a submodule: Lightning would move all of it to one device
-        self.base_fingerprint = fingerprint(model)
-        if self.keep_float32:
-            for layer in self.layers:
-                for site in written_sites("attn+ffn"):
-                    keep_in_float32(self.sites.module(site, layer))
-        if self.patch is not None:
-            apply_patch(model, self.sites, self.patch, self.base_fingerprint)
+        return model
 
     @property
     def model(self) -> nn.Module:

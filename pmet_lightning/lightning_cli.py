@@ -18,14 +18,27 @@ from pmet_lightning.stats import SecondMoments
 from pmet_lightning.trainer import EditTrainer
 
 
+def add_shared_sections(parser: LightningArgumentParser) -> None:
+    """Section ``drift``, and the values that two owners share."""
+    parser.add_lightning_class_args(Drift, "drift")
+    parser.link_arguments("model.model_name", "data.tokenizer")
+    parser.link_arguments("model.chat", "data.chat")
+
+
+def add_editing_sections(parser: LightningArgumentParser) -> None:
+    """Sections ``moments`` and ``spread`` too."""
+    parser.add_lightning_class_args(SecondMoments, "moments")
+    parser.add_lightning_class_args(WeightSpread, "spread")
+    add_shared_sections(parser)
+    parser.link_arguments("spread.write", "moments.write")
+
+
 class FineTuningCLI(LightningCLI):
     """Lightning's CLI for the baseline, which needs neither second moments nor a spread."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Section ``drift``, and the values that two owners share."""
-        parser.add_lightning_class_args(Drift, "drift")
-        parser.link_arguments("model.model_name", "data.tokenizer")
-        parser.link_arguments("model.chat", "data.chat")
+        """As :func:`add_shared_sections`."""
+        add_shared_sections(parser)
 
 
 class EditCLI(FineTuningCLI):
@@ -43,11 +56,8 @@ class EditCLI(FineTuningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Sections ``moments`` and ``spread`` too."""
-        parser.add_lightning_class_args(SecondMoments, "moments")
-        parser.add_lightning_class_args(WeightSpread, "spread")
-        super().add_arguments_to_parser(parser)
-        parser.link_arguments("spread.write", "moments.write")
+        """As :func:`add_editing_sections`."""
+        add_editing_sections(parser)
 
 
 class SaveFitConfig(SaveConfigCallback):

@@ -132,7 +132,8 @@ class TargetOptimizer(EditableModel):
             {site: nn.ParameterList([nn.Parameter(torch.zeros(0))]) for site in self.sites_optimised}
         )
         self.contexts: list[str] = []
-        self.batches_done = 0  # edit batches that a resumed run had written before
+        # What was written before: by a run that is resumed (edit batches), by earlier runs of this object (both).
+        self.batches_done = self.edits_done = 0
         self._store: TargetStore | None = None
         self._store_batch = -1
 
@@ -174,6 +175,7 @@ class TargetOptimizer(EditableModel):
 
     def on_fit_start(self) -> None:
         """Fix the contexts of the run."""
+        self._store = None  # it is of the model as it was in an earlier run
         if self.given_contexts is not None:
             self.contexts = self.given_contexts
         elif not self.contexts:

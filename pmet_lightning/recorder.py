@@ -26,6 +26,7 @@ from pmet_lightning.edits import Edit
 from pmet_lightning.files import write_json
 from pmet_lightning.journal import Journal
 from pmet_lightning.ledger import ledger_lines
+from pmet_lightning.manifest import manifest_of
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.metrics.scores import record_rows, table_of
 from pmet_lightning.module import TargetOptimizer
@@ -163,7 +164,7 @@ class RunRecorder(L.Callback):
             self.journal.add(lines, entry)
             if spread.protect_past:
                 save_products(self._past_path, spread.past)
-            save_patch(self._patch_path, spread.deltas, self._manifest(pl_module, spread))
+            save_patch(self._patch_path, spread.deltas, manifest_of(pl_module, spread, self._written))
         self._save_state(trainer, edit_batches_written=report.edit_batch + 1, edits_written=self._written)
         self.clock.end("ledger")
 
@@ -219,7 +220,7 @@ class RunRecorder(L.Callback):
         assert spread is not None
         deltas, manifest = load_patch(self._patch_path)
         module.contexts = module.given_contexts or manifest["contexts"]
-        mine = json.loads(json.dumps(self._manifest(module, spread), default=str))
+        mine = json.loads(json.dumps(manifest_of(module, spread, self._written), default=str))
         other = [name for name in _SETTINGS if mine[name] != manifest.get(name)]
         if other:
             differences = "; ".join(f"{name}: {manifest.get(name)} then, {mine[name]} now" for name in other)
@@ -298,25 +299,6 @@ class RunRecorder(L.Callback):
         self._state |= changes
         if trainer.is_global_zero:
             write_json(self.folder / STATE, self._state)
-
-    def _manifest(self, module: TargetOptimizer, spread: WeightSpread) -> dict[str, Any]:
-        return {
-            "model": module.model_name,
-            "fingerprint": module.base_fingerprint,
-            "dtype": str(next(module.model.parameters()).dtype).removeprefix("torch."),
-            "layers": module.layers,
-            "sites": spread.sites,
-            "optimised": module.sites_optimised,
-            "lam": spread.lam,
-            "rule": spread.rule,
-            "null_space": spread.null_space,
-            "protect_past": spread.protect_past,
-            "rules": vars(module.rules),
-            "contexts": module.contexts,
-            "edit_batches": spread.report.edit_batch + 1 if spread.report else 0,
-            "edits": self._written,
-            "versions": versions(),
-        }
 
 
 def _is_stream(trainer: L.Trainer) -> bool:

@@ -33,6 +33,7 @@ def layer_line(edit_batch: int, report: LayerReport) -> dict[str, Any]:
         "relative_error": report.relative_error,
         "ridge": report.ridge,
         "kept": report.written.kept,
+        "rounding": report.written.rounding,
     }
 
 

@@ -314,9 +314,20 @@ class WeightSpread(L.Callback):
     def undo(self) -> None:
         """Take the last edit batch back, bit by bit; needs ``keep_before``."""
         assert self.before is not None, "keep_before was not set"
-        for weight, before in self.before.weights:
-            own_rows(weight).copy_(before)
-        self.deltas, self.past = self.before.deltas, self.before.past
+        self.restore(self.before)
+
+    def snapshot(self, module: TargetOptimizer) -> Before:
+        """What there is now, the weights as copies on the CPU."""
+        weights = [module.sites.module(*place).weight for place in itertools.product(self.sites, module.layers)]
+        kept = [(w, own_rows(w).to("cpu", copy=True)) for w in weights if isinstance(w, Tensor)]
+        return Before(kept, dict(self.deltas), dict(self.past))
+
+    @torch.no_grad()
+    def restore(self, before: Before) -> None:
+        """Put everything back, bit by bit, to what it was."""
+        for weight, kept in before.weights:
+            own_rows(weight).copy_(kept)
+        self.deltas, self.past = dict(before.deltas), dict(before.past)
         self.before, self.report = None, None
 
     def _aim(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> _Aim:

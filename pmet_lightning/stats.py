@@ -17,7 +17,7 @@ from pmet_lightning.collection import Collection, CollectionSettings
 from pmet_lightning.corpus import corpus_fingerprint
 from pmet_lightning.memory import free_memory
 from pmet_lightning.module import TargetOptimizer
-from pmet_lightning.moments import MOMENTS_FOLDER, MomentKey, MomentStore, Place, memory_groups
+from pmet_lightning.moments import MOMENTS_FOLDER, MomentError, MomentKey, MomentStore, Place, memory_groups
 from pmet_lightning.parallel import Team
 from pmet_lightning.solve import Factor, WriteChoice, written_sites
 from pmet_lightning.tokens import PromptEncoder
@@ -86,6 +86,11 @@ class SecondMoments(L.Callback):
         store = MomentStore(self.given or self.folder / key.folder(), read_only=self.given is not None)
         missing = {p: w for p, w in widths.items() if not self.given and not store.path(p).is_file()}
         missing = trainer.strategy.broadcast(missing)
+        if missing and pl_module.edits_done:
+            raise MomentError(
+                f"moments of layers {sorted({layer for _, layer in missing})} are no longer in {store.folder}, "
+                "and those of the edited model are others; take the edits back, or put the files back"
+            )
         if missing:
             log.info(
                 "no second moments for layers %s of this model in %s: collecting them over %s",

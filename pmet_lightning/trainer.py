@@ -30,6 +30,15 @@ _INTENDED = (
 )
 
 
+# The patch is the result; one epoch is one pass over the edits; all edits are judged before.
+EDIT_RUN: dict[str, Any] = {
+    "max_epochs": 1,
+    "num_sanity_val_steps": -1,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+
+
 class EditTrainer(L.Trainer):
     """A Trainer whose fit is one pass over the edits, judged before and after.
 
@@ -42,15 +51,7 @@ class EditTrainer(L.Trainer):
 
     def __init__(self, run_dir: str | None = None, resume: bool = False, **kwargs: Any) -> None:
         folder = _free_folder(Path("runs")) if run_dir is None else Path(run_dir).expanduser()
-        # The patch is the result; one epoch is one pass over the edits; all edits are judged before.
-        own: dict[str, Any] = {
-            "max_epochs": 1,
-            "num_sanity_val_steps": -1,
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
-            "default_root_dir": str(folder),
-        }
-        for name, value in own.items():
+        for name, value in {**EDIT_RUN, "default_root_dir": str(folder)}.items():
             kwargs[name] = value if kwargs.get(name) is None else kwargs[name]
         kwargs["use_distributed_sampler"] = False  # the data module deals out the edits itself
         if kwargs.get("logger") in (None, True):
@@ -68,17 +69,17 @@ class EditTrainer(L.Trainer):
         """Edit: optimise targets, write the weights after each edit batch, evaluate before and after."""
         self.recorder.check_free()
         self.recorder.clock.start()
-        with _intended_warnings_off():
+        with intended_warnings_off():
             super().fit(*args, **kwargs)
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the questions of the edits and show the scores."""
-        with _intended_warnings_off():
+        with intended_warnings_off():
             return super().validate(*args, **kwargs | {"verbose": False})  # the recorder shows a table that can be read
 
     def test(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the questions of the edits and show the scores; the same as validate."""
-        with _intended_warnings_off():
+        with intended_warnings_off():
             return super().test(*args, **kwargs | {"verbose": False})  # the recorder shows a table that can be read
 
     def stats(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> None:
@@ -93,7 +94,7 @@ class EditTrainer(L.Trainer):
         self.fit_loop.max_epochs = 0
         self.num_sanity_val_steps = 0
         self.recorder.records = False
-        with _intended_warnings_off():
+        with intended_warnings_off():
             super().fit(model, train_dataloaders=[])
 
 
@@ -118,7 +119,8 @@ def _free_folder(parent: Path) -> Path:
 
 
 @contextmanager
-def _intended_warnings_off() -> Iterator[None]:
+def intended_warnings_off() -> Iterator[None]:
+    """No warning of what is meant."""
     with warnings.catch_warnings():
         for message in _INTENDED:
             warnings.filterwarnings("ignore", message=message)

@@ -49,7 +49,8 @@ def test_the_other_verbs_need_no_data_sets_to_show_their_settings():
 
 
 def test_public_names_are_found():
-    names = ["Edit", "EditDataModule", "EditScores", "SecondMoments", "TargetOptimizer", "WeightSpread", "read_edits"]
+    names = ["Edit", "EditDataModule", "EditReport", "EditScores", "Editor", "SecondMoments", "TargetOptimizer",
+             "WeightSpread", "read_edits"]  # fmt: skip
     for name in names:
         assert getattr(pmet_lightning, name).__name__ == name
         assert name in dir(pmet_lightning)

@@ -1,5 +1,6 @@
 """Edits: what they are, how they are read and checked."""
 
+from pmet_lightning.edits.readers import as_edits as as_edits
 from pmet_lightning.edits.readers import read_edits as read_edits
 from pmet_lightning.edits.readers import stream_edits as stream_edits
 from pmet_lightning.edits.records import Edit as Edit

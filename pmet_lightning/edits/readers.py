@@ -11,7 +11,8 @@ import logging
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,30 @@ def read_edits(
         )
     check_no_contradictions(edits)
     _warn_of_generation_prompts(edits, ", ".join(paths))
+    return edits
+
+
+def as_edits(facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts") -> list[Edit]:
+    """Check and return edits that are at hand.
+
+    Args:
+        facts: Records as in a file (COUNTERFACT, zsRE or flat), edits, or some of each.
+        name: What a message calls them: its fourth is "facts[3]".
+
+    Raises:
+        RecordError: If there is none, or one is unusable.
+    """
+    edits = []
+    for number, fact in enumerate(facts):
+        origin = f"{name}[{number}]"
+        if isinstance(fact, Edit):
+            edits.append(replace(fact, origin=f"{origin} ({fact.origin})" if fact.origin else origin))
+        else:
+            edits += parse_records(fact, number, origin)
+    if not edits:
+        raise RecordError(f"{name}: nothing to edit, expected at least one record")
+    check_no_contradictions(edits)
+    _warn_of_generation_prompts(edits, name)
     return edits
 
 

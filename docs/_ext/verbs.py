@@ -1,0 +1,134 @@
+"""Sphinx directives for what the command line takes, read from its own parsers: ``settings`` and ``verbs``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from docutils import nodes
+from jsonargparse import auto_cli, capture_parser
+from lightning.pytorch.cli import LightningArgumentParser
+from sphinx.util.docutils import SphinxDirective
+
+from pmet_lightning.cli import FILE_VERBS, USAGE
+from pmet_lightning.editor_settings import SECTIONS, section_parser
+from pmet_lightning.finetuning import FineTuning
+from pmet_lightning.trainer import EditTrainer
+
+_MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Z])|\btyping\.|<class '|'>")
+_REQUIRED = ("model.model_name", "data.path")  # which jsonargparse does not say of arguments of classes
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the command line."""
+
+    name: str
+    type: str
+    default: str
+    text: str
+
+
+class _Generated(SphinxDirective):
+    """Shows Markdown that was made when the build began: later, autodoc has put texts in the place of defaults."""
+
+    markdown = ""
+
+    def run(self) -> list[nodes.Node]:
+        """The nodes of the Markdown."""
+        return self.parse_text_to_nodes(self.markdown, allow_section_headings=True)
+
+
+class Settings(_Generated):
+    """The settings of a configuration, section by section."""
+
+
+class Verbs(_Generated):
+    """The verbs that are functions, with their options."""
+
+
+def settings_markdown() -> str:
+    """A table of each section."""
+    options = _options(section_parser())
+    tables = {name: [o for o in options if o.name.startswith(f"{name}.")] for name in SECTIONS}
+    tuning = LightningArgumentParser()
+    tuning.add_lightning_class_args(FineTuning, "model")
+    tables["model, of the verb finetune"] = _options(tuning)
+    parts = [f"## {title}\n\n{_table(rows)}" for title, rows in tables.items()]
+    return "\n\n".join(
+        [*parts, f"## trainer\n\nAll arguments of Lightning's Trainer, and\n\n{_table(_trainer_options())}"]
+    )
+
+
+def verbs_markdown() -> str:
+    """A section of each verb."""
+    parts = [f"```text\n{USAGE}\n```"]
+    for verb, module in FILE_VERBS.items():
+        function = getattr(import_module(module), verb)
+        parser = capture_parser(lambda f=function: auto_cli(f, args=[], as_positional=False))
+        said = (inspect.getdoc(function) or "").split("\n\nArgs:")[0]
+        parts.append(f"## {verb}\n\n{_escaped(said)}\n\n{_table(_options(parser))}")
+    return "\n\n".join(parts)
+
+
+def _options(parser: Any) -> list[Option]:
+    """The options of a parser, without its own (help, configuration) and those that are linked to others."""
+    actions = [a for a in parser._actions if hasattr(a, "_typehint") and a.default != "==SUPPRESS=="]
+    return [
+        Option(
+            action.dest,
+            _MODULES.sub("", str(action._typehint)),
+            "" if action.required or action.dest in _REQUIRED else _default(action.default),
+            action.help or "",
+        )
+        for action in actions
+    ]
+
+
+def _trainer_options() -> list[Option]:
+    """The trainer's own options, of which its docstring tells."""
+    block = (inspect.getdoc(EditTrainer) or "").split("Args:\n")[1]
+    said = {name: " ".join(text.split()) for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", block, re.M)}
+    known = inspect.signature(EditTrainer).parameters
+    return [
+        Option(f"trainer.{name}", str(known[name].annotation), _default(known[name].default), text)
+        for name, text in said.items()
+        if name != "kwargs"
+    ]
+
+
+def _default(value: Any) -> str:
+    """A default as a configuration has it."""
+    if isinstance(value, dict) and "class_path" in value:
+        arguments = ", ".join(f"{name}={given}" for name, given in value.get("init_args", {}).items())
+        return f"{value['class_path']}({arguments})"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def _table(options: Iterable[Option]) -> str:
+    lines = ["| option | type | default | |", "|---|---|---|---|"]
+    for option in options:
+        kind, default = f"`{option.type}`".replace("|", "\\|"), f"`{option.default}`" if option.default else "required"
+        lines.append(f"| `--{option.name}` | {kind} | {default} | {_escaped(option.text)} |".replace("\n", " "))
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """Docstring text as Markdown."""
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text).replace("``", "`")
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(p if p.startswith("`") else re.sub(r"([|*_{}<>$\[\]])", r"\\\1", p) for p in parts)
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Read the parsers, and register the directives."""
+    Settings.markdown, Verbs.markdown = settings_markdown(), verbs_markdown()
+    app.add_directive("settings", Settings)
+    app.add_directive("verbs", Verbs)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
