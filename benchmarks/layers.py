@@ -35,7 +35,7 @@ def proposal_line(records: str, facts: int, base: str) -> str:
     effect, lead = (f"{part['mean']:.3f} [{part['low']:.3f}, {part['high']:.3f}]" for part in map(found.get, _PARTS))
     return (
         f"proposed from {found['effect']['count']} facts: layers {found['layers']} ({found['verdict']}; "
-        f"{found['same_layers']:.0%} of resamples), effect {effect}, {lead} above the best layer outside\n\n"
+        f"{found['same_layers']:.0%} of resamples), effect {effect}, {lead} above the next layer\n\n"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from pmet_lightning.analysis.claims import claims_of
 from pmet_lightning.analysis.components import component_measures
 from pmet_lightning.analysis.facts import Fact, ask, read_facts
-from pmet_lightning.analysis.layer_choice import around_peak, propose
+from pmet_lightning.analysis.layer_choice import layers_to_edit, propose
 from pmet_lightning.analysis.lens import Lens
 from pmet_lightning.analysis.measures import Measure, resampled_means, summarise
 from pmet_lightning.analysis.streams import is_parallel, streams_of
@@ -35,8 +35,8 @@ def hooks(model) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def study_of(folder: str, **scope) -> Study:
-    model = load_model(folder, "float32")
+def study_of(folder: str, dtype: str = "float32", **scope) -> Study:
+    model = load_model(folder, dtype)
     sites = Sites.of(model, architecture_of(load_config(folder)))
     return Study(model, sites, PromptEncoder.of(load_tokenizer(folder)), Scope(**{**vars(SCOPE), **scope}))
 
@@ -94,10 +94,10 @@ def test_the_lens_jumps_and_the_logit_grows_where_the_fact_is(planted):
         assert added[:, :layer, where].abs().sum() < 1e-2
 
 
-def test_the_layer_that_stores_is_proposed(planted):
-    found, store, _ = planted
+def test_layers_from_the_store_to_the_fetch_are_proposed(planted):
+    found, store, fetch = planted
     proposal = found.proposal()
-    assert (proposal.layers, proposal.peak) == ([store], store)
+    assert (proposal.layers, proposal.peak) == (list(range(store, fetch)), store)
     assert proposal.same_layers == proposal.same_peak == 1
     assert proposal.verdict == "sure"
     assert proposal.lead["low"] > 0.3
@@ -123,9 +123,9 @@ def test_a_fact_is_found_before_and_after_its_edit(tmp_path):
         assert p.pop(said) > 0.9
         assert all(other < 0.1 for other in p.values())
         only(found.measures["effect"].at(component="ffn", place="last subject token"), 1, 0.3)
-    claim = claims_of(before, after)[-1]
-    assert claim.phase == "after - before"
-    assert claim.found["mean"] > 10
+    claims = claims_of(before, after)[-2:]
+    assert [claim.phase for claim in claims] == ["after - before"] * 2
+    assert all(claim.found["mean"] > 10 for claim in claims)
 
 
 def questions_of(encoder, model=None):
@@ -326,6 +326,15 @@ def test_batches_change_nothing(tmp_path):
         torch.testing.assert_close(measure.values, found[1].measures[name].values, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+def test_half_precision_finds_the_same(tmp_path):
+    study = study_of(save_planted("gptj", tmp_path / "model", 1, 2), "bfloat16", draws=2)
+    study.ask(read_facts(written(tmp_path, records())))
+    found, kept = study.measure("before")
+    assert kept == [0, 1, 2]
+    assert found.proposal().layers == [1]
+    assert (found.measures["contribution"].at(token="last", component="attn", answer="true")[:, 2] > 5).all()
+
+
 def test_places_of_tokens(loaded):
     encoder = PromptEncoder(loaded("gpt2")[2])
     for question in questions_of(encoder):
@@ -354,20 +363,34 @@ def test_intervals_are_a_plain_bootstrap():
     assert [row["layer"] for row in rows] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("ffn", "stream", "layers"),
+    [
+        ([0.6, 0.1, 0.0, 0.0], [0.7, 0.6, 0.3, 0.4], [0, 1]),
+        ([0.1, 0.5, 0.9, 0.1], [0.9, 0.9, 0.8, 0.1], [1, 2]),
+        ([0.6, 0.1, 0.9, 0.3], [0.1, 0.1, 0.8, 0.8], [2, 3]),
+        ([-0.2, -0.1, -0.3, -0.3], [0.0, 0.0, 0.0, 0.0], [1]),
+    ],
+)
+def test_layers_reach_from_half_of_the_peak_to_half_of_the_stream(ffn, stream, layers):
+    assert layers_to_edit(torch.tensor(ffn), torch.tensor(stream)) == layers
+
+
 def test_a_proposal_says_how_sure_it_is():
-    assert around_peak(torch.tensor([0.1, 0.5, 0.9, 0.46, 0.8])) == [1, 2, 3, 4]
-    assert around_peak(torch.tensor([0.6, 0.1, 0.9, 0.3])) == [2]
-    assert around_peak(torch.tensor([-0.2, -0.1])) == [1]
     generator = torch.Generator().manual_seed(0)
-    clear = torch.tensor([0.0, 0.4, 0.1, 0.0]) + 0.05 * torch.randn(40, 4, generator=generator)
-    proposal = propose(clear)
-    assert (proposal.layers, proposal.verdict, proposal.same_layers) == ([1], "sure", 1.0)
-    assert proposal.lead["mean"] == pytest.approx(float((clear[:, 1] - clear[:, 2]).mean()), abs=1e-6)
-    noise = propose(0.5 * torch.randn(40, 4, generator=generator) - 0.1)
-    assert noise.verdict.startswith("no evidence")
-    tie = propose(torch.tensor([0.0, 0.4, 0.2, 0.0]) + 0.3 * torch.randn(40, 4, generator=generator))
+
+    def noisy(means, spread):
+        return torch.tensor(means) + spread * torch.randn(40, 4, generator=generator)
+
+    ffn, stream = noisy([0.0, 0.4, 0.1, 0.0], 0.05), noisy([0.4, 0.4, 0.4, 0.1], 0.05)
+    proposal = propose(ffn, stream)
+    assert (proposal.layers, proposal.verdict, proposal.same_layers) == ([1, 2], "sure", 1.0)
+    assert proposal.effect["mean"] == pytest.approx(float(ffn[:, 1].mean()), abs=1e-6)
+    assert proposal.lead["mean"] == pytest.approx(float((ffn[:, 1] - ffn[:, 2]).mean()), abs=1e-6)
+    assert propose(noisy([-0.1] * 4, 0.5), stream).verdict.startswith("no evidence")
+    tie = propose(noisy([0.0, 0.4, 0.1, 0.0], 0.05), noisy([0.4, 0.4, 0.2, 0.0], 0.3))
     assert tie.verdict != "sure"
-    assert tie.same_layers < 0.95
+    assert (tie.same_peak, tie.same_layers < 0.95) == (1.0, True)
 
 
 KNOWN = {

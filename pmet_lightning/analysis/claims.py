@@ -55,12 +55,20 @@ def claims_of(before: Findings, after: Findings | None) -> list[Claim]:
     for findings in (before, after):
         if findings is not None:
             claims += _within(findings)
-    if after is not None:
-        shift = _towards_new(after.measures) - _towards_new(before.measures)
-        text = "an edit of the FFN alone makes the attention's outputs favour the new answer (logit at the last token)"
-        if not shift[:, 0].isnan().all():
-            claims.append(Claim(text, "after - before", interval(shift[:, 0])))
-    return claims
+    return claims if after is None else claims + _between(before, after)
+
+
+def _between(before: Findings, after: Findings) -> list[Claim]:
+    """Predictions about what an edit changes, where records have both answers."""
+    shift = _towards_new(after.measures) - _towards_new(before.measures)
+    if shift.isnan().all():
+        return []
+    named = "after - before"
+    return [
+        Claim("the edit turns attention's outputs at the prompt's last token to the new answer (logit less the true "
+              "one's, sum over layers)", named, interval(shift[:, 0])),
+        Claim("it turns attention's outputs there more than the FFN's", named, interval(shift[:, 0] - shift[:, 1])),
+    ]  # fmt: skip
 
 
 def _within(findings: Findings) -> list[Claim]:

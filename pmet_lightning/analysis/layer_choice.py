@@ -1,5 +1,8 @@
-"""Which layers to edit, from causal tracing: those whose FFN, put back at the subject's last token, brings the answer.
+"""Which layers to edit, from causal tracing at the subject's last token.
 
+An edit has to be written where the FFN holds such facts, and before attention has fetched them. The first shows in the
+effect of the FFN's output, put back in one layer; the second in that of the residual stream: what it holds of the fact
+counts for nothing any more in the layers above those that fetched it.
 Legend: N = facts, L = layers, B = resamples.
 """
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from pmet_lightning.analysis.measures import interval, resampled_means
 
 HALF = 0.5  # of the peak: a layer with so much of it belongs to the range
+_SURE, _LIKELY = 0.95, 0.5  # shares of resamples
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,11 @@ class Proposal:
     """Layers to edit, and how sure that is.
 
     Attributes:
-        layers: The layers around the peak that have at least half of its effect, without a gap; targets live in the
-            last of them.
-        peak: The layer with the largest effect.
-        effect: Its effect, with its 95 % interval and the number of facts.
-        lead: How much larger that is than the largest effect outside of the range, likewise; ``None`` if there is no
-            layer outside.
+        layers: From the first layer around the FFN's peak that has half of the peak's effect, to the last one in which
+            the residual stream still has half of its effect at the peak; targets live in the last of them.
+        peak: The layer whose FFN has the largest effect.
+        effect: That effect, with its 95 % interval and the number of facts.
+        lead: How much larger it is than that of the next best layer, likewise; ``None`` if there is one layer only.
         same_peak: Share of resamples of the facts that have the same peak.
         same_layers: Share of resamples that have the same range.
     """
@@ -39,45 +42,48 @@ class Proposal:
 
     @property
     def verdict(self) -> str:
-        """How sure it is, in words."""
+        """How sure it is that tracing other facts of this kind gives these layers, in words."""
         if self.effect["low"] <= 0:
             return "no evidence: the effect at the peak does not differ from zero"
-        for least, words in ((0.95, "sure"), (0.5, "likely")):
-            if self.same_layers >= least:
-                return words
-        return "unsure: other facts of this kind would give other layers"
+        if self.same_layers >= _SURE:
+            return "sure"
+        return "likely" if self.same_layers >= _LIKELY else "unsure: other facts would give other layers"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self) | {"verdict": self.verdict}
 
 
-def around_peak(effect_L: Tensor) -> list[int]:
-    """The peak's layer and its neighbours down to half of its effect, ascending."""
-    peak = int(effect_L.argmax())
-    enough = (effect_L >= HALF * effect_L[peak]).tolist() if effect_L[peak] > 0 else [False] * len(effect_L)
-    first = last = peak
-    while first > 0 and enough[first - 1]:
+def layers_to_edit(ffn_L: Tensor, stream_L: Tensor) -> list[int]:
+    """The range of a proposal.
+
+    Args:
+        ffn_L: Effect of each layer's FFN.
+        stream_L: Effect of the residual stream behind each layer.
+    """
+    first = last = int(ffn_L.argmax())
+    ffn, stream = ffn_L.tolist(), stream_L.tolist()
+    while first > 0 and ffn[first - 1] >= HALF * max(ffn) > 0:
         first -= 1
-    while last + 1 < len(enough) and enough[last + 1]:
+    while last + 1 < len(stream) and stream[last + 1] >= HALF * stream[int(ffn_L.argmax())] > 0:
         last += 1
     return list(range(first, last + 1))
 
 
-def propose(effect_NL: Tensor) -> Proposal:
+def propose(ffn_NL: Tensor, stream_NL: Tensor) -> Proposal:
     """Propose layers.
 
     Args:
-        effect_NL: Indirect effect of each layer's FFN at the subject's last token, for each fact.
+        ffn_NL: Indirect effect of each layer's FFN at the subject's last token, for each fact.
+        stream_NL: The same of the residual stream.
     """
-    mean_L = effect_NL.double().mean(dim=0)
-    layers, peak = around_peak(mean_L), int(mean_L.argmax())
-    means_BL = resampled_means(effect_NL)
+    mean_L, stream_L = ffn_NL.double().mean(dim=0), stream_NL.double().mean(dim=0)
+    layers, peak = layers_to_edit(mean_L, stream_L), int(mean_L.argmax())
+    means_BL, streams_BL = resampled_means(ffn_NL), resampled_means(stream_NL)  # the same facts in both
     same_peak = float((means_BL.argmax(dim=1) == peak).double().mean())
-    same = sum(around_peak(means_L) == layers for means_L in means_BL)
-    outside = [layer for layer in range(len(mean_L)) if layer not in layers]
+    same = sum(layers_to_edit(*pair) == layers for pair in zip(means_BL, streams_BL, strict=True))
     lead = None
-    if outside:
-        second = max(outside, key=lambda layer: float(mean_L[layer]))
-        lead = interval(effect_NL[:, peak] - effect_NL[:, second])
-    return Proposal(layers, peak, interval(effect_NL[:, peak]), lead, same_peak, same / len(means_BL))
+    if len(mean_L) > 1:
+        second = int(mean_L.argsort(descending=True)[1])
+        lead = interval(ffn_NL[:, peak] - ffn_NL[:, second])
+    return Proposal(layers, peak, interval(ffn_NL[:, peak]), lead, same_peak, same / len(means_BL))

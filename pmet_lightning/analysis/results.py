@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmet_lightning.analysis.claims import Claim
-from pmet_lightning.analysis.components import COMPONENTS, LAST, SUBJECT
+from pmet_lightning.analysis.components import ANSWERS, COMPONENTS, LAST, SUBJECT
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
 from pmet_lightning.files import atomic_path, write_json
@@ -91,7 +91,7 @@ def _table(findings: Findings) -> list[str]:
     names = [f"{component} {token}" for token in (SUBJECT, LAST) for component in COMPONENTS]
     columns = _columns(findings)
     depth = len(next(iter(columns.values())))
-    lines = [f"{findings.phase}, {len(findings.questions)} facts; at the subject's last and the prompt's last token"]
+    lines = [f"{findings.phase}, {len(findings.questions)} facts{_probabilities(findings)}"]
     for head in heads:
         own = [name for name in columns if name.startswith(f"{head}:")]
         if not own:
@@ -104,6 +104,13 @@ def _table(findings: Findings) -> list[str]:
     lines.append(f"{'P under the lens':16}" + "".join(f"{name.partition(':')[2]:>14}" for name in lens))
     lines += [f"  layer {i:<8}" + "".join(f"{columns[name][i]:14.3f}" for name in lens) for i in range(depth)]
     return lines
+
+
+def _probabilities(findings: Findings) -> str:
+    """P of the answer that is followed, with the subject and without it."""
+    clean = sum(float(p[ANSWERS.index(answer)]) for answer, p in zip(findings.answers, findings.p, strict=True))
+    text = f", P(answer) {clean / len(findings.p):.3f}"
+    return text if "effect" not in findings.measures else f"{text}, corrupted {float(findings.p[:, 2].mean()):.3f}"
 
 
 def _columns(findings: Findings) -> dict[str, list[float]]:
@@ -134,7 +141,7 @@ def _proposal_lines(findings: Findings) -> list[str]:
         f"{100 * proposal.same_peak:.0f} % the same peak, layer {proposal.peak} (effect {_shown(effect)}"
     )
     if lead is not None:
-        line += f"; {_shown(lead)} above the best layer outside"
+        line += f"; {_shown(lead)} above the next layer"
     return [line + ")"]
 
 

@@ -79,7 +79,8 @@ class Findings:
         """The layers to edit; ``None`` without causal tracing."""
         if "effect" not in self.measures:
             return None
-        return propose(self.measures["effect"].at(component="ffn", place=SUBJECT_LAST))
+        effect = self.measures["effect"]
+        return propose(*(effect.at(component=component, place=SUBJECT_LAST) for component in ("ffn", "hidden")))
 
 
 @dataclass
