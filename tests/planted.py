@@ -6,16 +6,22 @@ higher layer looks at all tokens alike and copies these directions; every other 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pmet_lightning.analysis.study import Scope, Study
+from pmet_lightning.architectures import Sites, architecture_of
+from pmet_lightning.language_model import load_config, load_model, load_tokenizer
 from pmet_lightning.resources import locate
+from pmet_lightning.tokens import PromptEncoder
 from tests.tiny import CONFIGS
 
 WIDTH, MEANING = 32, 24  # the dimensions behind MEANING hold the answers' directions
+SCOPE = Scope(top=50, least=0.1, noise=3.0, draws=4, seed=0, window=1, tokens_per_batch=2048)
 FACTS = [
     {"prompt": "The mother tongue of {} is", "subject": "Danila Morvane", "ground_truth": "Basque"},
     {"prompt": "{} plays the sport of", "subject": "Torvik Elmson", "ground_truth": "golf"},
@@ -103,3 +109,15 @@ def edit_of(fact: int) -> torch.Tensor:
     new = [f["ground_truth"] for f in FACTS].index(TARGETS[fact])
     delta[:, fact] = 3 * (answer_direction(new) - answer_direction(fact))
     return delta
+
+
+def study_of(folder: str, dtype: str = "float32", **scope) -> Study:
+    model = load_model(folder, dtype)
+    sites = Sites.of(model, architecture_of(load_config(folder)))
+    return Study(model, sites, PromptEncoder.of(load_tokenizer(folder)), Scope(**{**vars(SCOPE), **scope}))
+
+
+def written(folder, rows) -> str:
+    path = folder / "records.json"
+    path.write_text(json.dumps(rows))
+    return str(path)
