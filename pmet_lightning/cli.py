@@ -19,6 +19,7 @@ FILE_VERBS = {
     "demo": "pmet_lightning.demo",
     "compare": "pmet_lightning.comparison",
     "harness": "pmet_lightning.harness",
+    "analyze": "pmet_lightning.analysis.verb",
 }
 TRAINER_VERBS = ("fit", "validate", "test", "stats", "finetune")
 USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
@@ -29,6 +30,7 @@ USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
   stats     collect the second moments of the edited layers (--list: show what is kept)
   finetune  the baseline: train one matrix on the edits instead
   compare   run several methods on the same records: one table, one plot
+  analyze   look into a model: where its facts are, before and after an edit; which layers to edit
   export    write the edited model of a run as a Hugging Face folder
   harness   hand an exported model to lm-evaluation-harness
   demo      rebuild the embedded world and its model from a seed
@@ -63,7 +65,7 @@ def _start_log(arguments: Sequence[str]) -> None:
     Lightning, where a verb uses it, is imported before: after, it shows its own twice.
     """
     level = logging.INFO
-    if arguments[0] not in ("export", "harness") and "--help" not in arguments:
+    if arguments[0] not in ("export", "harness", "analyze") and "--help" not in arguments:
         from lightning.pytorch.utilities import rank_zero_only
 
         level = logging.WARNING if rank_zero_only.rank else logging.INFO

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pmet_lightning.files import write_json
-from pmet_lightning.resources import locate
+from pmet_lightning.resources import locate, usable_device
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def harness(
     if include is not None and not Path(include).is_dir():
         raise FileNotFoundError(f"--include {include}: expected a folder with task YAMLs, there is none")
     lm_eval = _imported()
-    device = _usable(device)
+    device = usable_device(device, "--device")
     model_args = {"pretrained": _located(model)}
     manager = lm_eval.tasks.TaskManager(include_path=include, metadata=model_args)
     _check_tasks(tasks, manager.all_tasks)
@@ -80,18 +80,6 @@ def _imported() -> Any:
             f'the verb harness needs lm-evaluation-harness ({error}): pip install "pmet-lightning[harness]"'
         ) from error
     return lm_eval
-
-
-def _usable(device: str | None) -> str:
-    """The device, tried out: the harness itself takes another one, without a word, for a name it does not know."""
-    import torch
-
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _located(model: str) -> str:

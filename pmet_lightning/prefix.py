@@ -292,7 +292,7 @@ class Entry:
             for layer, is_tuple in zip(self.below, self._tuples, strict=True):
                 if layer is at:
                     break
-                stack.enter_context(_passing_on(layer, is_tuple))
+                stack.enter_context(passing_on(layer, is_tuple))
             stack.callback(at.register_forward_pre_hook(enter, with_kwargs=True).remove)
             yield
 
@@ -321,7 +321,7 @@ class Entry:
 
 
 @contextmanager
-def _passing_on(layer: nn.Module, is_tuple: bool) -> Iterator[None]:
+def passing_on(layer: nn.Module, is_tuple: bool) -> Iterator[None]:
     """Let a layer hand on what it gets."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Files that come with the package: configurations and the embedded world."""
+"""What is at hand: files that come with the package (configurations, the embedded world), and a device."""
 
 from __future__ import annotations
 
@@ -36,6 +36,26 @@ def locate_config(name: str) -> str:
             return str(folder / name)
     shipped = sorted({path.name for folder in _config_folders() for path in folder.glob("*.yaml")})
     raise FileNotFoundError(f"no configuration {name!r}: not a file here, and shipped are {', '.join(shipped)}")
+
+
+def usable_device(name: str | None, option: str) -> str:
+    """A device, tried out: some libraries take another one, without a word, for a name they do not know.
+
+    Args:
+        name: Such as cpu or cuda:0; ``None`` takes a GPU where there is one.
+        option: What names it on the command line, for the error.
+
+    Raises:
+        ValueError: If it cannot be used.
+    """
+    import torch
+
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{option} {chosen}: {str(error).splitlines()[0]}") from error
+    return chosen
 
 
 def _config_folders() -> list[Path]:

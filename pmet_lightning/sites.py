@@ -91,6 +91,61 @@ def record_and_add(module: nn.Module, columns_R: Tensor, added_RF: Tensor | None
 
 
 @contextmanager
+def record_whole(module: nn.Module, rows: int, *, output: bool = True) -> Iterator[Recording]:
+    """Record what a module gives, or gets, at all columns of each row: values of shape [R, T, F].
+
+    Args:
+        module: A projection, or a layer, which may return a tuple with its output first.
+        rows: R.
+        output: Whether the output is meant, or the input.
+    """
+    recording = Recording()
+
+    def keep(value: Any) -> None:
+        whole = value[0] if isinstance(value, tuple) else value
+        recording.values = whole if whole.dim() == 3 else whole.unflatten(0, (rows, -1))
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(args[0] if args else kwargs["hidden_states"])
+
+    def after(_: nn.Module, __: tuple[Any, ...], given: Any) -> None:
+        keep(given)
+
+    if output:
+        handle = module.register_forward_hook(after)
+    else:
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield recording
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replace_output(module: nn.Module, shape: tuple[int, int], places_N: Tensor, values_NF: Tensor) -> Iterator[None]:
+    """Have a module give something else at some tokens.
+
+    Args:
+        module: A projection, or a layer, which may return a tuple with its output first.
+        shape: R and T.
+        places_N: int64, counted over all tokens of all rows.
+        values_NF: What it gives there.
+    """
+
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        whole = output[0] if isinstance(output, tuple) else output
+        flat = whole.reshape(shape[0] * shape[1], -1)
+        changed = flat.index_copy(0, places_N.to(whole.device), values_NF.to(whole)).view_as(whole)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def narrow_input(module: nn.Module, columns_RK: Tensor) -> Iterator[None]:
     """Let a module, such as the vocabulary head, see K columns of each row instead of all of them.
 

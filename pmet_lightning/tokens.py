@@ -192,19 +192,39 @@ class PromptEncoder:
         """
         text, subject_start = (prompt, 0) if subject is None else fill(prompt, subject)
         text, prompt_start = fill(context, text)
-        if self.chat is not None:
-            prompt_start += len(self.chat[0])
         text, full = self._texts(text, target)
         ((ids, offsets),) = _tokenise(self.tokenizer, [full], special=self.chat is None)
         position = -1
         if subject is not None:
-            last_character = prompt_start + subject_start + len(subject.rstrip()) - 1
-            position = _last_token_covering(offsets, last_character)
-            if not subject.strip() or position < 0:
-                raise LocationError(f"the subject {subject!r} has no token of its own in {full!r}")
+            position = self._subject_tokens(offsets, prompt_start + subject_start, subject, full)[-1]
         if stop_at_subject:
             return TokenRow(ids[: position + 1], position)
         return _with_target(TokenRow(ids, position), offsets, text, target)
+
+    def subject_tokens(self, prompt: str, subject: str) -> range:
+        """Places of all of the subject's tokens in the row that :meth:`encode` makes of the bare prompt.
+
+        Args:
+            prompt: Prompt with one ``{}``.
+            subject: The subject.
+
+        Raises:
+            LocationError: If it has no token of its own.
+        """
+        text, start = fill(prompt, subject)
+        _, full = self._texts(text, None)
+        ((_, offsets),) = _tokenise(self.tokenizer, [full], special=self.chat is None)
+        return self._subject_tokens(offsets, start, subject, full)
+
+    def _subject_tokens(self, offsets: Sequence[tuple[int, int]], start: int, subject: str, full: str) -> range:
+        """From the first to the last token of the subject, whose first character in the prompt is given."""
+        start += 0 if self.chat is None else len(self.chat[0])
+        last = _last_token_covering(offsets, start + len(subject.rstrip()) - 1)
+        if not subject.strip() or last < 0:
+            raise LocationError(f"the subject {subject!r} has no token of its own in {full!r}")
+        start += len(subject) - len(subject.lstrip())
+        first = next(i for i, (_, end) in enumerate(offsets) if end > start)
+        return range(first, last + 1)
 
     def encode_all(self, prompts: Sequence[str], targets: Sequence[str | None] | None = None) -> list[TokenRow]:
         """The rows that :meth:`encode` makes of finished texts, in one call of the tokenizer.

@@ -37,7 +37,7 @@ def test_help_imports_nothing_heavy(arguments):
     assert imported(f"from pmet_lightning.cli import main; main({arguments})") == set()
 
 
-@pytest.mark.parametrize("arguments", [["export", "--help"], ["stats", "--list"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["export", "--help"], ["analyze", "--help"], ["stats", "--list"]], ids=" ".join)
 def test_file_verbs_need_no_lightning(arguments):
     assert imported(f"from pmet_lightning.cli import main; main({arguments})") == {"torch"}
 

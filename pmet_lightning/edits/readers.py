@@ -52,6 +52,35 @@ def read_edits(
         FileNotFoundError: If there is no such file or data set.
         RecordError: If the file is empty or broken, or a record taken from it is unusable.
     """
+    edits = []
+    for number, origin, record in read_records(path, split=split, skip=skip, limit=limit, shuffle=shuffle):
+        edits += parse_records(record, number, origin)
+    check_no_contradictions(edits)
+    _warn_of_generation_prompts(edits, path if isinstance(path, str) else ", ".join(path))
+    return edits
+
+
+def read_records(
+    path: str | Sequence[str],
+    *,
+    split: str = "train",
+    skip: int = 0,
+    limit: int | None = None,
+    shuffle: int | None = None,
+) -> list[tuple[int, str, Any]]:
+    """Records of any format, as they stand in the file: number, origin for messages, and the record.
+
+    Args:
+        path: As for :func:`read_edits`, and so are the others.
+        split: Split of a hub data set.
+        skip: Records left out at the beginning.
+        limit: Most records taken after that; all where ``None``.
+        shuffle: Seed of a shuffle before that; the file's order where ``None``.
+
+    Raises:
+        FileNotFoundError: If there is no such file or data set.
+        RecordError: If the file is empty or broken, or nothing is left of it.
+    """
     paths = [path] if isinstance(path, str) else list(path)
 
     def everything() -> Iterator[tuple[str, Any]]:
@@ -61,18 +90,15 @@ def read_edits(
     if shuffle is not None:
         numbered = list(numbered)
         random.Random(shuffle).shuffle(numbered)
-    edits = []
-    for number, (origin, record) in islice(numbered, skip, None if limit is None else skip + limit):
-        edits += parse_records(record, number, origin)
-    if not edits:
+    taken = islice(numbered, skip, None if limit is None else skip + limit)
+    records = [(number, origin, record) for number, (origin, record) in taken]
+    if not records:
         count = sum(1 for _ in everything())
         raise RecordError(
             f"{', '.join(paths)}: no records to edit ({count} in the file, skip is {skip}, limit is {limit}); "
             "expected at least one"
         )
-    check_no_contradictions(edits)
-    _warn_of_generation_prompts(edits, ", ".join(paths))
-    return edits
+    return records
 
 
 def as_edits(facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts") -> list[Edit]:

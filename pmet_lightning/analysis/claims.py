@@ -1,0 +1,112 @@
+"""The paper's claim that attention extracts what the FFN stores, as numbers that can turn out either way.
+
+Each is a difference for each fact, with its mean and 95 % bootstrap interval; what the claim predicts is above zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pmet_lightning.analysis.components import ATTN, FFN, LAST
+from pmet_lightning.analysis.facts import NEW, TRUE
+from pmet_lightning.analysis.measures import Measure, interval
+from pmet_lightning.analysis.study import Findings
+from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One prediction and what was found.
+
+    Attributes:
+        text: The prediction.
+        phase: before, or after an edit.
+        found: Mean difference, interval and count.
+    """
+
+    text: str
+    phase: str
+    found: dict[str, float]
+
+    @property
+    def verdict(self) -> str:
+        """shown, not shown, or the opposite shown."""
+        if self.found["low"] > 0:
+            return "shown"
+        return "the opposite is shown" if self.found["high"] < 0 else "not shown"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"text": self.text, "phase": self.phase, **self.found, "verdict": self.verdict}
+
+
+def claims_of(before: Findings, after: Findings | None) -> list[Claim]:
+    """What the claim predicts, on the facts before an edit and, if there was one, after it.
+
+    Args:
+        before: The unedited model's.
+        after: The edited model's, on the same facts.
+    """
+    claims = []
+    for findings in (before, after):
+        if findings is not None:
+            claims += _within(findings)
+    return claims if after is None else claims + _between(before, after)
+
+
+def _between(before: Findings, after: Findings) -> list[Claim]:
+    """Predictions about what an edit changes, where records have both answers."""
+    shift = _towards_new(after.measures) - _towards_new(before.measures)
+    if shift.isnan().all():
+        return []
+    named = "after - before"
+    return [
+        Claim("the edit turns attention's outputs at the prompt's last token to the new answer (logit less the true "
+              "one's, sum over layers)", named, interval(shift[:, 0])),
+        Claim("it turns attention's outputs there more than the FFN's", named, interval(shift[:, 0] - shift[:, 1])),
+    ]  # fmt: skip
+
+
+def _within(findings: Findings) -> list[Claim]:
+    """Predictions about one phase."""
+    claims = []
+    if "effect" in findings.measures:
+        stored = _effect(findings.measures["effect"], FFN, ATTN, SUBJECT_LAST)
+        extracted = _effect(findings.measures["effect"], ATTN, FFN, LAST_TOKEN)
+        claims.append(
+            Claim("the FFN's effect at the subject's last token exceeds attention's (mean over layers)",
+                  findings.phase, interval(stored))
+        )  # fmt: skip
+        if not extracted.isnan().all():
+            claims.append(
+                Claim("attention's effect at the prompt's last token exceeds the FFN's (mean over layers)",
+                      findings.phase, interval(extracted))
+            )  # fmt: skip
+    sums = _written(findings)
+    claims.append(
+        Claim("attention adds more to the answer's logit at the prompt's last token than the FFN (sum over layers)",
+              findings.phase, interval(sums[:, 0] - sums[:, 1]))
+    )  # fmt: skip
+    return claims
+
+
+def _effect(effect: Measure, more: str, less: str, place: str) -> Tensor:
+    difference = effect.at(component=more, place=place) - effect.at(component=less, place=place)
+    return difference.mean(dim=1)
+
+
+def _written(findings: Findings) -> Tensor:
+    """What attention and FFN of all layers add to the logit of the answer that is followed, shape [N, 2]."""
+    added = {name: findings.measures["contribution"].at(token=LAST, answer=name).sum(dim=1) for name in (TRUE, NEW)}
+    rows = [added[name][i] for i, name in enumerate(findings.answers)]
+    return rows[0].new_tensor([row.tolist() for row in rows])
+
+
+def _towards_new(measures: Mapping[str, Measure]) -> Tensor:
+    """What attention and FFN add to the new answer's logit beyond the true one's, shape [N, 2]."""
+    added = measures["contribution"]
+    return (added.at(token=LAST, answer=NEW) - added.at(token=LAST, answer=TRUE)).sum(dim=1)

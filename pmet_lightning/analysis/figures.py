@@ -1,0 +1,137 @@
+"""The figures of an analysis: similarities, logit lens and contributions by layer, causal tracing as heat maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import rc_context
+
+from pmet_lightning.analysis.components import ATTN, COMPONENTS, FFN, LAST, SUBJECT, TOKENS
+from pmet_lightning.analysis.facts import NEW, TRUE
+from pmet_lightning.analysis.measures import summarise
+from pmet_lightning.analysis.study import Findings
+from pmet_lightning.analysis.tracing import PLACES, RESTORED
+from pmet_lightning.page import BLUE, GREEN, ORANGE, PURPLE, STYLE, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+_WIDTH = 9.4
+_COLOURS = {ATTN: ORANGE, FFN: BLUE, TRUE: GREEN, NEW: PURPLE}
+_LINES = {"before": "-", "after": "--"}
+_TITLES = {SUBJECT: "subject's last token", LAST: "prompt's last token"}
+_RESTORED = {"hidden": "residual stream", ATTN: "attention output", FFN: "FFN output"}
+
+
+def figures(phases: Sequence[Findings]) -> dict[str, Figure]:
+    """The figures of one or two phases: ``similarity``, ``lens``, ``contribution`` and ``tracing``.
+
+    Args:
+        phases: What was found.
+    """
+    with rc_context(STYLE):
+        drawn = {"similarity": _similarity(phases), "lens": _lens(phases), "contribution": _contribution(phases)}
+        if "effect" in phases[0].measures:
+            drawn["tracing"] = _tracing(phases)
+    return drawn
+
+
+def write_figures(drawn: Mapping[str, Figure], folder: Path) -> None:
+    """Write figures as SVG files and as TensorBoard events."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "analysis"}):
+        for name, figure in drawn.items():
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    with SummaryWriter(str(folder)) as board:
+        for name, figure in drawn.items():
+            board.add_figure(f"analysis/{name}", figure)
+
+
+def _line(ax: Axes, values_NL: Tensor, label: str, name: str, phase: str) -> None:
+    """Mean over facts by layer, with its 95 % interval; nothing where no fact has such a number."""
+    if values_NL.isnan().all():
+        return
+    mean, low, high, _ = (column.tolist() for column in summarise(values_NL))
+    layers = range(len(mean))
+    ax.plot(layers, mean, _LINES[phase], color=_COLOURS[name], label=label)
+    ax.fill_between(layers, low, high, color=_COLOURS[name], alpha=0.15, lw=0)
+
+
+def _finish(figure: Figure, axes: Sequence[Axes]) -> Figure:
+    for ax in axes[-2:]:
+        ax.set_xlabel("layer")
+    for ax in axes:
+        ax.locator_params("x", integer=True)
+    handles, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=4)
+    return figure
+
+
+def _label(name: str, findings: Findings, phases: Sequence[Findings]) -> str:
+    return f"{name} {findings.phase}" if len(phases) > 1 else name
+
+
+def _similarity(phases: Sequence[Findings]) -> Figure:
+    """Cosine similarity and overlap of each component's input and output."""
+    figure, axes = panels(_WIDTH, 4.8, 2, 2, sharex=True)
+    names = {"cosine": "cosine of input and output", "overlap": "overlap of their projections"}
+    for i, (measure, words) in enumerate(names.items()):
+        for ax, token in zip(axes[2 * i : 2 * i + 2], TOKENS, strict=True):
+            for findings in phases:
+                for component in COMPONENTS:
+                    values = findings.measures[measure].at(token=token, component=component)
+                    _line(ax, values, _label(component, findings, phases), component, findings.phase)
+            ax.set_title(f"{words}, {_TITLES[token]}")
+    return _finish(figure, axes)
+
+
+def _lens(phases: Sequence[Findings]) -> Figure:
+    """P of the answers, if the model ended behind a layer."""
+    figure, axes = panels(_WIDTH, 2.8, 1, 2, sharey=True)
+    for ax, token in zip(axes, TOKENS, strict=True):
+        for findings in phases:
+            for answer in (TRUE, NEW):
+                values = findings.measures["lens"].at(token=token, answer=answer)
+                _line(ax, values, _label(f"{answer} answer", findings, phases), answer, findings.phase)
+        ax.set(title=f"P under the logit lens, {_TITLES[token]}", ylim=(-0.02, 1.02))
+    return _finish(figure, axes)
+
+
+def _contribution(phases: Sequence[Findings]) -> Figure:
+    """What each component adds to the logit of the answer that is followed."""
+    figure, axes = panels(_WIDTH, 2.8, 1, 2)
+    for ax, token in zip(axes, TOKENS, strict=True):
+        ax.axhline(0, color=STYLE["xtick.color"], lw=0.8)
+        for findings in phases:
+            added = findings.measures["contribution"]
+            answer = max(set(findings.answers), key=findings.answers.count)
+            for component in COMPONENTS:
+                values = added.at(token=token, component=component, answer=answer)
+                _line(ax, values, _label(component, findings, phases), component, findings.phase)
+        ax.set_title(f"added to the answer's logit, {_TITLES[token]}")
+    return _finish(figure, axes)
+
+
+def _tracing(phases: Sequence[Findings]) -> Figure:
+    """Heat maps of the indirect effect, a row for each phase and a column for each component."""
+    figure, axes = panels(_WIDTH, 0.6 + 2.4 * len(phases), len(phases), len(RESTORED), sharey=True)
+    maps = [f.measures["effect"].at(component=site).nanmean(dim=0).T for f in phases for site in RESTORED]
+    titles = [(f, site) for f in phases for site in RESTORED]
+    top = max(float(values.nan_to_num().max()) for values in maps)
+    image: Any = None
+    for ax, values, (findings, site) in zip(axes, maps, titles, strict=True):
+        limit = max(top, 1e-9)
+        image = ax.imshow(values.tolist(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        ax.set_title(_label(_RESTORED[site], findings, phases))
+        ax.set_yticks(range(len(PLACES)), list(PLACES))
+        ax.grid(visible=False)
+        ax.locator_params("x", integer=True)
+    for ax in axes[-len(RESTORED) :]:
+        ax.set_xlabel("layer")
+    figure.colorbar(image, ax=axes, label="rise of P(answer)", shrink=0.8)
+    return figure

@@ -1,0 +1,89 @@
+"""Which layers to edit, from causal tracing at the subject's last token.
+
+An edit has to be written where the FFN holds such facts, and before attention has fetched them. The first shows in the
+effect of the FFN's output, put back in one layer; the second in that of the residual stream: what it holds of the fact
+counts for nothing any more in the layers above those that fetched it.
+Legend: N = facts, L = layers, B = resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pmet_lightning.analysis.measures import interval, resampled_means
+
+HALF = 0.5  # of the peak: a layer with so much of it belongs to the range
+_SURE, _LIKELY = 0.95, 0.5  # shares of resamples
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Layers to edit, and how sure that is.
+
+    Attributes:
+        layers: From the first layer around the FFN's peak that has half of the peak's effect, to the last one in which
+            the residual stream still has half of its effect at the peak; targets live in the last of them.
+        peak: The layer whose FFN has the largest effect.
+        effect: That effect, with its 95 % interval and the number of facts.
+        lead: How much larger it is than that of the next best layer, likewise; ``None`` if there is one layer only.
+        same_peak: Share of resamples of the facts that have the same peak.
+        same_layers: Share of resamples that have the same range.
+    """
+
+    layers: list[int]
+    peak: int
+    effect: dict[str, float]
+    lead: dict[str, float] | None
+    same_peak: float
+    same_layers: float
+
+    @property
+    def verdict(self) -> str:
+        """How sure it is that tracing other facts of this kind gives these layers, in words."""
+        if self.effect["low"] <= 0:
+            return "no evidence: the effect at the peak does not differ from zero"
+        if self.same_layers >= _SURE:
+            return "sure"
+        return "likely" if self.same_layers >= _LIKELY else "unsure: other facts would give other layers"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self) | {"verdict": self.verdict}
+
+
+def layers_to_edit(ffn_L: Tensor, stream_L: Tensor) -> list[int]:
+    """The range of a proposal.
+
+    Args:
+        ffn_L: Effect of each layer's FFN.
+        stream_L: Effect of the residual stream behind each layer.
+    """
+    first = last = int(ffn_L.argmax())
+    ffn, stream = ffn_L.tolist(), stream_L.tolist()
+    while first > 0 and ffn[first - 1] >= HALF * max(ffn) > 0:
+        first -= 1
+    while last + 1 < len(stream) and stream[last + 1] >= HALF * stream[int(ffn_L.argmax())] > 0:
+        last += 1
+    return list(range(first, last + 1))
+
+
+def propose(ffn_NL: Tensor, stream_NL: Tensor) -> Proposal:
+    """Propose layers.
+
+    Args:
+        ffn_NL: Indirect effect of each layer's FFN at the subject's last token, for each fact.
+        stream_NL: The same of the residual stream.
+    """
+    mean_L, stream_L = ffn_NL.double().mean(dim=0), stream_NL.double().mean(dim=0)
+    layers, peak = layers_to_edit(mean_L, stream_L), int(mean_L.argmax())
+    means_BL, streams_BL = resampled_means(ffn_NL), resampled_means(stream_NL)  # the same facts in both
+    same_peak = float((means_BL.argmax(dim=1) == peak).double().mean())
+    same = sum(layers_to_edit(*pair) == layers for pair in zip(means_BL, streams_BL, strict=True))
+    lead = None
+    if len(mean_L) > 1:
+        second = int(mean_L.argsort(descending=True)[1])
+        lead = interval(ffn_NL[:, peak] - ffn_NL[:, second])
+    return Proposal(layers, peak, interval(ffn_NL[:, peak]), lead, same_peak, same / len(means_BL))

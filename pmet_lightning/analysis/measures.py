@@ -1,0 +1,92 @@
+"""Numbers of each fact with named axes, and their means with bootstrap intervals over facts.
+
+Legend: N = facts, M = everything else, B = resamples.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000
+_INTERVAL = (0.025, 0.975)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One kind of number.
+
+    Attributes:
+        values: Shape [N, ...], an axis for each of ``axes``; NaN where a fact has no such number.
+        axes: Names of what stands at each place of an axis, by the axis' name.
+    """
+
+    values: Tensor
+    axes: Mapping[str, Sequence[Any]]
+
+    def at(self, **places: Any) -> Tensor:
+        """Values at some places, such as ``at(token="last")``: the axes named are gone."""
+        values = self.values
+        for axis in reversed(list(self.axes)):
+            if axis in places:
+                values = values.select(1 + list(self.axes).index(axis), list(self.axes[axis]).index(places[axis]))
+        return values
+
+    def of(self, facts: Sequence[int]) -> Measure:
+        """The same of some facts."""
+        return replace(self, values=self.values[list(facts)])
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each place: its names, mean, 95 % interval, and number of facts."""
+        summary = summarise(self.values)
+        names = itertools.product(*self.axes.values())
+        columns = (column.flatten().tolist() for column in summary)
+        for place, mean, low, high, count in zip(names, *columns, strict=True):
+            if count:
+                yield dict(zip(self.axes, place, strict=True)) | {
+                    "mean": mean, "low": low, "high": high, "count": int(count)
+                }  # fmt: skip
+
+
+def joined(parts: Sequence[Measure]) -> Measure:
+    """The facts of several measures with the same axes, one after the other."""
+    return replace(parts[0], values=torch.cat([part.values for part in parts]))
+
+
+def resampled_means(values_NM: Tensor) -> Tensor:
+    """Means over facts drawn with replacement, shape [B, ...]; seeded, the same draws for all columns.
+
+    Args:
+        values_NM: Shape [N, ...]; NaN is left out.
+    """
+    count = len(values_NM)
+    generator = torch.Generator().manual_seed(0)
+    picks_BN = torch.randint(count, (RESAMPLES, count), generator=generator)
+    weights_BN = torch.zeros(RESAMPLES, count, dtype=torch.float64)
+    weights_BN.scatter_add_(1, picks_BN, torch.ones_like(picks_BN, dtype=torch.float64))
+    flat = values_NM.double().reshape(count, -1)
+    there = (~flat.isnan()).double()
+    return ((weights_BN @ flat.nan_to_num()) / (weights_BN @ there)).reshape(RESAMPLES, *values_NM.shape[1:])
+
+
+def summarise(values_NM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, both ends of its 95 % bootstrap interval, and number of facts, of each column."""
+    shape = values_NM.shape[1:]
+    low, high = (
+        resampled_means(values_NM)
+        .reshape(RESAMPLES, -1)
+        .nanquantile(torch.tensor(_INTERVAL, dtype=torch.float64), dim=0)
+    )
+    count = (~values_NM.isnan()).sum(dim=0)
+    return values_NM.double().nanmean(dim=0), low.reshape(shape), high.reshape(shape), count
+
+
+def interval(values_N: Tensor) -> dict[str, float]:
+    """Mean and 95 % bootstrap interval of one number of each fact."""
+    mean, low, high, count = (float(value) for value in summarise(values_N))
+    return {"mean": mean, "low": low, "high": high, "count": int(count)}

@@ -1,0 +1,149 @@
+"""What an analysis leaves: JSON, CSV, and lines of text."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pmet_lightning.analysis.claims import Claim
+from pmet_lightning.analysis.components import ANSWERS, COMPONENTS, LAST, SUBJECT
+from pmet_lightning.analysis.study import Findings
+from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
+from pmet_lightning.files import atomic_path, write_json
+from pmet_lightning.page import plain
+
+_NUMBERS = ("mean", "low", "high", "count")
+_LAYER_COLUMNS = ("phase", "measure", "token", "layer", "component", "answer", *_NUMBERS)
+_TRACING_COLUMNS = ("phase", "component", "layer", "place", *_NUMBERS)
+_FACT_COLUMNS = ("phase", "case_id", "prompt", "subject", "true", "new", "followed", "p_true", "p_new", "p_corrupted")
+_PLACES = {SUBJECT: SUBJECT_LAST, LAST: LAST_TOKEN}
+
+
+def write_results(
+    folder: Path,
+    settings: Mapping[str, Any],
+    counts: Mapping[str, Any],
+    phases: Sequence[Findings],
+    claims: Sequence[Claim],
+) -> None:
+    """Write analysis.json and, with the means and intervals, layers.csv, tracing.csv and facts.csv.
+
+    Args:
+        folder: Where to.
+        settings: What was asked for.
+        counts: Facts read, used and left out.
+        phases: What was found.
+        claims: The predictions.
+    """
+    proposals = {f.phase: proposal.to_dict() for f in phases if (proposal := f.proposal()) is not None}
+    known = {
+        "settings": settings,
+        "facts": counts,
+        "claims": [claim.to_dict() for claim in claims],
+        "proposals": proposals,
+        "measures": {f.phase: {name: list(m.rows()) for name, m in f.measures.items()} for f in phases},
+    }
+    write_json(folder / "analysis.json", plain(known))
+    layers = [
+        {"phase": f.phase, "measure": name, **row} for f in phases for name, m in f.measures.items()
+        if name != "effect" for row in m.rows()
+    ]  # fmt: skip
+    _write_csv(folder / "layers.csv", _LAYER_COLUMNS, layers)
+    traced = [
+        {"phase": f.phase, **row} for f in phases if "effect" in f.measures for row in f.measures["effect"].rows()
+    ]
+    if traced:
+        _write_csv(folder / "tracing.csv", _TRACING_COLUMNS, traced)
+    _write_csv(folder / "facts.csv", _FACT_COLUMNS, [row for f in phases for row in _fact_rows(f)])
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
+
+
+def _fact_rows(findings: Findings) -> Iterable[dict[str, Any]]:
+    for question, answer, p in zip(findings.questions, findings.answers, findings.p.tolist(), strict=True):
+        probabilities = dict(zip(("p_true", "p_new", "p_corrupted"), p, strict=True))
+        yield {"phase": findings.phase, **vars(question.fact), "followed": answer, **probabilities}
+
+
+def summary_lines(phases: Sequence[Findings], claims: Sequence[Claim]) -> list[str]:
+    """For each phase a table with a row for each layer; then the claims and the proposed layers."""
+    lines = []
+    for findings in phases:
+        lines += [*_table(findings), ""]
+    for claim in claims:
+        numbers = f"{_shown(claim.found)}, {claim.found['count']} facts"
+        lines.append(f"{claim.phase}: {claim.text}: {claim.verdict} ({numbers})")
+    for findings in phases:
+        lines += _proposal_lines(findings)
+    return lines
+
+
+def _table(findings: Findings) -> list[str]:
+    """Means over facts; of the answer that is followed. The left of two columns is the subject's last token."""
+    heads = ["cosine", "overlap", "added to logit", "indirect effect"]
+    names = [f"{component} {token}" for token in (SUBJECT, LAST) for component in COMPONENTS]
+    columns = _columns(findings)
+    depth = len(next(iter(columns.values())))
+    lines = [f"{findings.phase}, {len(findings.questions)} facts{_probabilities(findings)}"]
+    for head in heads:
+        own = [name for name in columns if name.startswith(f"{head}:")]
+        if not own:
+            continue
+        lines.append(f"{head:16}" + "".join(f"{name:>14}" for name in names))
+        lines += [
+            f"  layer {layer:<8}" + "".join(f"{columns[name][layer]:14.3f}" for name in own) for layer in range(depth)
+        ]
+    lens = [name for name in columns if name.startswith("lens:")]
+    lines.append(f"{'P under the lens':16}" + "".join(f"{name.partition(':')[2]:>14}" for name in lens))
+    lines += [f"  layer {i:<8}" + "".join(f"{columns[name][i]:14.3f}" for name in lens) for i in range(depth)]
+    return lines
+
+
+def _probabilities(findings: Findings) -> str:
+    """P of the answer that is followed, with the subject and without it."""
+    clean = sum(float(p[ANSWERS.index(answer)]) for answer, p in zip(findings.answers, findings.p, strict=True))
+    text = f", P(answer) {clean / len(findings.p):.3f}"
+    return text if "effect" not in findings.measures else f"{text}, corrupted {float(findings.p[:, 2].mean()):.3f}"
+
+
+def _columns(findings: Findings) -> dict[str, list[float]]:
+    """Means by layer."""
+    measures, columns = findings.measures, {}
+    answer = max(set(findings.answers), key=findings.answers.count)
+    for token in (SUBJECT, LAST):
+        columns[f"lens:{token}"] = measures["lens"].at(token=token, answer=answer)
+        for component in COMPONENTS:
+            place = {"token": token, "component": component}
+            columns[f"cosine:{token}{component}"] = measures["cosine"].at(**place)
+            columns[f"overlap:{token}{component}"] = measures["overlap"].at(**place)
+            columns[f"added to logit:{token}{component}"] = measures["contribution"].at(**place, answer=answer)
+            if "effect" in measures:
+                traced = measures["effect"].at(component=component, place=_PLACES[token])
+                columns[f"indirect effect:{token}{component}"] = traced
+    return {name: values.nanmean(dim=0).tolist() for name, values in columns.items()}
+
+
+def _proposal_lines(findings: Findings) -> list[str]:
+    proposal = findings.proposal()
+    if proposal is None:
+        return []
+    effect, lead = proposal.effect, proposal.lead
+    line = (
+        f"{findings.phase}: layers proposed {proposal.layers}: {proposal.verdict}. Of {effect['count']} facts "
+        f"resampled, {100 * proposal.same_layers:.0f} % of the draws give the same layers and "
+        f"{100 * proposal.same_peak:.0f} % the same peak, layer {proposal.peak} (effect {_shown(effect)}"
+    )
+    if lead is not None:
+        line += f"; {_shown(lead)} above the next layer"
+    return [line + ")"]
+
+
+def _shown(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"

@@ -1,0 +1,196 @@
+"""A model, its facts, and everything that is measured on them before and after an edit."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pmet_lightning.analysis.components import component_measures
+from pmet_lightning.analysis.facts import Fact, Question, ask, followed, is_said, next_token, with_own_answers
+from pmet_lightning.analysis.layer_choice import Proposal, propose
+from pmet_lightning.analysis.lens import Lens
+from pmet_lightning.analysis.measures import Measure, joined
+from pmet_lightning.analysis.streams import is_parallel
+from pmet_lightning.analysis.tracing import SUBJECT_LAST, Tracer, draw_noise, embedding_spread, trace
+from pmet_lightning.architectures import Sites
+from pmet_lightning.tokens import PromptEncoder, TokenRow, by_token_budget, pad_rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much is measured.
+
+    Attributes:
+        top: Size of the vocabulary projections that are compared.
+        least: Smallest probability with which an answer has to be the model's first choice.
+        noise: Noise on the subject's embeddings, in their standard deviations.
+        draws: Draws of the noise for each fact; 0 leaves causal tracing out.
+        seed: Seed of the noise.
+        window: Layers put back together.
+        tokens_per_batch: Most padded tokens in one forward pass.
+    """
+
+    top: int
+    least: float
+    noise: float
+    draws: int
+    seed: int
+    window: int
+    tokens_per_batch: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured in one phase.
+
+    Attributes:
+        phase: before or after.
+        questions: The facts, in the order of the measures.
+        answers: Which answer is followed, for each.
+        measures: By name; ``effect`` is that of causal tracing.
+        p: P of the answers true and new, and of the one followed without its subject, shape [N, 3].
+    """
+
+    phase: str
+    questions: list[Question]
+    answers: list[str]
+    measures: dict[str, Measure]
+    p: Tensor
+
+    def of(self, facts: Sequence[int]) -> Findings:
+        """The same of some facts."""
+        return Findings(
+            self.phase,
+            [self.questions[i] for i in facts],
+            [self.answers[i] for i in facts],
+            {name: measure.of(facts) for name, measure in self.measures.items()},
+            self.p[list(facts)],
+        )
+
+    def proposal(self) -> Proposal | None:
+        """The layers to edit; ``None`` without causal tracing."""
+        if "effect" not in self.measures:
+            return None
+        effect = self.measures["effect"]
+        return propose(*(effect.at(component=component, place=SUBJECT_LAST) for component in ("ffn", "hidden")))
+
+
+@dataclass
+class Study:
+    """Asks facts of a model and measures those that it says.
+
+    Attributes:
+        model: The language model; what edits it comes in between two calls of :meth:`measure`.
+        sites: Its modules.
+        encoder: Makes the rows.
+        scope: How much is measured.
+        left_out: Facts that were left out, by reason.
+    """
+
+    model: nn.Module
+    sites: Sites
+    encoder: PromptEncoder
+    scope: Scope
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
+        self.lens = Lens(self.model, self.sites, self.device)
+        row = pad_rows([TokenRow([0, 0], 1)], 0).to(self.device)
+        self.parallel = is_parallel(self.model, self.sites, row)
+        self._asked: list[Question] = []
+        self._noise: list[Tensor] = []
+
+    def ask(self, facts: Sequence[Fact]) -> None:
+        """Make the rows of some facts, and the noise that they are traced with in every phase."""
+        asked, self.left_out = ask(facts, self.encoder)
+        said = next_token(self.model, asked, self.encoder.pad_id, self.scope.tokens_per_batch)
+        self._asked = with_own_answers(asked, said)
+        if self.scope.draws and asked:
+            width = self.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+            deviation = self.scope.noise * embedding_spread(self.model, asked)
+            self._noise = draw_noise(asked, self.scope.draws, width, deviation, self.scope.seed)
+
+    def measure(self, phase: str, among: Sequence[int] | None = None) -> tuple[Findings | None, list[int]]:
+        """Measure the facts whose answer the model says.
+
+        Args:
+            phase: before, or after an edit: decides which answer is followed.
+            among: Numbers of the facts that may be taken; all where ``None``.
+
+        Returns:
+            What was found, ``None`` if there is no such fact; and the numbers of the facts.
+        """
+        edited = phase == "after"
+        said = next_token(self.model, self._asked, self.encoder.pad_id, self.scope.tokens_per_batch)
+        fine = is_said(self._asked, said, edited, self.scope.least)
+        wanted = range(len(self._asked)) if among is None else among
+        kept = [i for i in wanted if fine[i]]
+        if len(kept) < len(wanted):
+            reason = f"{phase}: the answer is not the first choice, or P is below {self.scope.least:g}"
+            self.left_out[reason] += len(wanted) - len(kept)
+        if not kept:
+            return None, []
+        questions = [self._asked[i] for i in kept]
+        answers = [followed(question, edited) for question in questions]
+        measures = self._components(questions, phase)
+        p = torch.cat([said[kept, 2:], torch.full((len(kept), 1), torch.nan, dtype=torch.float64)], dim=1)
+        if self.scope.draws:
+            measures["effect"], p[:, 2] = self._trace(questions, answers, [self._noise[i] for i in kept], phase)
+        return Findings(phase, questions, answers, measures, p), kept
+
+    def _components(self, questions: Sequence[Question], phase: str) -> dict[str, Measure]:
+        found: dict[str, list[Measure]] = {}
+        order: list[int] = []
+        for part in tqdm(self._batches(questions, 1), desc=f"Components {phase}", leave=False, disable=None):
+            some = [questions[i] for i in part]
+            measured = component_measures(
+                self.model, self.sites, self.lens, some, self.parallel, self.encoder.pad_id, self.scope.top
+            )
+            order += part
+            for name, measure in measured.items():
+                found.setdefault(name, []).append(measure)
+        return {name: _in_order(joined(parts), order) for name, parts in found.items()}
+
+    def _trace(
+        self, questions: Sequence[Question], answers: Sequence[str], noise: Sequence[Tensor], phase: str
+    ) -> tuple[Measure, Tensor]:
+        tracer = Tracer(
+            self.model,
+            self.sites,
+            self.lens.tuples,
+            self.scope.window,
+            self.encoder.pad_id,
+            self.scope.tokens_per_batch,
+            self.device,
+        )
+        parts, order, corrupt = [], [], torch.zeros(len(questions), dtype=torch.float64)
+        for part in tqdm(
+            self._batches(questions, self.scope.draws), desc=f"Tracing {phase}", leave=False, disable=None
+        ):
+            tokens = [questions[i].answers[answers[i]] for i in part]
+            traced = trace(tracer, [questions[i] for i in part], tokens, [noise[i] for i in part])
+            parts.append(traced.effect)
+            corrupt[part] = traced.corrupt
+            order += part
+        return _in_order(joined(parts), order), corrupt
+
+    def _batches(self, questions: Sequence[Question], rows: int) -> list[list[int]]:
+        """Facts whose states in all layers are held together."""
+        budget = max(1, self.scope.tokens_per_batch // len(self.sites.layers))
+        return by_token_budget([rows * len(q.ids) for q in questions], budget)
+
+
+def _in_order(measure: Measure, order: Sequence[int]) -> Measure:
+    """The facts, measured in some order, in their own."""
+    values = torch.empty_like(measure.values)
+    values[list(order)] = measure.values
+    return replace(measure, values=values)

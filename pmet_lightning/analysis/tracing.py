@@ -1,0 +1,236 @@
+"""Causal tracing: the subject is made unreadable, and one component's clean output put back at one layer and token.
+
+How much P(answer) rises by that is the component's indirect effect there (Meng et al., 2022).
+Legend: P = pairs of a fact and a draw of the noise, T = tokens, F = model width, E = embedding width, X = places put
+back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pmet_lightning.analysis.facts import Question
+from pmet_lightning.analysis.measures import Measure
+from pmet_lightning.analysis.streams import beginning_at
+from pmet_lightning.architectures import SiteName, Sites
+from pmet_lightning.language_model import label_logits
+from pmet_lightning.sites import record_whole, replace_output
+from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
+
+RESTORED: tuple[SiteName, ...] = ("hidden", "attn", "ffn")
+PLACES = (
+    "first subject token",
+    "middle subject tokens",
+    "last subject token",
+    "first further token",
+    "further tokens",
+    "last token",
+)
+SUBJECT_LAST, LAST_TOKEN = PLACES[2], PLACES[-1]
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """What a trace needs besides facts.
+
+    Attributes:
+        model: The language model.
+        sites: Its modules.
+        tuples: Whether its layers return tuples.
+        window: Layers whose attention or FFN outputs are put back together, around the one that is named.
+        pad_id: Padding token.
+        tokens_per_batch: Most padded tokens in one forward pass.
+        device: Where the model is.
+    """
+
+    model: nn.Module
+    sites: Sites
+    tuples: bool
+    window: int
+    pad_id: int
+    tokens_per_batch: int
+    device: torch.device
+
+    def restored_layers(self, site: SiteName, layer: int) -> range:
+        """The layers at which a site is put back; the residual stream at one only, it carries all below."""
+        width = 1 if site == "hidden" else self.window
+        first = layer - (width - 1) // 2
+        return range(max(0, first), min(len(self.sites.layers), first + width))
+
+
+class Traced(NamedTuple):
+    """What a trace gives.
+
+    Attributes:
+        effect: Rise of P(answer), by restored component, layer and place; the mean over tokens and draws.
+        clean: P(answer) with the subject, shape [N].
+        corrupt: P(answer) without it, mean over draws, shape [N].
+    """
+
+    effect: Measure
+    clean: Tensor
+    corrupt: Tensor
+
+
+class _Rows(NamedTuple):
+    """A row for each pair: its fact's number and tokens, and the noise on the subject's."""
+
+    fact: list[int]
+    batch: RowBatch
+    answer_P: Tensor
+    noise_PTE: Tensor
+
+
+def embedding_spread(model: nn.Module, questions: Sequence[Question]) -> float:
+    """Standard deviation of the embeddings of all subjects' tokens, over tokens and features."""
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.tensor([q.ids[place] for q in questions for place in q.subject])
+    with torch.no_grad():
+        return float(embedding(ids.to(next(embedding.parameters()).device)).float().std(correction=0))
+
+
+def draw_noise(questions: Sequence[Question], draws: int, width: int, deviation: float, seed: int) -> list[Tensor]:
+    """Noise for the subject of each fact, shape [draws, its tokens, E], float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return [deviation * torch.randn(draws, len(q.subject), width, generator=generator) for q in questions]
+
+
+def place_of(question: Question, column: int) -> int:
+    """The number in PLACES of a token; a subject that ends the prompt has its last token there as the subject's."""
+    first, last, end = question.subject[0], question.subject[-1], len(question.ids) - 1
+    if column == last:
+        return PLACES.index(SUBJECT_LAST)
+    if column < last:
+        return 0 if column == first else 1
+    if column == end:
+        return PLACES.index(LAST_TOKEN)
+    return 3 if column == last + 1 else 4
+
+
+@torch.no_grad()
+def trace(tracer: Tracer, questions: Sequence[Question], answers: Sequence[int], noise: Sequence[Tensor]) -> Traced:
+    """Trace some facts together.
+
+    Only the layers from the first restored one on are run: what enters them is the same for all places.
+
+    Args:
+        tracer: The model.
+        questions: The facts.
+        answers: The token that is followed, for each.
+        noise: As of :func:`draw_noise`.
+    """
+    depth = len(tracer.sites.layers)
+    clean_rows = _rows(tracer, questions, answers, [own[:1] * 0 for own in noise])
+    rows = _rows(tracer, questions, answers, noise)
+    clean_P, clean = _run(tracer, clean_rows)
+    corrupt_P, corrupt = _run(tracer, rows)
+    sums = torch.zeros(len(questions), len(RESTORED), depth, len(PLACES), dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    points = [(p, c) for p, n in enumerate(rows.fact) for c in range(questions[n].subject[0], len(questions[n].ids))]
+    where = (
+        torch.tensor([rows.fact[p] for p, _ in points]),
+        torch.tensor([place_of(questions[rows.fact[p]], column) for p, column in points]),
+    )
+    before_X = corrupt_P[[p for p, _ in points]]
+    for layer in range(depth):
+        p_CX = _restored(tracer, rows, points, layer, clean, corrupt)
+        for i, p_X in enumerate(p_CX):
+            sums[:, i, layer].index_put_(where, p_X - before_X, accumulate=True)
+            counts[:, i, layer].index_put_(where, torch.ones_like(p_X), accumulate=True)
+    effect = Measure(sums / counts, {"component": RESTORED, "layer": range(depth), "place": PLACES})
+    return Traced(effect, clean_P, corrupt_P.reshape(len(questions), -1).mean(dim=1))
+
+
+def _rows(tracer: Tracer, questions: Sequence[Question], answers: Sequence[int], noise: Sequence[Tensor]) -> _Rows:
+    fact = [n for n, own in enumerate(noise) for _ in own]
+    batch = pad_rows([TokenRow(questions[n].ids, labels=(answers[n],)) for n in fact], tracer.pad_id)
+    noise_PTE = torch.zeros(*batch.input_ids.shape, noise[0].shape[-1])
+    row = iter(range(len(fact)))
+    for question, own in zip(questions, noise, strict=True):
+        for draw in own:
+            noise_PTE[next(row), list(question.subject)] = draw
+    answer_P = torch.tensor([answers[n] for n in fact])
+    return _Rows(fact, batch.to(tracer.device), answer_P, noise_PTE.to(tracer.device))
+
+
+@contextmanager
+def _noisy(model: nn.Module, noise_PTE: Tensor) -> Iterator[None]:
+    """Add noise to the embeddings."""
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output + noise_PTE.to(output)
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _probability(model: nn.Module, rows: RowBatch, answer_P: Tensor) -> Tensor:
+    """P of each row's answer, shape [P], float64, on the CPU."""
+    logits = label_logits(model, rows)[:, 0].float()
+    p = logits.softmax(-1).gather(1, answer_P.to(logits.device).unsqueeze(1))
+    return p[:, 0].double().cpu()
+
+
+class _States(NamedTuple):
+    """What a pass left: the stream entering each layer, and the outputs of each site in each layer, [P, T, F]."""
+
+    entering: list[Tensor]
+    outputs: dict[SiteName, list[Tensor]]
+
+
+def _run(tracer: Tracer, rows: _Rows) -> tuple[Tensor, _States]:
+    """P(answer) of each row, and the states."""
+    sites, count = tracer.sites, len(rows.fact)
+    layers = range(len(sites.layers))
+    with ExitStack() as stack:
+        stack.enter_context(_noisy(tracer.model, rows.noise_PTE))
+        entering = [stack.enter_context(record_whole(sites.layers[i], count, output=False)) for i in layers]
+        outputs = {
+            site: [stack.enter_context(record_whole(sites.module(site, i), count)) for i in layers] for site in RESTORED
+        }
+        p = _probability(tracer.model, rows.batch, rows.answer_P)
+    taken = {site: [recording.take() for recording in own] for site, own in outputs.items()}
+    return p, _States([recording.take() for recording in entering], taken)
+
+
+def _restored(
+    tracer: Tracer, rows: _Rows, points: Sequence[tuple[int, int]], layer: int, clean: _States, corrupt: _States
+) -> Tensor:
+    """P(answer) with each component put back at each point (pair and column), shape [components, X]."""
+    cases = [(i, *point) for i in range(len(RESTORED)) for point in points]
+    size = max(1, tracer.tokens_per_batch // rows.batch.input_ids.shape[1])
+    parts = [
+        _restore_together(tracer, rows, cases[start : start + size], layer, clean, corrupt)
+        for start in range(0, len(cases), size)
+    ]
+    return torch.cat(parts).view(len(RESTORED), -1)
+
+
+def _restore_together(
+    tracer: Tracer, rows: _Rows, cases: Sequence[tuple[int, int, int]], layer: int, clean: _States, corrupt: _States
+) -> Tensor:
+    """P(answer) of some cases (component, pair and column), a row each, shape [X]."""
+    site_X, pair_X, column_X = torch.tensor(cases, device=tracer.device).unbind(1)
+    batch = RowBatch(**{name: value[pair_X] for name, value in vars(rows.batch).items()})
+    shape = (len(cases), rows.batch.input_ids.shape[1])
+    fact_X = torch.tensor(rows.fact, device=tracer.device)[pair_X]
+    present = [site for i, site in enumerate(RESTORED) if bool((site_X == i).any())]
+    start = min(tracer.restored_layers(site, layer)[0] for site in present)
+    with ExitStack() as stack:
+        stack.enter_context(beginning_at(tracer.sites, start, corrupt.entering[start][pair_X], tracer.tuples))
+        for site in present:
+            own = (site_X == RESTORED.index(site)).nonzero()[:, 0]
+            places = own * shape[1] + column_X[own]
+            for at in tracer.restored_layers(site, layer):
+                values = clean.outputs[site][at][fact_X[own], column_X[own]]
+                stack.enter_context(replace_output(tracer.sites.module(site, at), shape, places, values))
+        return _probability(tracer.model, batch, rows.answer_P[pair_X.cpu()])
