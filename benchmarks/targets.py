@@ -1,6 +1,6 @@
 """Target vectors of many edits: ours against the method written plainly, one edit at a time through the whole model.
 
-    python benchmarks/targets.py [--shapes atlas gptj gpt2] [--edits 64] [--plain_edits 4] [--repeat 5]
+    python benchmarks/targets.py [--shapes atlas gptj gpt2] [--edits 200] [--plain_edits 4] [--repeat 5]
         [--dtype bfloat16]
 
 Same edits, same contexts, same number of steps (all of them: no edit stops early), and the same targets, which is
@@ -183,7 +183,7 @@ def main() -> None:
     """Compare on every shape asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=list(LAYER), default=list(LAYER))
-    parser.add_argument("--edits", type=int, default=64, help="edits optimised together")
+    parser.add_argument("--edits", type=int, default=200, help="edits optimised together")
     parser.add_argument("--plain_edits", type=int, default=4, help="edits of the plain twin")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

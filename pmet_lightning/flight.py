@@ -76,6 +76,7 @@ class RowSet:
         prefix: What stands before the rows; ``None`` where whole rows are run by the whole model.
         entering: What enters layer L at the subject's last token, shape [R, 1, F], if it is kept.
         leaving: What leaves layer L without deltas, shape [R, S, F], if it is kept.
+        kept: What modules of the layer above give where no delta reaches them, shape [R, S, their F] each.
     """
 
     rows: RowBatch
@@ -83,6 +84,7 @@ class RowSet:
     prefix: Prefix | None = None
     entering: Tensor | None = None
     leaving: Tensor | None = None
+    kept: dict[nn.Module, Tensor] = field(default_factory=dict)
     _places: tuple[Tensor, Tensor] | None = field(default=None, init=False)  # of real tokens, and of labels
 
     @classmethod
@@ -101,7 +103,7 @@ class RowSet:
         if prefix is None:
             return cls(rows, per_edit)
         below, leaving = entry.states(model, rows, prefix)
-        return cls(rows, per_edit, prefix, below[:, :1], leaving)
+        return cls(rows, per_edit, prefix, below[:, :1], leaving, entry.kept(model, rows, prefix, leaving))
 
     def join(self, other: RowSet) -> None:
         """Add rows of other edits."""
@@ -111,10 +113,10 @@ class RowSet:
             self.prefix = joined([self.prefix, other.prefix])
         if self.entering is not None and other.entering is not None:
             self.entering = torch.cat([self.entering, other.entering])
+        width = self.rows.input_ids.shape[1]
         if self.leaving is not None and other.leaving is not None:
-            width = self.rows.input_ids.shape[1]
-            both = (self.leaving, other.leaving)
-            self.leaving = torch.cat([nn.functional.pad(h, (0, 0, 0, width - h.shape[1])) for h in both])
+            self.leaving = _stacked((self.leaving, other.leaving), width)
+        self.kept = {m: _stacked((mine, other.kept[m]), width) for m, mine in self.kept.items() if m in other.kept}
 
     def keep(self, places: Tensor) -> None:
         """Leave out the rows of all edits but these."""
@@ -125,8 +127,10 @@ class RowSet:
             self.prefix = self.prefix.select(rows)
         if self.entering is not None:
             self.entering = self.entering[rows]
+        used = self.rows.used_columns(rows)
         if self.leaving is not None:
-            self.leaving = self.leaving[rows][:, self.rows.used_columns(rows)]
+            self.leaving = self.leaving[rows][:, used]
+        self.kept = {module: outputs[rows][:, used] for module, outputs in self.kept.items()}
         self.rows = self.rows.select(rows)
 
     def run(
@@ -155,7 +159,7 @@ class RowSet:
         if entry is not None:
             if self._places is None:
                 self._places = self.rows.places()
-            with entry.begin_with(hidden, entry.layer), entry.only_tokens(self.rows, *self._places):
+            with entry.begin_with(hidden, entry.layer), entry.only_tokens(self.rows, *self._places, self.kept):
                 logits = label_logits(model, self.rows, self.prefix)
         outputs = {site: recording.take().detach()[:: self.per_edit] for site, recording in recordings.items()}
         return logits.unflatten(0, (-1, self.per_edit)), outputs
@@ -172,6 +176,11 @@ class RowSet:
         ):
             run_to(model, first, self.prefix)
         return torch.cat([output.take().unsqueeze(1).to(self.leaving), self.leaving[:, 1:]], dim=1)
+
+
+def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:
+    """Rows of several tensors of shape [R, S, F], as wide as the widest."""
+    return torch.cat([nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
 
 
 @dataclass

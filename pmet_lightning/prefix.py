@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pmet_lightning.language_model import model_inputs, run_to
-from pmet_lightning.sites import narrow_input, run_at, stop_before
+from pmet_lightning.sites import narrow_input, run_at, stop_after, stop_before
 from pmet_lightning.tokens import RowBatch
 
 log = logging.getLogger(__name__)
@@ -263,6 +263,9 @@ class Entry:
     ) -> None:
         self.below, self.layer = list(layers[:-1]), layers[-1]
         self.token_modules = {module: module in set(last_modules) for module in token_modules}
+        inside = set(self.layer.modules())
+        self._in_layer = [module for module in token_modules if module in inside and module not in set(last_modules)]
+        self._steady: list[nn.Module] | None = None  # of these, what a change at the first token does not reach
         self._tuples = [False] * len(self.below)
 
     @torch.no_grad()
@@ -296,21 +299,67 @@ class Entry:
             stack.callback(at.register_forward_pre_hook(enter, with_kwargs=True).remove)
             yield
 
+    def kept(
+        self, model: nn.Module, rows: RowBatch, prefix: Prefix | None, hidden_RSF: Tensor
+    ) -> dict[nn.Module, Tensor]:
+        """What projections and FFN of the last layer give that a change at the rows' first tokens does not reach there.
+
+        Keys, values and queries of the other tokens do not depend on it, and in parallel blocks the FFN does not. Which
+        ones is tried out, once.
+
+        Args:
+            model: The language model.
+            rows: What is run.
+            prefix: What stands before the rows.
+            hidden_RSF: What enters the layer.
+        """
+        if not self._in_layer or hidden_RSF.shape[1] == 1:
+            return {}
+        found = self._outputs(model, rows, prefix, hidden_RSF)
+        if self._steady is None:
+            changed = hidden_RSF.clone()
+            changed[:, 0] = hidden_RSF[:, 0].flip(-1)
+            others = self._outputs(model, rows, prefix, changed)
+            self._steady = [m for m, seen in found.items() if torch.equal(others[m][:, 1:], seen[:, 1:])]
+        return {module: found[module] for module in self._steady}
+
+    @torch.no_grad()
+    def _outputs(
+        self, model: nn.Module, rows: RowBatch, prefix: Prefix | None, hidden_RSF: Tensor
+    ) -> dict[nn.Module, Tensor]:
+        """What the modules in the last layer give, shape [R, S, F] each."""
+        shape, found = rows.input_ids.shape, {}
+
+        def record(module: nn.Module, _: Any, output: Tensor) -> None:
+            found[module] = output.clone().reshape(*shape, -1)  # Falcon adds to it in place
+
+        with ExitStack() as stack:
+            for module in self._in_layer:
+                stack.callback(module.register_forward_hook(record).remove)
+            stack.enter_context(self.begin_with(hidden_RSF, self.layer))
+            stack.enter_context(stop_after(self.layer))
+            run_to(model, rows, prefix)
+        return found
+
     @contextmanager
-    def only_tokens(self, rows: RowBatch, real_N: Tensor, labelled_N: Tensor) -> Iterator[None]:
+    def only_tokens(
+        self, rows: RowBatch, real_N: Tensor, labelled_N: Tensor, kept: Mapping[nn.Module, Tensor]
+    ) -> Iterator[None]:
         """Have the passes inside run nothing on padding that they need not, and the last FFN only for the logits.
 
         Args:
             rows: What is run.
             real_N: Places of real tokens, counted over all rows.
             labelled_N: Those whose logits are wanted.
+            kept: What modules give that need to be run at the rows' first tokens only.
         """
         shape = tuple(rows.input_ids.shape)
+        firsts = torch.arange(len(rows), device=real_N.device) * shape[1]
         with ExitStack() as stack:
             for module, is_last in self.token_modules.items():
-                places = labelled_N if is_last else real_N
+                places = firsts if module in kept else labelled_N if is_last else real_N
                 if len(places) < rows.input_ids.numel():
-                    stack.enter_context(run_at(module, places, shape))  # type: ignore[arg-type]
+                    stack.enter_context(run_at(module, places, shape, kept.get(module)))  # type: ignore[arg-type]
             yield
 
     def _note_kind(self, i: int) -> Any:

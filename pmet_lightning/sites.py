@@ -165,13 +165,16 @@ def narrow_input(module: nn.Module, columns_RK: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def run_at(module: nn.Module, positions_N: Tensor, shape: tuple[int, int]) -> Iterator[None]:
-    """Run a module that maps each token by itself, such as an FFN, at some tokens only; elsewhere it gives zeros.
+def run_at(
+    module: nn.Module, positions_N: Tensor, shape: tuple[int, int], elsewhere: Tensor | None = None
+) -> Iterator[None]:
+    """Run a module that maps each token by itself, such as an FFN, at some tokens only.
 
     Args:
         module: Takes and gives [R, T, F], or [R·T, F] as in OPT; whatever else it gets goes through it as it is.
         positions_N: int64, counted over all tokens of all rows; none twice.
         shape: R and T.
+        elsewhere: What it gives at the other tokens, shape [R, T, F]; zeros where ``None``.
     """
 
     count = shape[0] * shape[1]
@@ -188,9 +191,12 @@ def run_at(module: nn.Module, positions_N: Tensor, shape: tuple[int, int]) -> It
     def widen(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         if not outer:
             return output
-        whole = output.new_zeros(count, output.shape[-1])
-        filled = whole.index_copy(0, positions_N.to(whole.device), output.flatten(0, -2))
-        return filled.unflatten(0, outer.pop())
+        if elsewhere is None:
+            whole = output.new_zeros(count, output.shape[-1])
+        else:
+            whole = elsewhere.flatten(0, 1).to(output, copy=True)
+        whole.index_copy_(0, positions_N.to(whole.device), output.flatten(0, -2))
+        return whole.unflatten(0, outer.pop())
 
     handles = [module.register_forward_pre_hook(narrow, with_kwargs=True), module.register_forward_hook(widen)]
     try:

@@ -15,6 +15,8 @@ from pmet_lightning.sites import record_and_add
 from pmet_lightning.tokens import PromptEncoder, pad_rows
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS
 
+# An FFN beside the attention does not see what that brings from the subject's token.
+PARALLEL = {"cohere", "cohere2", "falcon", "falcon-new", "gpt_neox", "gptj", "phi", "stablelm-parallel"}
 # Longer than the windows of 12 tokens of the tiny models.
 LONG = "Because nobody came to the harbour in the spring, the old clock was closed for years. {}"
 
@@ -29,10 +31,10 @@ def rows_of(tokenizer, side: str, contexts=(CONTEXTS[0], LONG)):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_same_logits_with_a_delta(family, side, loaded):
-    """The whole rows, and the tails from layer 2 on behind a cache, with FFNs at all of their tokens or at some."""
+    """The whole rows, and the tails from layer 1 on behind a cache, at all of their tokens or where they change."""
     model, sites, tokenizer = loaded(family)
     rows = rows_of(tokenizer, side)
-    layer = sites.module("ffn", 2)
+    layer = sites.module("ffn", 1)
     added = torch.randn(len(rows), sites.width, generator=torch.Generator().manual_seed(1))
     real = rows.label_ids >= 0
     with record_and_add(layer, rows.subject, added) as clean:
@@ -44,13 +46,16 @@ def test_same_logits_with_a_delta(family, side, loaded):
     assert (sites.ffn_block(3) is None) == (family.split("-")[0] in {"bloom", "opt"})
     scale = float(expected[real].abs().max())
     last = [sites.module("attn", 3), sites.ffn_block(3) or sites.module("ffn", 3)]
-    for some in ([], sites.token_modules(3)):  # a pass leaves no trace in the cache
-        entry = Entry([sites.module("hidden", i) for i in range(4)], some, last)
-        hidden, _ = entry.states(model, tails, prefix)
+    for some in ([], sites.token_modules(2) + sites.token_modules(3)):  # a pass leaves no trace in the cache
+        entry = Entry([sites.module("hidden", i) for i in range(3)], some, last)
+        hidden, leaving = entry.states(model, tails, prefix)
+        kept = entry.kept(model, tails, prefix, leaving)
+        assert len(kept) in ({0} if not some else {1, 2, 3, 4}), "keys, values and queries, together or not, and an FFN"
+        assert (sites.ffn_block(2) in kept) == (bool(some) and family in PARALLEL)
         with (
             record_and_add(layer, tails.subject, added) as recording,
             entry.begin_with(hidden, entry.below[-1]),
-            entry.only_tokens(tails, *tails.places()),
+            entry.only_tokens(tails, *tails.places(), kept),
         ):
             found = label_logits(model, tails, prefix)
         assert float((found[real] - expected[real]).abs().max()) < 1e-5 * max(1.0, scale)
