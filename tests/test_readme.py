@@ -39,10 +39,10 @@ def test_ci_runs_the_readme_s_test_command():
 def test_the_ten_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    code = README.split("```python")[1].split("```")[0].replace("EditTrainer(", 'EditTrainer(accelerator="cpu", ')
+    code = README.split("```python")[1].split("```")[0]
     names: dict = {}
     exec(code.replace("print(", "found = ("), names)
     score, model = names["found"]
     assert score > 85
     assert model.config.model_type == "gptj"
-    assert (tmp_path / "runs" / "run_0" / "patch.safetensors").is_file()
+    assert not (tmp_path / "runs").exists()
