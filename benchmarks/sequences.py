@@ -1,0 +1,78 @@
+"""Many edit batches one after the other, against one; past keys protected or not, with and without projection.
+
+    python -m pmet_lightning demo --edits 1050 --out /tmp/atlas1050      # about ten minutes
+    python benchmarks/sequences.py /tmp/atlas1050
+
+λ of each way is chosen on the 400 records of the shipped `atlas-tuning` and the shipped model (eight edit batches of
+50, or one of 400): the highest Score. The table is made on the larger world: 20 edit batches of 50, or one of 1,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pmet_lightning.comparison import Method, quiet_run
+from pmet_lightning.metrics import METRICS
+from pmet_lightning.score_lines import score_cell
+
+BATCH = {"data.edit_batch": 50}
+PROTECT, PROJECT = {"spread.protect_past": True}, {"spread.null_space": 0.03}
+WAYS: dict[str, dict[str, Any]] = {
+    "one edit batch": {},
+    "20 edit batches": BATCH,
+    "past keys protected": BATCH | PROTECT,
+    "null space": BATCH | PROJECT,
+    "both": BATCH | PROTECT | PROJECT,
+}
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    """What the report of a run holds."""
+    with tempfile.TemporaryDirectory() as base:
+        return quiet_run(Method(), {"model.free_tokens": 0, **options}, Path(base) / "run")
+
+
+def chosen(way: dict[str, Any], lams: list[float]) -> float:
+    """The λ with the highest Score on the tuning records."""
+    common = {"data.path": "atlas-tuning", "drift.text": None, **way}
+    scores = {lam: run({**common, "spread.lam": lam})["scores"]["after"]["score"] for lam in lams}
+    return max(scores, key=scores.__getitem__)
+
+
+def main() -> None:
+    """Choose and report every way."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("world", type=Path, help="a folder made by the verb demo with 1,000 records at least")
+    parser.add_argument(
+        "--lam", nargs="+", type=float, default=[300, 1000, 3000], help="tried for several edit batches"
+    )
+    parser.add_argument("--lam_one", nargs="+", type=float, default=[50, 300, 1000], help="for one")
+    options = parser.parse_args()
+    logging.disable(logging.INFO)
+    out = sys.stdout.write
+    corpus = str(options.world / "corpus.txt")
+    world = {
+        "data.path": [str(options.world / f"{name}.json") for name in ("records", "spare", "tuning")],
+        "data.limit": 1000,
+        "model.model_name": str(options.world / "model"),
+        "moments.corpus": corpus,
+        "drift.text": corpus,
+    }
+    out("| | λ | " + " | ".join(METRICS) + " | perplexity | growth |\n" + "|---" * (len(METRICS) + 4) + "|\n")
+    for name, way in WAYS.items():
+        lam = chosen(way, options.lam if way else options.lam_one)
+        report = run({**world, **way, "spread.lam": lam})
+        before, after = report["scores"]["before"], report["scores"]["after"]
+        cells = " | ".join(score_cell(after, metric) for metric in METRICS)
+        growth = max(layer["growth"] for layer in report["layers"])
+        out(f"| {name} | {lam:g} | {cells} | {after['perplexity'] / before['perplexity']:.2f} | {growth:.1f} |\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
