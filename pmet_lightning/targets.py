@@ -1,13 +1,13 @@
 """What the target optimisation gives for each edit, and a store that keeps it for the next run.
 
-Legend: B = edits, F = model width, S = steps.
+Legend: B = edits, A = those that took a step, F = model width, S = steps, P = parts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pmet_lightning.architectures import SiteName
 from pmet_lightning.files import atomic_path
 
 # What is kept of each step of an edit: the loss and its weighted parts, P(o*) over the contexts and at the bare prompt.
 PARTS = ("loss", "nll", "kl", "norm", "p", "p_prompt")
+# Why the search for a target ends: its loss is low, its tokens are the argmax, it was out of steps.
+STOP_REASONS = ("loss", "argmax", "steps")
 _HISTORY = "history"  # its name in a file, among those of the sites
 
 
@@ -87,10 +90,24 @@ class TargetStore:
 
 def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
     """Means at each step over the edits that took it, and how many they were (``active``)."""
-    most = max((len(target.history_SP) for target in targets), default=0)
     points = []
-    for step in range(most):
-        here = torch.stack([t.history_SP[step] for t in targets if len(t.history_SP) > step])
-        means = dict(zip(PARTS, here.mean(dim=0).tolist(), strict=True))
-        points.append({"step": float(step), **means, "active": float(len(here))})
+    for step, here_AP in enumerate(_at_each_step(targets)):
+        means = dict(zip(PARTS, here_AP.mean(dim=0).tolist(), strict=True))
+        points.append({"step": float(step), **means, "active": float(len(here_AP))})
     return points
+
+
+def quantile_curves(targets: Sequence[Target], levels: Sequence[float]) -> list[Tensor]:
+    """Quantiles at each step over the edits that took it, shape [levels, parts] each."""
+    return [here_AP.quantile(here_AP.new_tensor(levels), dim=0) for here_AP in _at_each_step(targets)]
+
+
+def _at_each_step(targets: Sequence[Target]) -> Iterator[Tensor]:
+    """``PARTS`` of the edits that took a step, shape [A, parts], for each step."""
+    if not targets:
+        return
+    histories = [target.history_SP for target in targets]
+    padded_BSP = pad_sequence(histories, batch_first=True)
+    lengths_B = torch.tensor([len(history) for history in histories])
+    for step in range(padded_BSP.shape[1]):
+        yield padded_BSP[lengths_B > step, step]
