@@ -25,6 +25,7 @@ from pmet_lightning.inspection_points import (
     layout,
     shown_edits,
     step_points,
+    write_points,
 )
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.metrics.generation import greedy_texts
@@ -37,7 +38,7 @@ from pmet_lightning.tags import DETAILS, EDIT_BATCHES, FIGURES, SCORES, TEXTS
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_MAIN = (*METRICS, "perplexity", "kl")  # the scores of the first group
+_MAIN = {name: name for name in METRICS} | {"perplexity": "text_perplexity", "kl": "text_kl"}  # first group's names
 _PHASES = ("before", "targets", "spread", "ledger", "after")  # that an edit batch takes its time in
 
 
@@ -78,7 +79,7 @@ class Inspection(L.Callback):
         for writer in _writers(trainer):
             for summary in session(settings, _final_tags())[:2]:
                 writer._get_file_writer().add_summary(summary)
-            writer.add_custom_scalars(layout(SCORES))
+            writer.add_custom_scalars(layout())
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
@@ -111,12 +112,14 @@ class Inspection(L.Callback):
         report = written.report
         number, rules = report.edit_batch, pl_module.rules
         points = batch_points(report, rules.clamp) | _rates(len(report.edits), seconds, self._seconds)
-        points |= {f"{EDIT_BATCHES}/{name}": written.scores[name] for name in METRICS if name in written.scores}
+        points |= {f"{EDIT_BATCHES}/at_once_{name}": written.scores[name] for name in METRICS if name in written.scores}
         for layer in report.layers:
             points |= layer_points(layer)
         _log(trainer, points, number)
+        for place, values in write_points(report):
+            _log(trainer, values, place)
         if is_shown(number):
-            for step, values in enumerate(step_points(report.targets), start=number * rules.steps):
+            for step, values in enumerate(step_points(report.targets, rules), start=number * rules.steps):
                 _log(trainer, values, step)
             for writer in _writers(trainer):
                 self._show(writer, written)
@@ -149,7 +152,9 @@ class Inspection(L.Callback):
         """Scores of all records, at the number of edits that have been written."""
         values = module.results.get(phase, {})
         self._shown.add(phase)
-        points = {f"{SCORES if name in _MAIN else DETAILS}/{name}": value for name, value in values.items()}
+        points = {
+            f"{SCORES}/{_MAIN[name]}" if name in _MAIN else f"{DETAILS}/{name}": value for name, value in values.items()
+        }
         _log(trainer, points, 0 if phase == "before" else self._edits(trainer))
 
     def _edits(self, trainer: L.Trainer) -> int:

@@ -1,6 +1,6 @@
 """What a run shows in its loggers, as plain numbers and texts: pure functions of what an edit batch has left.
 
-Legend: S = steps.
+Legend: B = edits, S = steps, P = parts of the loss and P(o*), L = quantiles.
 """
 
 from __future__ import annotations
@@ -13,27 +13,44 @@ import torch
 from torch import Tensor
 
 from pmet_lightning.metrics import METRICS
+from pmet_lightning.optimisation import Rules
 from pmet_lightning.spread import LayerReport, SpreadReport
-from pmet_lightning.tags import EDIT_BATCHES, HISTOGRAMS, NUMERICS, QUANTILES, STEPS, WRITES
-from pmet_lightning.targets import PARTS, STOP_REASONS, Target, mean_curves, quantile_curves
+from pmet_lightning.tags import ACTIVE, EDIT_BATCHES, HISTOGRAMS, LAYERS, NUMERICS, QUANTILES, SCORES, STEPS, WRITES
+from pmet_lightning.targets import PARTS, STOP_REASONS, Target, kept_histories, mean_curves
 
 LEVELS = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
 CLAMP_TOLERANCE = 1e-4  # relative: a delta this near its clamp touches it
+_DONE = ("residual_after", "overshoot", "norm_ratio", "growth")  # of a write
 _MOST_VECTORS = 256  # of an edit batch, in a histogram
 _MOST_TEXTS = 8  # of an edit batch
 _COLUMNS = ("question", "old answer", "target", "says before", "says after")
 
 
-def step_points(targets: Sequence[Target]) -> Iterator[dict[str, float]]:
-    """At each step, over the edits that took it: means and quantiles; and the share that is done behind it."""
-    quantiles = quantile_curves(targets, list(LEVELS.values()))
-    for point, levels_LP in zip(mean_curves(targets), quantiles, strict=True):
-        done = sum(len(target.history_SP) <= point["step"] + 1 for target in targets)
-        values = {f"{STEPS}/{part}": point[part] for part in PARTS}
-        values[f"{STEPS}/finished"] = done / len(targets)
-        for level, row in zip(LEVELS, levels_LP.tolist(), strict=True):
-            values |= {f"{QUANTILES}/{part}_{level}": value for part, value in zip(PARTS, row, strict=True)}
-        yield values
+def step_points(targets: Sequence[Target], rules: Rules) -> Iterator[dict[str, float]]:
+    """At each step of an edit batch: means and quantiles over all its edits, those that have stopped as they did.
+
+    Means over the edits that took the step are there too, and the share that is done behind it. Parts of the loss
+    without a weight are left out.
+
+    Args:
+        targets: Of the edit batch.
+        rules: The weights.
+    """
+    weights = {"nll": rules.nll, "kl": rules.kl, "norm": rules.norm}
+    names = {part: f"loss_{part}" if part in weights else part for part in PARTS if weights.get(part, 1)}
+    columns = [PARTS.index(part) for part in names]
+    histories_BSP = kept_histories(targets)[..., columns]
+    levels_L = histories_BSP.new_tensor(list(LEVELS.values()))
+    for step, active in enumerate(mean_curves(targets)):
+        here_BP = histories_BSP[:, step]
+        values = dict(zip((f"{STEPS}/{name}" for name in names.values()), here_BP.mean(dim=0).tolist(), strict=True))
+        for level, row_P in zip(LEVELS, here_BP.quantile(levels_L, dim=0), strict=True):
+            named = (f"{QUANTILES}/{name}_{level}" for name in names.values())
+            values |= dict(zip(named, row_P.tolist(), strict=True))
+        values |= {f"{ACTIVE}/{name}": active[part] for part, name in names.items()}
+        values[f"{ACTIVE}/edits"] = active["active"]
+        done = sum(len(target.history_SP) <= step + 1 for target in targets)
+        yield values | {f"{STEPS}/finished": done / len(targets)}
 
 
 def batch_points(report: SpreadReport, clamp: float) -> dict[str, float]:
@@ -56,14 +73,8 @@ def batch_points(report: SpreadReport, clamp: float) -> dict[str, float]:
 
 
 def layer_points(layer: LayerReport) -> dict[str, float]:
-    """One write: what it did, and how well it was solved and stored."""
+    """One write among those of its layer: what it did, and how well it was solved and stored."""
     place = f"{layer.site}_layer_{layer.layer}"
-    did = {
-        "residual_after": layer.residual_after,
-        "overshoot": layer.overshoot,
-        "norm_ratio": layer.norm_ratio,
-        "growth": layer.growth,
-    }
     numerics = {
         "solve_error": layer.relative_error,
         "condition_bound": layer.condition_bound,
@@ -72,9 +83,17 @@ def layer_points(layer: LayerReport) -> dict[str, float]:
         "changed": layer.written.changed,
         "rounding": layer.written.rounding,
     }
-    return {f"{WRITES}/{name}/{place}": value for name, value in did.items()} | {
+    return {f"{LAYERS}/{name}/{place}": getattr(layer, name) for name in _DONE} | {
         f"{NUMERICS}/{name}/{place}": value for name, value in numerics.items()
     }
+
+
+def write_points(report: SpreadReport) -> Iterator[tuple[int, dict[str, float]]]:
+    """What each layer's write did, numbered from the first edit batch on, so that a curve leads from layer to layer."""
+    layers = sorted({layer.layer for layer in report.layers})
+    for place, number in enumerate(layers, start=report.edit_batch * len(layers)):
+        here = [layer for layer in report.layers if layer.layer == number]
+        yield place, {f"{WRITES}/{name}_{layer.site}": getattr(layer, name) for layer in here for name in _DONE}
 
 
 def histograms(report: SpreadReport) -> dict[str, Tensor]:
@@ -115,23 +134,20 @@ def is_shown(edit_batch: int) -> bool:
     return edit_batch % 10 ** (len(str(edit_batch)) - 1) == 0
 
 
-def layout(scores: str) -> dict[str, dict[str, tuple[str, list[str]]]]:
+def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
     """Charts of TensorBoard's custom scalars: quantiles as bands, layers together."""
 
     def band(part: str) -> tuple[str, list[str]]:
         return "Margin", [f"{QUANTILES}/{part}_{level}" for level in ("q50", "q10", "q90")]
 
     return {
-        "scores before and after": {"scores": ("Multiline", [f"{scores}/{name}" for name in METRICS])},
+        "scores before and after": {"scores": ("Multiline", [f"{SCORES}/{name}" for name in METRICS])},
         "targets by step: median, 10 % and 90 % of the edits": {part: band(part) for part in ("loss", "p", "p_prompt")},
         "edit batches": {
             "why the search stopped": ("Multiline", [f"{EDIT_BATCHES}/stopped_by_.*"]),
             "length of the deltas, in norms of the clean output": ("Multiline", [f"{EDIT_BATCHES}/delta_.*"]),
         },
-        "writes, all layers together": {
-            name: ("Multiline", [f"{WRITES}/{name}/.*"])
-            for name in ("residual_after", "overshoot", "norm_ratio", "growth")
-        },
+        "writes, all layers together": {name: ("Multiline", [f"{LAYERS}/{name}/.*"]) for name in _DONE},
     }
 
 

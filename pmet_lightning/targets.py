@@ -1,13 +1,13 @@
 """What the target optimisation gives for each edit, and a store that keeps it for the next run.
 
-Legend: B = edits, A = those that took a step, F = model width, S = steps, P = parts.
+Legend: B = edits, A = those that took a step, F = model width, S = steps, P = parts of the loss and P(o*).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from pmet_lightning.architectures import SiteName
 from pmet_lightning.files import atomic_path
@@ -90,24 +89,18 @@ class TargetStore:
 
 def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
     """Means at each step over the edits that took it, and how many they were (``active``)."""
-    points = []
-    for step, here_AP in enumerate(_at_each_step(targets)):
+    if not targets:
+        return []
+    points, lengths_B = [], torch.tensor([len(target.history_SP) for target in targets])
+    for step, all_BP in enumerate(kept_histories(targets).unbind(dim=1)):
+        here_AP = all_BP[lengths_B > step]
         means = dict(zip(PARTS, here_AP.mean(dim=0).tolist(), strict=True))
         points.append({"step": float(step), **means, "active": float(len(here_AP))})
     return points
 
 
-def quantile_curves(targets: Sequence[Target], levels: Sequence[float]) -> list[Tensor]:
-    """Quantiles at each step over the edits that took it, shape [levels, parts] each."""
-    return [here_AP.quantile(here_AP.new_tensor(levels), dim=0) for here_AP in _at_each_step(targets)]
-
-
-def _at_each_step(targets: Sequence[Target]) -> Iterator[Tensor]:
-    """``PARTS`` of the edits that took a step, shape [A, parts], for each step."""
-    if not targets:
-        return
+def kept_histories(targets: Sequence[Target]) -> Tensor:
+    """Histories of one length: an edit that has stopped stays as it was; shape [B, S, parts]."""
     histories = [target.history_SP for target in targets]
-    padded_BSP = pad_sequence(histories, batch_first=True)
-    lengths_B = torch.tensor([len(history) for history in histories])
-    for step in range(padded_BSP.shape[1]):
-        yield padded_BSP[lengths_B > step, step]
+    most = max(map(len, histories))
+    return torch.stack([torch.cat([h, h[-1:].expand(most - len(h), -1)]) for h in histories])
