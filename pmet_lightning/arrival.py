@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pmet_lightning.spread import LayerReport
 
 
+NOTHING = 0.01  # of its target's norm: an edit with so small a residual was there already, but for rounding
+
+
 def overshoot(start_NF: Tensor, now_NF: Tensor, wanted_NF: Tensor) -> Tensor:
     """How far each edit's stream has gone past its target: ⟨h − h₀, E₀⟩ / ‖E₀‖² − 1.
 
@@ -59,13 +62,16 @@ class Arrival:
         count: int,
     ) -> None:
         self._lacking, self._stream_nF, self._team, self._count = lacking, stream_nF, team, count
-        first = {site: of(value) for (site, of), value in zip(lacking.items(), values, strict=True)}
-        self._wanted_nF = torch.stack(list(first.values())).sum(dim=0)
-        self._first = {site: self._norms(lack_nF) for site, lack_nF in first.items()}
+        first = [
+            _unless_nothing(of(value_nF), of(torch.zeros_like(value_nF)))
+            for of, value_nF in zip(lacking.values(), values, strict=True)
+        ]
+        self._wanted_nF = torch.stack(first).nansum(dim=0)
+        self._first = {site: self._norms(lack_nF) for site, lack_nF in zip(lacking, first, strict=True)}
         self.overshoots: list[float] = []
 
     def left(self, site: SiteName, values_nF: Tensor) -> Tensor:
-        """Norms of the residuals of all edits relative to the first ones, shape [N]; NaN where that is zero."""
+        """Norms of all residuals relative to the first ones, shape [N]; NaN for an edit that was there already."""
         return self._norms(self._lacking[site](values_nF)) / self._first[site]
 
     def pass_by(self, stream_nF: Tensor) -> None:
@@ -75,6 +81,12 @@ class Arrival:
 
     def _norms(self, lack_nF: Tensor) -> Tensor:
         return self._team.gathered(lack_nF.norm(dim=-1), self._count)
+
+
+def _unless_nothing(lack_nF: Tensor, target_nF: Tensor) -> Tensor:
+    """Residuals, NaN where there is next to none."""
+    nothing_n = lack_nF.norm(dim=-1) < NOTHING * target_nF.norm(dim=-1)
+    return lack_nF.masked_fill(nothing_n.unsqueeze(-1), torch.nan)
 
 
 def with_outcomes(

@@ -5,6 +5,7 @@ What the tags mean is listed in docs/tensorboard.md.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -184,8 +185,9 @@ def _rates(edits: int, before: Mapping[str, float], now: Mapping[str, float]) ->
 
 
 def _log(trainer: L.Trainer, points: Mapping[str, float], step: int) -> None:
+    known = {name: value for name, value in points.items() if math.isfinite(value)}
     for logger in trainer.loggers:
-        logger.log_metrics(dict(points), step)
+        logger.log_metrics(known, step)
 
 
 def _has_board(trainer: L.Trainer) -> bool:

@@ -61,7 +61,8 @@ class LayerReport:
     Attributes:
         site: Written projection.
         layer: Its layer.
-        residual: Mean over edits of ‖E‖, relative to that before the first write; as this write met it.
+        residual: Mean over edits of ‖E‖, relative to that before the first write; as this write met it. Edits that were
+            at their targets already do not count.
         norm_ratio: ‖ΔW‖ / ‖W‖.
         growth: The same of all edit batches so far together, relative to the unedited weight.
         ridge: Ridge of the solve, on the diagonal of λC + KKᵀ.
@@ -96,7 +97,8 @@ class SpreadReport:
         edits: The edits written.
         targets: Their targets.
         layers: One report for each write, in order.
-        residual_left: ‖V* − value‖ after the last write relative to before the first, for each edit.
+        residual_left: ‖V* − value‖ after the last write relative to before the first, for each edit; 0 if it
+            was there already.
     """
 
     edit_batch: int
