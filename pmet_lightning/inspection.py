@@ -164,8 +164,8 @@ class Inspection(L.Callback):
 
 
 def _final_tags() -> list[str]:
-    """What hyper-parameters are compared by."""
-    return [f"{SCORES}/{name}" for name in METRICS]
+    """What hyper-parameters are compared by, the Score first."""
+    return [f"{SCORES}/{name}" for name in reversed(METRICS)]
 
 
 def _rates(edits: int, before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ CLAMP_TOLERANCE = 1e-4  # relative: a delta this near its clamp touches it
 _DONE = ("residual_after", "overshoot", "norm_ratio", "growth")  # of a write
 _MOST_VECTORS = 256  # of an edit batch, in a histogram
 _MOST_TEXTS = 8  # of an edit batch
-_COLUMNS = ("question", "old answer", "target", "says before", "says after")
+_COLUMNS = ("question", "was", "target", "says before", "says after")
 
 
 def step_points(targets: Sequence[Target], rules: Rules) -> Iterator[dict[str, float]]:
@@ -68,7 +68,7 @@ def batch_points(report: SpreadReport, clamp: float) -> dict[str, float]:
     for name in _deltas(report):
         touching = sum(record[name] >= clamp * (1 - CLAMP_TOLERANCE) for record in records)
         values[f"clamped_{name.removeprefix('delta_')}"] = touching / count
-    values["residual_left"] = sum(report.residual_left) / count
+    values["residual_left"] = report.layers[-1].residual_after
     return {f"{EDIT_BATCHES}/{name}": value for name, value in values.items()}
 
 
