@@ -11,10 +11,11 @@ import lightning as L
 class PhaseClock(L.Callback):
     """Adds up the seconds of each phase of a fit; every second since :meth:`start` belongs to one of them.
 
-    It is the first callback, and the recorder, which ends phases too, the last: between the two lies what the other
-    callbacks do in a hook. The phases are ``records`` (read and checked), ``model`` (loaded), ``moments`` (found or
-    collected), ``contexts``, ``before`` (evaluation), ``targets`` (or all of a fine-tuning), ``spread``, ``ledger``
-    (with the patch), ``after`` (evaluation, that of each edit batch too) and ``report`` (its figures).
+    It is the first callback, and the recorder, which ends phases too, the last but the inspection: between the two lies
+    what the other callbacks do in a hook. The phases are ``records`` (read and checked), ``model`` (loaded),
+    ``moments`` (found or collected), ``contexts``, ``before`` (evaluation), ``targets`` (or all of a fine-tuning),
+    ``spread``, ``ledger`` (with the patch), ``after`` (evaluation, that of each edit batch too) and ``report`` (its
+    figures, and what the loggers show of an edit batch).
     """
 
     def __init__(self) -> None:

@@ -23,6 +23,7 @@ from pmet_lightning.objective import kl_divergence, target_scores
 from pmet_lightning.parallel import Team
 from pmet_lightning.progress import find_callback
 from pmet_lightning.spread import WeightSpread
+from pmet_lightning.tags import EDIT_BATCHES
 from pmet_lightning.tokens import TokenRow, by_token_budget, pad_rows
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class Drift(L.Callback):
             perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
             found["perplexity"], limits["perplexity"] = perplexity / self._first_perplexity, self.max_perplexity
         for logger in trainer.loggers:
-            logger.log_metrics({f"drift/{name}": value for name, value in found.items()}, number)
+            logger.log_metrics({f"{EDIT_BATCHES}/drift_{name}": value for name, value in found.items()}, number)
         beyond = [name for name, most in limits.items() if most is not None and not found[name] <= most]
         if not beyond:
             return

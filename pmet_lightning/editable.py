@@ -330,10 +330,6 @@ class EditableModel(L.LightningModule):
 
     def report(self, values: Mapping[str, float]) -> None:
         """Add figures to the present evaluation: a callback's too, from its own ``on_validation_epoch_end``."""
-        phase = self.phase
-        self.results.setdefault(phase, {}).update(values)
-        if phase == "test":
+        self.results.setdefault(self.phase, {}).update(values)
+        if self.phase == "test":
             self.log_dict(dict(values))
-            return
-        for logger in self.loggers:
-            logger.log_metrics({f"{phase}/{name}": value for name, value in values.items()}, self.inner_step)

@@ -19,6 +19,7 @@ from pmet_lightning.editable import EditableModel
 from pmet_lightning.edits.requests import BARE
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.objective import target_scores
+from pmet_lightning.tags import FINETUNING
 from pmet_lightning.tokens import TokenRow, pad_rows
 
 
@@ -86,7 +87,7 @@ class FineTuning(EditableModel):
                 mean = float(nll.mean())
                 means = {"loss": mean, "p": float((-nll).exp().mean())}
                 self.curves.append({"step": float(self.inner_step), **means})
-                self.log_step("finetuning", means)
+                self.log_step(FINETUNING, means)
                 if mean < self.loss_tolerance:
                     break
 

@@ -119,10 +119,9 @@ def measure(
     return (bare + torch.stack(others).mean(dim=0)) / 2 if others else bare, values
 
 
-def current_values(model: nn.Module, sites: Sites, where: Place, over: Measurement) -> Tensor:
-    """The output of a site at the subject's last token of each bare prompt, shape [N, F]."""
-    (values,) = _record(model, over.bare, [_value_point(sites, where)], over)
-    return values
+def current_values(model: nn.Module, sites: Sites, values_at: Sequence[Place], over: Measurement) -> list[Tensor]:
+    """The outputs of sites, the uppermost last, at the subject's last token of each bare prompt, shape [N, F] each."""
+    return _record(model, over.bare, [_value_point(sites, where) for where in values_at], over)
 
 
 def _value_point(sites: Sites, where: Place) -> _Point:

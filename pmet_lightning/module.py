@@ -33,6 +33,7 @@ from pmet_lightning.optimisation import Request, Rules, TargetLoop, edits_in_fli
 from pmet_lightning.parallel import Team
 from pmet_lightning.prefix import Entry
 from pmet_lightning.progress import counter
+from pmet_lightning.tags import LIVE
 from pmet_lightning.targets import Target, TargetStore
 
 log = logging.getLogger(__name__)
@@ -244,7 +245,7 @@ class TargetOptimizer(EditableModel):
             pad_id=self.encoder.pad_id,
             padding_side=self.padding_side,
             look_every=_LOOK_EVERY.get(self.device.type, _LOOK_EVERY_ELSEWHERE),
-            logged=lambda means: self.log_step("targets", means),
+            logged=lambda means: self.log_step(LIVE, means),
             agreed=agreed,
         )
         yield from loop.run(requests)

@@ -19,7 +19,7 @@ from pmet_lightning.flight import DeltaSlots, Flight, RowSet
 from pmet_lightning.memory import ModelSize, free_memory, is_out_of_memory, longest_tail
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
 from pmet_lightning.prefix import Entry
-from pmet_lightning.targets import PARTS, Target
+from pmet_lightning.targets import PARTS, STOP_REASONS, Target
 from pmet_lightning.tokens import PaddingSide, TokenRow, pad_rows
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # edit is done as soon as the subject's meaning has not drifted either.
 ARGMAX_NLL_SHARE = 0.1
 ARGMAX_KL_TOLERANCE = 0.01
-_REASONS = ("", "loss", "argmax", "steps")
+_REASONS = ("", *STOP_REASONS)
 # Edits enter when this share of the places is free: each entry costs a pass over what stands before the subjects.
 _REFILL = 0.25
 

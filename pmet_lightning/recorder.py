@@ -8,13 +8,13 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -44,8 +44,11 @@ from pmet_lightning.report_data import (
     versions,
 )
 from pmet_lightning.score_lines import forgetting_lines, other_lines, score_table
-from pmet_lightning.spread import WeightSpread
+from pmet_lightning.spread import SpreadReport, WeightSpread
 from pmet_lightning.targets import mean_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,21 @@ _SETTINGS = (
 _MOST_REPORTED = 20_000  # edits of a stream
 
 
+@dataclass(frozen=True)
+class WrittenBatch:
+    """What is known of an edit batch that was written down.
+
+    Attributes:
+        report: What the spread left.
+        ledger: Lines of its edits.
+        scores: Of its edits right after it; empty where it was the only one.
+    """
+
+    report: SpreadReport
+    ledger: list[str]
+    scores: dict[str, float]
+
+
 class RunRecorder(L.Callback):
     """Writes the run folder; added by :class:`~pmet_lightning.trainer.EditTrainer` behind all callbacks.
 
@@ -75,6 +93,11 @@ class RunRecorder(L.Callback):
     Args:
         folder: The run folder.
         resume: Whether a run that is there goes on.
+
+    Attributes:
+        written: Edits in the patch.
+        last: The last edit batch; ``None`` if nothing was left of it.
+        drawn: The figures of the report, at the end.
     """
 
     def __init__(self, folder: str | Path, resume: bool = False) -> None:
@@ -84,8 +107,10 @@ class RunRecorder(L.Callback):
         self.clock = PhaseClock()  # a callback too, in front of all others
         self._started = 0.0
         self._state: dict[str, Any] = {}
-        self._written = 0  # edits
+        self.written = 0
         self._rows_before: Tensor | None = None  # of the edits that a stream has brought last
+        self.last: WrittenBatch | None = None
+        self.drawn: dict[str, Figure] = {}
 
     def check_free(self) -> None:
         """Refuse a folder that another run is in.
@@ -110,7 +135,7 @@ class RunRecorder(L.Callback):
         if self.resume and self._patch_path.is_file():
             assert isinstance(pl_module, TargetOptimizer)
             batches = self._find_again(trainer, pl_module)
-        self._save_state(trainer, status="running", edit_batches_written=batches, edits_written=self._written)
+        self._save_state(trainer, status="running", edit_batches_written=batches, edits_written=self.written)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The unedited model is judged."""
@@ -118,7 +143,7 @@ class RunRecorder(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Store the contexts; write again what a resumed run had written."""
-        if self._written:
+        if self.written:
             assert isinstance(pl_module, TargetOptimizer)
             self._write_again(trainer, pl_module)
         if self._writes(trainer) and isinstance(pl_module, TargetOptimizer):
@@ -131,7 +156,7 @@ class RunRecorder(L.Callback):
         if _is_stream(trainer) and batch.edits:
             assert isinstance(pl_module, EditableModel)
             self.clock.end("records")
-            self._rows_before = _judged(trainer, pl_module, batch.edits, self._written)
+            self._rows_before = _judged(trainer, pl_module, batch.edits, self.written)
             self.clock.end("before")
 
     def on_train_batch_end(
@@ -139,6 +164,7 @@ class RunRecorder(L.Callback):
     ) -> None:
         """After an edit batch is written: journal, patch, state, in this order."""
         self.clock.end("spread")
+        self.last = None
         spread = find_callback(trainer, WeightSpread)
         if spread is None or spread.report is None:
             return
@@ -149,23 +175,22 @@ class RunRecorder(L.Callback):
             "layers": [layer_line(report.edit_batch, layer) for layer in report.layers],
             "curves": mean_curves(report.targets),
         }
-        lines = ledger_lines(pl_module, report)
+        lines, scores = ledger_lines(pl_module, report), {}
         self.clock.end("ledger")
         # With a single edit batch the end says it all.
         if _is_stream(trainer) or len(all_edits(trainer)) > len(report.edits):
-            rows = _judged(trainer, pl_module, report.edits, self._written)
-            table = {f"edit_batches/{name}": float(v) for name, v in table_of(rows).items() if name in METRICS}
-            for logger in trainer.loggers:
-                logger.log_metrics(table, report.edit_batch)
+            rows = _judged(trainer, pl_module, report.edits, self.written)
+            scores = {name: float(value) for name, value in table_of(rows).items()}
             entry |= {"before": _plain(self._rows_before), "at_once": _plain(rows)}
         self.clock.end("after")
-        self._written += len(report.edits)
+        self.written += len(report.edits)
+        self.last = WrittenBatch(report, lines, scores)
         if self._writes(trainer):
             self.journal.add(lines, entry)
             if spread.protect_past:
                 save_products(self._past_path, spread.past)
-            save_patch(self._patch_path, spread.deltas, manifest_of(pl_module, spread, self._written))
-        self._save_state(trainer, edit_batches_written=report.edit_batch + 1, edits_written=self._written)
+            save_patch(self._patch_path, spread.deltas, manifest_of(pl_module, spread, self.written))
+        self._save_state(trainer, edit_batches_written=report.edit_batch + 1, edits_written=self.written)
         self.clock.end("ledger")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -220,7 +245,7 @@ class RunRecorder(L.Callback):
         assert spread is not None
         deltas, manifest = load_patch(self._patch_path)
         module.contexts = module.given_contexts or manifest["contexts"]
-        mine = json.loads(json.dumps(manifest_of(module, spread, self._written), default=str))
+        mine = json.loads(json.dumps(manifest_of(module, spread, self.written), default=str))
         other = [name for name in _SETTINGS if mine[name] != manifest.get(name)]
         if other:
             differences = "; ".join(f"{name}: {manifest.get(name)} then, {mine[name]} now" for name in other)
@@ -231,10 +256,10 @@ class RunRecorder(L.Callback):
         spread.deltas = deltas
         if trainer.is_global_zero:
             self.journal.keep(manifest["edit_batches"])
-        self._written = manifest["edits"]
+        self.written = manifest["edits"]
         module.batches_done = manifest["edit_batches"] - 1  # the first of this epoch is what was written
-        trainer.datamodule.done = self._written  # type: ignore[attr-defined]
-        log.info("going on behind %d edits in %d edit batches", self._written, manifest["edit_batches"])
+        trainer.datamodule.done = self.written  # type: ignore[attr-defined]
+        log.info("going on behind %d edits in %d edit batches", self.written, manifest["edit_batches"])
         return int(manifest["edit_batches"])
 
     def _write_again(self, trainer: L.Trainer, module: TargetOptimizer) -> None:
@@ -261,9 +286,9 @@ class RunRecorder(L.Callback):
         batches: list[dict[str, Any]],
         entries: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write report.html and report.json; show the figures in TensorBoard."""
+        """Write report.html and report.json."""
         # Of a long stream the report shows the latest edits.
-        first = max(0, self._written - _MOST_REPORTED) if _is_stream(trainer) else 0
+        first = max(0, self.written - _MOST_REPORTED) if _is_stream(trainer) else 0
         ledger = list(itertools.islice(self.journal.ledger(), first, None))
         edits = edit_lines(all_edits(trainer), ledger, module.record_rows, first)
         curves = module.curves + [point for entry in entries for point in entry["curves"]]
@@ -271,7 +296,7 @@ class RunRecorder(L.Callback):
             "title": self.folder.name,
             "model": module.model_name,
             "records": getattr(getattr(trainer, "datamodule", None), "path", None),
-            "edits_count": len(all_edits(trainer)) or self._written,
+            "edits_count": len(all_edits(trainer)) or self.written,
             "created": datetime.now().astimezone().isoformat(" ", "seconds"),
             "seconds": round(time.perf_counter() - self._started, 1),
             "scores": module.results,
@@ -283,13 +308,10 @@ class RunRecorder(L.Callback):
             "settings": saved_settings(self.folder),
             "versions": versions(),
         }
-        drawn = figures(data)
+        self.drawn = figures(data)
         self.clock.end("report")
         data["phases"] = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
-        write_report(data, self.folder, drawn)
-        for board in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
-            for name, figure in drawn.items():
-                board.experiment.add_figure(f"report/{name}", figure, module.inner_step)
+        write_report(data, self.folder, self.drawn)
 
     def _writes(self, trainer: L.Trainer) -> bool:
         """Whether this process writes the run folder."""

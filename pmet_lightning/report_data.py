@@ -28,10 +28,13 @@ def layer_line(edit_batch: int, report: LayerReport) -> dict[str, Any]:
         "site": report.site,
         "layer": report.layer,
         "residual": report.residual,
+        "residual_after": report.residual_after,
+        "overshoot": report.overshoot,
         "norm_ratio": report.norm_ratio,
         "growth": report.growth,
         "relative_error": report.relative_error,
         "ridge": report.ridge,
+        "condition_bound": report.condition_bound,
         "kept": report.written.kept,
         "rounding": report.written.rounding,
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,11 +53,14 @@ class Solution:
         ridge: What was added to the diagonal to make the system positive definite (0 as a rule).
         relative_error: ‖ΔW·A − E·Kᵀ‖ / ‖E·Kᵀ‖ of the linear system as it was solved, estimated (to about a quarter)
             from random combinations of the outputs.
+        condition_bound: A lower bound of the condition number of what was factorised: λC + KKᵀ or, with a stored
+            factor, the worse one of C and the system of the edits.
     """
 
     delta_OI: Tensor
     ridge: float
     relative_error: float
+    condition_bound: float
 
 
 def written_sites(write: WriteChoice) -> tuple[SiteName, ...]:
@@ -97,7 +100,7 @@ def solve_update(residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: f
             columns_SX += lam * (x_SI @ rows_XI.to(torch.float64).T)
         return product_SI
 
-    solution = _checked(delta_OI, ridge, residual_NO, keys_NI, preserved)
+    solution = _checked(delta_OI, ridge, residual_NO, keys_NI, preserved, condition_bound(lower_II))
     if solution.relative_error > _MUCH_ERROR:
         log.warning("a badly conditioned system: solved to a relative error of %.1e only", solution.relative_error)
     return solution
@@ -124,7 +127,7 @@ def solve_sums(right_OI: Tensor, products_II: Tensor, moment_II: Tensor, lam: fl
     if not _finite(delta_OI):
         raise FloatingPointError("the update of the solve is not finite")
     error = (delta_OI @ whole_II + ridge * delta_OI - right_OI).norm() / right_OI.norm().clamp_min(1e-300)
-    return Solution(delta_OI, ridge, float(error))
+    return Solution(delta_OI, ridge, float(error), condition_bound(lower_II))
 
 
 def products(left_NX: Tensor, keys_NI: Tensor) -> Tensor:
@@ -165,8 +168,8 @@ def solve_with_factor(residual_NO: Tensor, keys_NI: Tensor, factor: Factor, lam:
     else:
         delta_OI = weights_ON @ y_NI
         _substitute(lower_II, delta_OI, transposed=True)
-    ridge = lam * factor.ridge
-    solution = _checked(delta_OI, ridge, residual, keys_NI, lambda x_SI: lam * (x_SI @ lower_II @ lower_II.T))
+    ridge, bound = lam * factor.ridge, max(condition_bound(lower_II), condition_bound(small_NN))
+    solution = _checked(delta_OI, ridge, residual, keys_NI, lambda x_SI: lam * (x_SI @ lower_II @ lower_II.T), bound)
     if solution.relative_error > _MUCH_ERROR:
         raise FloatingPointError(
             f"the second moment is too singular for a solve with its factor (error {solution.relative_error:.1e})"
@@ -213,7 +216,12 @@ def _substitute(lower_II: Tensor, rows_XI: Tensor, transposed: bool = False) -> 
 
 
 def _checked(
-    delta_OI: Tensor, ridge: float, residual_NO: Tensor, keys_NI: Tensor, preserved: Callable[[Tensor], Tensor]
+    delta_OI: Tensor,
+    ridge: float,
+    residual_NO: Tensor,
+    keys_NI: Tensor,
+    preserved: Callable[[Tensor], Tensor],
+    bound: float,
 ) -> Solution:
     """The solution with its error, from the keys and C themselves and not from the system that was factorised.
 
@@ -226,6 +234,7 @@ def _checked(
         residual_NO: E.
         keys_NI: K.
         preserved: The product of rows with λ C + ridge.
+        bound: As in :class:`Solution`.
     """
     generator = torch.Generator().manual_seed(0)
     signs_SO = torch.randint(2, (_SIGNS, len(delta_OI)), generator=generator).to(delta_OI) * 2 - 1
@@ -238,7 +247,7 @@ def _checked(
     error = float(error_SI.norm() / right_SI.norm().clamp_min(1e-300))
     if not math.isfinite(error) or not _finite(delta_OI):
         raise FloatingPointError("the update of the solve is not finite")
-    return Solution(delta_OI, ridge, error)
+    return Solution(delta_OI, ridge, error, bound)
 
 
 def _refuse_nan(inputs: dict[str, Tensor]) -> None:
@@ -298,7 +307,7 @@ def solve_in_null_space(
     basis_IR, mean = null_space(moment_II, share_of_trace)
     inside = torch.eye(basis_IR.shape[1], dtype=torch.float64, device=basis_IR.device) * mean
     solution = solve_update(residual_NO, keys_NI.to(torch.float64) @ basis_IR, inside, lam)
-    return Solution(solution.delta_OI @ basis_IR.T, solution.ridge, solution.relative_error)
+    return replace(solution, delta_OI=solution.delta_OI @ basis_IR.T)
 
 
 def factorise(build: Callable[[], Tensor]) -> Factor:
@@ -324,6 +333,15 @@ def factorise(build: Callable[[], Tensor]) -> Factor:
         f"the system is not positive definite even with a ridge of {_RIDGES[-1]:g} of its mean diagonal; "
         "collect the second moments over more text"
     )
+
+
+def condition_bound(lower_II: Tensor) -> float:
+    """A lower bound of the condition number of L Lᵀ, from the diagonal of L alone.
+
+    No pivot l² is larger than the largest eigenvalue, and none smaller than the smallest.
+    """
+    pivots_I = lower_II.diagonal().square()
+    return float(pivots_I.max() / pivots_I.min())
 
 
 def _factorise_in_place(matrix_II: Tensor) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from jsonargparse.typing import PositiveFloat
 from torch import Tensor, nn
 
 from pmet_lightning.architectures import SiteName, Written, add_to_weight, in_features
+from pmet_lightning.arrival import Arrival, with_outcomes
 from pmet_lightning.data import EditBatch
 from pmet_lightning.edits import Edit
 from pmet_lightning.keys import Measurement, current_values, measure
@@ -59,12 +61,18 @@ class LayerReport:
     Attributes:
         site: Written projection.
         layer: Its layer.
-        residual: Mean over edits of ‖E‖, relative to that before the first write.
+        residual: Mean over edits of ‖E‖, relative to that before the first write; as this write met it. Edits that were
+            at their targets already do not count.
         norm_ratio: ‖ΔW‖ / ‖W‖.
         growth: The same of all edit batches so far together, relative to the unedited weight.
         ridge: Ridge of the solve, on the diagonal of λC + KKᵀ.
         relative_error: Relative error of the linear system.
+        condition_bound: Lower bound of the condition number, as in :class:`~pmet_lightning.solve.Solution`.
         written: How much of ΔW the stored weight has.
+        residual_after: As ``residual``, behind this write (and that of the other site in the next layer, if both are
+            written).
+        overshoot: Mean over edits of how far the residual stream at the target layer has gone past its target behind
+            this write (:func:`~pmet_lightning.arrival.overshoot`).
     """
 
     site: SiteName
@@ -74,7 +82,10 @@ class LayerReport:
     growth: float
     ridge: float
     relative_error: float
+    condition_bound: float
     written: Written
+    residual_after: float = math.nan
+    overshoot: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,8 @@ class SpreadReport:
         edits: The edits written.
         targets: Their targets.
         layers: One report for each write, in order.
-        residual_left: ‖V* − value‖ after the last write relative to before the first, for each edit.
+        residual_left: ‖V* − value‖ after the last write relative to before the first, for each edit; 0 if it
+            was there already.
     """
 
     edit_batch: int
@@ -215,11 +227,11 @@ class WeightSpread(L.Callback):
         model, sites = module.model, module.sites
         aims = {site: self._aim(module, targets, site) for site in self.sites}
 
-        def left_at(site: SiteName, values_NO: Tensor) -> Tensor:
-            """Norms of the residuals of all edits."""
-            return team.gathered(aims[site].lacking(values_NO).norm(dim=-1), count)
-
-        first = {site: left_at(site, current_values(model, sites, aim.place, over)) for site, aim in aims.items()}
+        stream: Place = ("hidden", module.target_layer)
+        ends = [*(aim.place for aim in aims.values()), stream]
+        *values_at_first, stream_at_first = current_values(model, sites, ends, over)
+        lacking = {site: aim.lacking for site, aim in aims.items()}
+        arrival = Arrival(lacking, values_at_first, stream_at_first, team, count)
         reports: list[LayerReport] = []
         deltas: dict[str, Tensor] = {}
         projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
@@ -228,7 +240,8 @@ class WeightSpread(L.Callback):
             for place in track(trainer, list(projections), "Layers"):
                 site, layer = place
                 layers_left = len(module.layers) - module.layers.index(layer)
-                keys, (here, values) = measure(model, sites, place, [place, aims[site].place], over)
+                keys, (here, values, passed) = measure(model, sites, place, [place, aims[site].place, stream], over)
+                arrival.pass_by(passed)
                 wanted = aims[site].lacking(values) * share(layers_left, self.rule)
                 norm = sites.norm(site, layer)
                 if norm is not None:
@@ -254,25 +267,30 @@ class WeightSpread(L.Callback):
                     LayerReport(
                         site,
                         layer,
-                        float((left_at(site, values) / first[site]).nanmean()),
+                        float(arrival.left(site, values).nanmean()),
                         float(delta.norm()) / norm_before,
                         float((self.deltas.get(name, 0) + deltas[name]).norm()) / self.base_norms[name],
                         solution.ridge,
                         solution.relative_error,
+                        solution.condition_bound,
                         written,
                     )
                 )
-            left = left_at("ffn", current_values(model, sites, aims["ffn"].place, over)) / first["ffn"]
+            *last, passed = current_values(model, sites, ends, over)
+            left = {site: arrival.left(site, values) for site, values in zip(aims, last, strict=True)}
+            arrival.pass_by(passed)
         everyone = team.gathered_objects(targets, count)
         if self.keep_before:
             self.before = Before(kept, dict(self.deltas), dict(self.past))
         self.past |= {place: product + self.past.get(place, 0) for place, product in past.items()}
         for name, delta in deltas.items():
             self.deltas[name] = self.deltas[name] + delta if name in self.deltas else delta
-        self._log_layers(trainer, reports, edit_batch)
-        return SpreadReport(
-            edit_batch, tuple(edits), tuple(everyone), tuple(reports), tuple(left.nan_to_num(0.0).tolist())
-        )
+        # What a write has done is seen where the next one begins.
+        means = {site: float(values.nanmean()) for site, values in left.items()}
+        written_layers = with_outcomes(reports, means, arrival.overshoots[1:])
+        _tell(written_layers, edit_batch)
+        still = tuple(left["ffn"].nan_to_num(0.0).tolist())
+        return SpreadReport(edit_batch, tuple(edits), tuple(everyone), written_layers, still)
 
     def _solution(
         self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, second_moments: SecondMoments, device: torch.device
@@ -337,39 +355,28 @@ class WeightSpread(L.Callback):
         norm = module.sites.norm(where, module.target_layer)
         return _Aim((where, module.target_layer), goal, None if norm is None else whole(norm, module.device))
 
-    def _log_layers(self, trainer: L.Trainer, reports: Sequence[LayerReport], edit_batch: int) -> None:
-        for report in reports:
-            place = f"{report.site}/layer_{report.layer}"
-            log.info(
-                "edit batch %d: wrote %s, residual before %.3f, |dW|/|W| %.4f, of dW stored %.1f %%",
-                edit_batch, place, report.residual, report.norm_ratio, 100 * report.written.kept,
-            )  # fmt: skip
-            if report.written.rounding > MUCH_ROUNDING:
-                log.warning(
-                    "%s: rounding to the weight's precision changed dW by %.0f %% of its norm (%.0f %% of the entries "
-                    "moved); set --model.keep_float32 true, or load the model with --model.dtype float32",
-                    place, 100 * report.written.rounding, 100 * report.written.changed,
-                )  # fmt: skip
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {
-                        f"spread/residual/{place}": report.residual,
-                        f"spread/norm_ratio/{place}": report.norm_ratio,
-                        f"spread/growth/{place}": report.growth,
-                        f"spread/solve_error/{place}": report.relative_error,
-                        f"spread/ridge/{place}": report.ridge,
-                        f"spread/kept/{place}": report.written.kept,
-                        f"spread/changed/{place}": report.written.changed,
-                        f"spread/rounding/{place}": report.written.rounding,
-                    },
-                    edit_batch,
-                )
-
 
 def _parted(solve: Callable[[], Solution], dtype: torch.dtype) -> tuple[Tensor, Solution]:
     """ΔW in the deltas' precision, and the solution without it."""
     solution = solve()
     return solution.delta_OI.to(dtype), replace(solution, delta_OI=torch.empty(0))
+
+
+def _tell(reports: Sequence[LayerReport], edit_batch: int) -> None:
+    """Say what was written, and warn where precision was lost."""
+    for report in reports:
+        place = f"{report.site}/layer_{report.layer}"
+        log.info(
+            "edit batch %d: wrote %s, residual %.3f, then %.3f, overshoot %+.2f, |dW|/|W| %.4f, of dW stored %.1f %%",
+            edit_batch, place, report.residual, report.residual_after, report.overshoot, report.norm_ratio,
+            100 * report.written.kept,
+        )  # fmt: skip
+        if report.written.rounding > MUCH_ROUNDING:
+            log.warning(
+                "%s: rounding to the weight's precision changed dW by %.0f %% of its norm (%.0f %% of the entries "
+                "moved); set --model.keep_float32 true, or load the model with --model.dtype float32",
+                place, 100 * report.written.rounding, 100 * report.written.changed,
+            )  # fmt: skip
 
 
 def _warn_of_overload(module: TargetOptimizer, count: int) -> None:

@@ -1,6 +1,6 @@
 """What the target optimisation gives for each edit, and a store that keeps it for the next run.
 
-Legend: B = edits, F = model width, S = steps.
+Legend: B = edits, A = those that took a step, F = model width, S = steps, P = parts of the loss and P(o*).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pmet_lightning.files import atomic_path
 
 # What is kept of each step of an edit: the loss and its weighted parts, P(o*) over the contexts and at the bare prompt.
 PARTS = ("loss", "nll", "kl", "norm", "p", "p_prompt")
+# Why the search for a target ends: its loss is low, its tokens are the argmax, it was out of steps.
+STOP_REASONS = ("loss", "argmax", "steps")
 _HISTORY = "history"  # its name in a file, among those of the sites
 
 
@@ -87,10 +89,18 @@ class TargetStore:
 
 def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
     """Means at each step over the edits that took it, and how many they were (``active``)."""
-    most = max((len(target.history_SP) for target in targets), default=0)
-    points = []
-    for step in range(most):
-        here = torch.stack([t.history_SP[step] for t in targets if len(t.history_SP) > step])
-        means = dict(zip(PARTS, here.mean(dim=0).tolist(), strict=True))
-        points.append({"step": float(step), **means, "active": float(len(here))})
+    if not targets:
+        return []
+    points, lengths_B = [], torch.tensor([len(target.history_SP) for target in targets])
+    for step, all_BP in enumerate(kept_histories(targets).unbind(dim=1)):
+        here_AP = all_BP[lengths_B > step]
+        means = dict(zip(PARTS, here_AP.mean(dim=0).tolist(), strict=True))
+        points.append({"step": float(step), **means, "active": float(len(here_AP))})
     return points
+
+
+def kept_histories(targets: Sequence[Target]) -> Tensor:
+    """Histories of one length: an edit that has stopped stays as it was; shape [B, S, parts]."""
+    histories = [target.history_SP for target in targets]
+    most = max(map(len, histories))
+    return torch.stack([torch.cat([h, h[-1:].expand(most - len(h), -1)]) for h in histories])

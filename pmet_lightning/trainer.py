@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from pmet_lightning.inspection import Inspection
 from pmet_lightning.progress import EditProgressBar
 from pmet_lightning.recorder import RunRecorder
 
@@ -61,8 +62,9 @@ class EditTrainer(L.Trainer):
             ]
         self.run_dir, self.recorder = folder, RunRecorder(folder, resume)
         own_callbacks = [] if kwargs.get("enable_progress_bar") is False else [EditProgressBar()]
-        # The recorder comes last: it stores what the other callbacks have done.
-        kwargs["callbacks"] = [self.recorder.clock, *_as_list(kwargs.get("callbacks")), *own_callbacks, self.recorder]
+        # The recorder comes behind them: it stores what the other callbacks have done, and the inspection shows it.
+        kwargs["callbacks"] = [self.recorder.clock, *_as_list(kwargs.get("callbacks")), *own_callbacks]
+        kwargs["callbacks"] += [self.recorder, Inspection(self.recorder)]
         super().__init__(**kwargs)
 
     def fit(self, *args: Any, **kwargs: Any) -> None:

@@ -61,7 +61,7 @@ class Watch(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         """After a pass that ends inside a layer."""
         over = Measurement.of(batch.edits, [], pl_module.encoder, 100, pl_module.device)
-        current_values(pl_module.model, pl_module.sites, ("attn", 1), over)
+        current_values(pl_module.model, pl_module.sites, [("attn", 1)], over)
         self.check(pl_module)
         found = fingerprint(pl_module.model)
         if trainer.is_global_zero:

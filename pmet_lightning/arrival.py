@@ -1,0 +1,107 @@
+"""How near an edit batch comes to its targets, as its layers are written.
+
+A write adds its share of the residual to the residual stream, and the shares add up: 1/√n of each are more than the
+whole, so that the stream goes past its target, while a value inside the layer hardly feels what others have added.
+Legend: N = edits of the edit batch, n = those of this process, F = width of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pmet_lightning.architectures import SiteName
+from pmet_lightning.parallel import Team
+
+if TYPE_CHECKING:
+    from pmet_lightning.spread import LayerReport
+
+
+NOTHING = 0.01  # of its target's norm: an edit with so small a residual was there already, but for rounding
+
+
+def overshoot(start_NF: Tensor, now_NF: Tensor, wanted_NF: Tensor) -> Tensor:
+    """How far each edit's stream has gone past its target: ⟨h − h₀, E₀⟩ / ‖E₀‖² − 1.
+
+    Args:
+        start_NF: h₀, what left the target layer before the first write, shape [N, F].
+        now_NF: h, what leaves it now.
+        wanted_NF: E₀, the residual before the first write.
+
+    Returns:
+        Shape [N]: −1 where nothing has moved, 0 at the target, more beyond it; NaN without a residual.
+    """
+    moved_NF = (now_NF - start_NF).to(wanted_NF.dtype)
+    return (moved_NF * wanted_NF).sum(dim=-1) / wanted_NF.square().sum(dim=-1) - 1
+
+
+class Arrival:
+    """Measures an edit batch against where it began, over all processes.
+
+    Args:
+        lacking: Of each written site, what its values lack in the residual stream.
+        values: Values of each site before the first write, shape [n, F] each.
+        stream_nF: What left the target layer then, shape [n, F].
+        team: The processes.
+        count: N.
+
+    Attributes:
+        overshoots: Means over all edits, one for each :meth:`pass_by`.
+    """
+
+    def __init__(
+        self,
+        lacking: Mapping[SiteName, Callable[[Tensor], Tensor]],
+        values: Sequence[Tensor],
+        stream_nF: Tensor,
+        team: Team,
+        count: int,
+    ) -> None:
+        self._lacking, self._stream_nF, self._team, self._count = lacking, stream_nF, team, count
+        first = [
+            _unless_nothing(of(value_nF), of(torch.zeros_like(value_nF)))
+            for of, value_nF in zip(lacking.values(), values, strict=True)
+        ]
+        self._wanted_nF = torch.stack(first).nansum(dim=0)
+        self._first = {site: self._norms(lack_nF) for site, lack_nF in zip(lacking, first, strict=True)}
+        self.overshoots: list[float] = []
+
+    def left(self, site: SiteName, values_nF: Tensor) -> Tensor:
+        """Norms of all residuals relative to the first ones, shape [N]; NaN for an edit that was there already."""
+        return self._norms(self._lacking[site](values_nF)) / self._first[site]
+
+    def pass_by(self, stream_nF: Tensor) -> None:
+        """Add the mean overshoot of the stream as it is now."""
+        beyond_n = overshoot(self._stream_nF, stream_nF, self._wanted_nF)
+        self.overshoots.append(float(self._team.gathered(beyond_n, self._count).nanmean()))
+
+    def _norms(self, lack_nF: Tensor) -> Tensor:
+        return self._team.gathered(lack_nF.norm(dim=-1), self._count)
+
+
+def _unless_nothing(lack_nF: Tensor, target_nF: Tensor) -> Tensor:
+    """Residuals, NaN where there is next to none."""
+    nothing_n = lack_nF.norm(dim=-1) < NOTHING * target_nF.norm(dim=-1)
+    return lack_nF.masked_fill(nothing_n.unsqueeze(-1), torch.nan)
+
+
+def with_outcomes(
+    reports: Sequence[LayerReport], left: Mapping[SiteName, float], overshoots: Sequence[float]
+) -> tuple[LayerReport, ...]:
+    """The reports with what was measured behind each write, which is what was measured before the next one.
+
+    Args:
+        reports: In the order of writing.
+        left: The mean residual of each site behind the last write.
+        overshoots: The mean overshoot behind each write.
+    """
+    done: list[LayerReport] = []
+    left = dict(left)
+    for report, beyond in zip(reversed(reports), reversed(overshoots), strict=True):
+        done.append(replace(report, residual_after=left[report.site], overshoot=beyond))
+        left[report.site] = report.residual
+    return tuple(reversed(done))

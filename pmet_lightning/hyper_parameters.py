@@ -1,0 +1,84 @@
+"""The settings of a run under their names on the command line, and TensorBoard's form of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+
+from pmet_lightning.editable import EditableModel
+from pmet_lightning.finetuning import FineTuning
+from pmet_lightning.module import TargetOptimizer
+from pmet_lightning.progress import all_edits, find_callback
+from pmet_lightning.spread import WeightSpread
+
+Value = bool | int | float | str
+
+
+def hyper_parameters(trainer: L.Trainer, module: EditableModel) -> dict[str, Value]:
+    """What decides the result of a run, one plain value each."""
+    data = getattr(trainer, "datamodule", None)
+    found: dict[str, Any] = {
+        "model.model_name": module.model_name,
+        "model.layers": module.layers,
+        "model.dtype": str(next(module.model.parameters()).dtype).removeprefix("torch."),
+        **_optimizer(module),
+        "data.path": getattr(data, "path", None),
+        "data.edit_batch": getattr(data, "edit_batch", None),
+        "data.edits": len(all_edits(trainer)) or None,
+    }
+    if isinstance(module, TargetOptimizer):
+        found |= _targets(module)
+    if isinstance(module, FineTuning):
+        names = ("epochs", "batch", "loss_tolerance", "max_change", "seed")
+        found |= {f"model.{name}": getattr(module, name) for name in names}
+    spread = find_callback(trainer, WeightSpread)
+    if spread is not None:
+        found |= {f"spread.{name}": getattr(spread, name) for name in ("lam", "rule", "null_space", "protect_past")}
+        found["spread.write"] = "+".join(spread.sites)
+    return {name: _plain(value) for name, value in found.items() if value is not None}
+
+
+def session(settings: Mapping[str, Value], tags: Sequence[str]) -> tuple[Any, Any, Any]:
+    """What TensorBoard's HParams tab reads: the experiment, the beginning of a run, its good end.
+
+    Args:
+        settings: The run's.
+        tags: Scalars that runs are compared by; the run logs them itself.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    found: tuple[Any, Any, Any] = hparams(dict(settings), dict.fromkeys(tags, 0.0))
+    return found
+
+
+def _targets(module: TargetOptimizer) -> dict[str, Any]:
+    rules = module.rules
+    return {
+        "model.optimise": "+".join(module.sites_optimised),
+        "model.target_value": "realised" if rules.realised else "stored",
+        "model.steps": rules.steps,
+        "model.clamp": rules.clamp,
+        "model.nll_factor": rules.nll,
+        "model.kl_factor": rules.kl,
+        "model.norm_factor": rules.norm,
+        "model.loss_tolerance": rules.loss_tolerance,
+        "model.stop_at_argmax": rules.argmax_rule,
+        "model.contexts": len(module.contexts),
+        "model.seed": module.seed,
+    }
+
+
+def _optimizer(module: EditableModel) -> dict[str, Any]:
+    optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
+    return {"model.optimizer": type(optimizer).__name__, "model.lr": optimizer.param_groups[0]["lr"]}
+
+
+def _plain(value: Any) -> Value:
+    """As a table shows it; the bounded numbers of the command line become plain ones."""
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        return int(value) if isinstance(value, int) else float(value)
+    return str(value)
