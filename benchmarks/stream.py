@@ -1,0 +1,114 @@
+"""A long stream of edits: whether time for each edit batch and resident memory stay flat.
+
+    python benchmarks/stream.py [--edits 10000] [--edit_batch 100] [--model FOLDER] [--steps 10]
+
+The records are those of an Atlas world of so many subjects. The model, the shipped one unless another is given, need
+not know them, since what is looked at is cost. Past keys are protected and no limit ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pmet_lightning.demo.records import records
+from pmet_lightning.demo.world import build_world
+
+POLL = 0.2  # seconds
+SPARE = 1.01  # some subjects have no record
+
+
+def write_records(path: Path, count: int) -> None:
+    """A record a line."""
+    made = records(build_world(0, round(count * SPARE)), 0)[:count]
+    if len(made) < count:
+        raise ValueError(f"{count} records were asked for, and the world has {len(made)}")
+    path.write_text("".join(json.dumps(record) + "\n" for record in made), encoding="utf-8")
+
+
+def resident(process: int) -> float:
+    """Resident memory in MiB; 0 once the process is gone."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS")), 0.0)
+
+
+def watched(command: list[str], journal: Path) -> list[tuple[float, float]]:
+    """Seconds and MiB whenever an edit batch has been written down.
+
+    Raises:
+        RuntimeError: If the run failed.
+    """
+    found: list[tuple[float, float]] = []
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        while process.poll() is None:
+            lines = journal.read_bytes().count(b"\n") if journal.is_file() else 0
+            if lines > len(found):
+                found += [(time.perf_counter(), resident(process.pid))] * (lines - len(found))
+            time.sleep(POLL)
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"the run failed:\n{said.read()[-2000:]}")
+    return found
+
+
+def main() -> None:
+    """Run, and show each tenth of the stream."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--edits", type=int, default=10000)
+    parser.add_argument("--edit_batch", type=int, default=100)
+    parser.add_argument("--model", default="atlas")
+    parser.add_argument("--steps", type=int, default=10)
+    options = parser.parse_args()
+    out = sys.stdout.write
+    with tempfile.TemporaryDirectory() as base:
+        write_records(Path(base) / "facts.jsonl", options.edits)
+        command = [
+            *(
+                sys.executable,
+                "-m",
+                "pmet_lightning",
+                "fit",
+                "--config",
+                "stream.yaml",
+                "--trainer.run_dir",
+                f"{base}/run",
+            ),
+            *("--data.path", f"{base}/facts.jsonl", "--data.stream_wait", "0", "--model.model_name", options.model),
+            *(
+                "--data.edit_batch",
+                str(options.edit_batch),
+                "--model.steps",
+                str(options.steps),
+                "--drift.text",
+                "null",
+            ),
+            *("--drift.max_perplexity", "null", "--drift.max_growth", "null", "--model.free_tokens", "0"),
+            *("--trainer.enable_progress_bar", "false"),
+        ]
+        found = watched(command, Path(base) / "run" / "batches.jsonl")
+    size = max(1, len(found) // 10)
+    out("| edit batches | seconds for each, median | resident MiB |\n|---|---|---|\n")
+    for first in range(0, len(found) - size + 1, size):
+        times = [moment for moment, _ in found[max(0, first - 1) : first + size]]
+        gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+        out(f"| {first} to {first + size - 1} | {statistics.median(gaps):.2f} | {found[first + size - 1][1]:.0f} |\n")
+    out(
+        f"\n{len(found)} edit batches of {options.edit_batch}, {platform.processor() or platform.machine()}, "
+        f"{os.cpu_count()} cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
