@@ -98,12 +98,13 @@ def main() -> None:
             *("--trainer.enable_progress_bar", "false"),
         ]
         found = watched(command, Path(base) / "run" / "batches.jsonl")
-    size = max(1, len(found) // 10)
+    steps = [(b - a, memory) for (a, _), (b, memory) in zip(found, found[1:], strict=False)]
+    size = max(1, len(steps) // 10)
     out("| edit batches | seconds for each, median | resident MiB |\n|---|---|---|\n")
-    for first in range(0, len(found) - size + 1, size):
-        times = [moment for moment, _ in found[max(0, first - 1) : first + size]]
-        gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
-        out(f"| {first} to {first + size - 1} | {statistics.median(gaps):.2f} | {found[first + size - 1][1]:.0f} |\n")
+    for first in range(0, len(steps) - size + 1, size):
+        part = steps[first : first + size]
+        seconds = statistics.median(gap for gap, _ in part)
+        out(f"| {first + 1} to {first + size} | {seconds:.2f} | {part[-1][1]:.0f} |\n")
     out(
         f"\n{len(found)} edit batches of {options.edit_batch}, {platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}\n"
