@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from pmet_lightning.language_model import fuse_gelu
 from pmet_lightning.trainer import intended_warnings_off
 
 _TALKATIVE = ("lightning.pytorch", "lightning.fabric")  # they say which devices there are, and how a fit ended
@@ -38,6 +39,7 @@ def as_guest(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())
+        stack.enter_context(_fused(model))
         stack.enter_context(_frozen(model))
         yield
 
@@ -55,6 +57,17 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _fused(model: nn.Module) -> Iterator[None]:
+    """Activations as in a model that is loaded here; the program's own come back."""
+    replaced = fuse_gelu(model)
+    try:
+        yield
+    finally:
+        for module, name, activation in replaced:
+            setattr(module, name, activation)
 
 
 @contextmanager

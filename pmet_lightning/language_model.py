@@ -78,17 +78,26 @@ def load_model(
             f"--model.device_map {device_map} leaves {len(offloaded)} weights on no device (first {offloaded[0]}); "
             "expected devices with room for all of them: what only visits a device cannot be edited there"
         )
-    _fuse_gelu(model)
+    fuse_gelu(model)
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _fuse_gelu(model: nn.Module) -> None:
-    """Let one kernel do what transformers spells out in eight (GPT-2, GPT-J, GPT-Neo, Phi, BLOOM)."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if type(child).__name__ in {"NewGELUActivation", "BloomGelu"}:
-                setattr(module, name, nn.GELU(approximate="tanh"))
+def fuse_gelu(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Let one kernel do what transformers spells out in eight (GPT-2, GPT-J, GPT-Neo, Phi, BLOOM).
+
+    Returns:
+        What was replaced: its parent, name, and itself.
+    """
+    spelt_out = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child).__name__ in {"NewGELUActivation", "BloomGelu"}
+    ]
+    for module, name, _ in spelt_out:
+        setattr(module, name, nn.GELU(approximate="tanh"))
+    return spelt_out
 
 
 def _from_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
