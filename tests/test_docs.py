@@ -8,7 +8,9 @@ import sys
 from importlib import import_module
 
 import pytest
+from jsonargparse import auto_cli, capture_parser
 
+from pmet_lightning.analysis.verb import analyze
 from pmet_lightning.cli import FILE_VERBS, TRAINER_VERBS
 from pmet_lightning.editor_settings import section_parser
 from tests.conftest import ROOT
@@ -19,12 +21,13 @@ SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "pmet_li
 
 @pytest.fixture(scope="module")
 def options():
-    return {action.dest for action in section_parser()._actions}
+    analysis = capture_parser(lambda: auto_cli(analyze, args=[], as_positional=False))
+    return {action.dest for parser in (section_parser(), analysis) for action in parser._actions}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_setting_on_a_page_exists(page, options):
-    named = re.findall(r"--((?:model|data|moments|spread|drift)\.\w+)", PAGES[page])
+    named = re.findall(r"--((?:model|data|moments|spread|drift|tracing)\.\w+)", PAGES[page])
     assert {name for name in named if name not in options} == set()
 
 
