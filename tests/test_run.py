@@ -89,8 +89,8 @@ def test_scores_before_and_after(run):
     assert scores["after"]["efficacy"] >= 90
     assert scores["after"]["score_low"] <= scores["after"]["score"] <= scores["after"]["score_high"]
     rows = list(csv.DictReader((run / "metrics.csv").open()))
-    logged = [float(row["after/score"]) for row in rows if row.get("after/score")]
-    assert logged == pytest.approx([scores["after"]["score"]])
+    logged = [float(row["1_scores/score"]) for row in rows if row.get("1_scores/score")]
+    assert logged == pytest.approx([scores[phase]["score"] for phase in ("before", "after")])
 
 
 def test_scores_of_each_edit_batch_and_what_is_forgotten(run):
@@ -140,13 +140,13 @@ def test_tensorboard_has_every_step_and_layer(run):
     events = EventAccumulator(str(run))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {f"targets/{name}" for name in ("loss", "nll", "kl", "norm", "p", "active")} <= tags
-    assert {f"spread/residual/ffn/layer_{layer}" for layer in (0, 1, 2)} <= tags
-    assert {f"{phase}/{name}" for phase in ("before", "after") for name in ("efficacy", "score")} <= tags
-    steps = [point.step for point in events.Scalars("targets/loss")]
+    assert {f"9_live/{name}" for name in ("loss", "nll", "kl", "norm", "p", "active")} <= tags
+    assert {f"5_layers/residual_after/ffn_layer_{layer}" for layer in (0, 1, 2)} <= tags
+    assert {f"1_scores/{name}" for name in ("efficacy", "score")} <= tags
+    steps = [point.step for point in events.Scalars("9_live/loss")]
     assert steps == list(range(len(steps)))
-    assert len(events.Scalars("spread/residual/ffn/layer_0")) == 2  # edit batches
-    figures = {f"report/{name}" for name in ("loss_curves", "steps", "residual", "norms", "relations", "forgetting")}
+    assert len(events.Scalars("5_layers/residual_after/ffn_layer_0")) == 2  # edit batches
+    figures = {f"6_figures/{name}" for name in ("loss_curves", "steps", "residual", "norms", "relations", "forgetting")}
     assert figures <= set(events.Tags()["images"])
 
 
