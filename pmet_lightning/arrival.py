@@ -8,18 +8,12 @@ Legend: N = edits of the edit batch, n = those of this process, F = width of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pmet_lightning.architectures import SiteName
 from pmet_lightning.parallel import Team
-
-if TYPE_CHECKING:
-    from pmet_lightning.spread import LayerReport
-
 
 NOTHING = 0.01  # of its target's norm: an edit with so small a residual was there already, but for rounding
 
@@ -87,21 +81,3 @@ def _unless_nothing(lack_nF: Tensor, target_nF: Tensor) -> Tensor:
     """Residuals, NaN where there is next to none."""
     nothing_n = lack_nF.norm(dim=-1) < NOTHING * target_nF.norm(dim=-1)
     return lack_nF.masked_fill(nothing_n.unsqueeze(-1), torch.nan)
-
-
-def with_outcomes(
-    reports: Sequence[LayerReport], left: Mapping[SiteName, float], overshoots: Sequence[float]
-) -> tuple[LayerReport, ...]:
-    """The reports with what was measured behind each write, which is what was measured before the next one.
-
-    Args:
-        reports: In the order of writing.
-        left: The mean residual of each site behind the last write.
-        overshoots: The mean overshoot behind each write.
-    """
-    done: list[LayerReport] = []
-    left = dict(left)
-    for report, beyond in zip(reversed(reports), reversed(overshoots), strict=True):
-        done.append(replace(report, residual_after=left[report.site], overshoot=beyond))
-        left[report.site] = report.residual
-    return tuple(reversed(done))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 from collections import defaultdict
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pmet_lightning.comparison import Method, Run, report_of
-from pmet_lightning.files import atomic_path, write_json
+from pmet_lightning.files import write_csv, write_json
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.metrics.scores import NAMES, score_difference, table_of
 from pmet_lightning.page import STYLE, panels, svg, write_page
@@ -40,7 +39,8 @@ def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Pa
     """
     results = _collect(runs, folder)
     write_json(folder / RESULT, {"results": results, "methods": {name: vars(m) for name, m in methods.items()}})
-    _write_csv(results, folder / "comparison.csv")
+    rows = [{name: value for name, value in row.items() if name != "score_by_seed"} for row in results]
+    write_csv(folder / "comparison.csv", list(dict.fromkeys(name for row in rows for name in row)), rows)
     values = {"results": results, "plot": svg(score_plot(results), "scores"), "methods": methods}
     page = write_page("comparison.html.jinja", values, folder / PAGE)
     log.info("%s\n%s", "\n".join(table_lines(results)), page)
@@ -122,11 +122,3 @@ def _draw_scores(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
     axes.legend(loc="lower left", ncols=2)
-
-
-def _write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    names = list(dict.fromkeys(name for row in results for name in row if name != "score_by_seed"))
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(results)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pmet_lightning.language_model import load_model, load_tokenizer
+from pmet_lightning.resources import usable_device
 
 # Settings of the section 'model' that say how to load one.
 LOADING = ("dtype", "attn_implementation", "device_map")
@@ -29,11 +30,12 @@ def loaded(name: str, settings: Mapping[str, Any], device: str | torch.device | 
 
     Raises:
         FileNotFoundError: If there is none of that name.
+        ValueError: If the device cannot be used.
     """
     wanted = {option: settings[option] for option in LOADING if option in settings}
     model = load_model(name, **wanted)
     if wanted.get("device_map") is None:
-        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        model.to(usable_device(None if device is None else str(device), "device"))
     return model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.optimisation import Rules
-from pmet_lightning.spread import LayerReport, SpreadReport
+from pmet_lightning.spread_report import LayerReport, SpreadReport
 from pmet_lightning.tags import ACTIVE, EDIT_BATCHES, HISTOGRAMS, LAYERS, NUMERICS, QUANTILES, SCORES, STEPS, WRITES
 from pmet_lightning.targets import PARTS, STOP_REASONS, Target, kept_histories, mean_curves
 

@@ -10,7 +10,7 @@ from pmet_lightning.metrics import score_probes
 from pmet_lightning.metrics.generation import greedy_texts
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.parallel import Team
-from pmet_lightning.spread import SpreadReport
+from pmet_lightning.spread_report import SpreadReport
 
 
 def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:

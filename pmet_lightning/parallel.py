@@ -48,6 +48,11 @@ class Team:
         """Whether this process stores what its member of the team has found."""
         return not self.together or self.strategy.is_global_zero
 
+    @property
+    def solves(self) -> bool:
+        """Whether this process makes what :meth:`from_first` hands to all."""
+        return self.strategy.is_global_zero
+
     def agreed(self, own: Item) -> Item:
         """What this process has found, or, where all are in step, what the first one has."""
         return self.strategy.broadcast(own) if self.together else own
@@ -104,7 +109,7 @@ class Team:
         """As :meth:`from_first`, for what is no tensor."""
         made: Item | None = None
         error: Exception | None = None
-        if self.strategy.is_global_zero:
+        if self.solves:
             try:
                 made = make()
             except Exception as problem:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -266,7 +266,7 @@ class Entry:
         inside = set(self.layer.modules())
         self._in_layer = [module for module in token_modules if module in inside and module not in set(last_modules)]
         self._steady: list[nn.Module] | None = None  # of these, what a change at the first token does not reach
-        self._tuples = [False] * len(self.below)
+        self._tuples = False
 
     @torch.no_grad()
     def states(self, model: nn.Module, rows: RowBatch, prefix: Prefix | None) -> tuple[Tensor, Tensor]:
@@ -277,27 +277,16 @@ class Entry:
             seen.append(args[0] if args else kwargs["hidden_states"])
 
         with ExitStack() as stack:
-            for i, layer in enumerate(self.below):
-                stack.callback(layer.register_forward_hook(self._note_kind(i)).remove)
+            stack.callback(self.below[0].register_forward_hook(self._note_kind).remove)
             stack.callback(self.below[-1].register_forward_pre_hook(record, with_kwargs=True).remove)
             stack.enter_context(stop_before(self.layer, record))
             run_to(model, rows, prefix)
         return seen[0].to(rows.input_ids.device), seen[1].to(rows.input_ids.device)
 
-    @contextmanager
-    def begin_with(self, hidden_RSF: Tensor, at: nn.Module) -> Iterator[None]:
+    def begin_with(self, hidden_RSF: Tensor, at: nn.Module) -> AbstractContextManager[None]:
         """Have the passes inside begin with these states, at one of the last two layers."""
-
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return ((hidden_RSF, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_RSF})
-
-        with ExitStack() as stack:
-            for layer, is_tuple in zip(self.below, self._tuples, strict=True):
-                if layer is at:
-                    break
-                stack.enter_context(passing_on(layer, is_tuple))
-            stack.callback(at.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            yield
+        layers = [*self.below, self.layer]
+        return beginning_at(layers, layers.index(at), hidden_RSF, self._tuples)
 
     def kept(
         self, model: nn.Module, rows: RowBatch, prefix: Prefix | None, hidden_RSF: Tensor
@@ -362,11 +351,31 @@ class Entry:
                     stack.enter_context(run_at(module, places, shape, kept.get(module)))  # type: ignore[arg-type]
             yield
 
-    def _note_kind(self, i: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            self._tuples[i] = isinstance(output, tuple)
+    def _note_kind(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._tuples = isinstance(output, tuple)
 
-        return hook
+
+@contextmanager
+def beginning_at(layers: Sequence[nn.Module], start: int, hidden_RSF: Tensor, tuples: bool) -> Iterator[None]:
+    """Have the passes inside begin with given hidden states at a layer, or behind the last one.
+
+    Args:
+        layers: The model's first layers, or all.
+        start: Which of them the states enter; the number of layers for what comes behind the last.
+        hidden_RSF: The states.
+        tuples: Whether the layers return tuples.
+    """
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return ((hidden_RSF, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_RSF})
+
+    # Behind the last layer states come by passing through it.
+    entered = layers[min(start, len(layers) - 1)]
+    with ExitStack() as stack:
+        for layer in layers[:start]:
+            stack.enter_context(passing_on(layer, tuples))
+        stack.callback(entered.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        yield
 
 
 @contextmanager

@@ -44,7 +44,8 @@ from pmet_lightning.report_data import (
     versions,
 )
 from pmet_lightning.score_lines import forgetting_lines, other_lines, score_table
-from pmet_lightning.spread import SpreadReport, WeightSpread
+from pmet_lightning.spread import WeightSpread
+from pmet_lightning.spread_report import SpreadReport
 from pmet_lightning.targets import mean_curves
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pmet_lightning.edits import Edit
 from pmet_lightning.metrics.scores import CORE, row_scores
-from pmet_lightning.spread import LayerReport
+from pmet_lightning.spread_report import LayerReport
 from pmet_lightning.tokens import fill
 
 _PACKAGES = ("pmet-lightning", "torch", "lightning", "transformers", "torchmetrics")

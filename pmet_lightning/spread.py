@@ -1,17 +1,16 @@
 """Steps 2 and 3 of METHOD.md as a callback: after each edit batch, targets become weights.
 
 The layers are written lowest first, and keys and residuals are measured anew on the model as edited so far.
-Legend: N = edits of the edit batch, O = out-features, I = in-features.
+Legend: N = edits of the edit batch, n = those of this process, O = out-features, I = in-features.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,8 @@ import torch
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor, nn
 
-from pmet_lightning.architectures import SiteName, Written, add_to_weight, in_features
-from pmet_lightning.arrival import Arrival, with_outcomes
+from pmet_lightning.architectures import SiteName, add_to_weight, in_features
+from pmet_lightning.arrival import Arrival
 from pmet_lightning.data import EditBatch
 from pmet_lightning.edits import Edit
 from pmet_lightning.keys import Measurement, current_values, measure
@@ -43,69 +42,15 @@ from pmet_lightning.solve import (
     solve_with_factor,
     written_sites,
 )
+from pmet_lightning.spread_report import LayerReport, SpreadReport, tell, with_outcomes
 from pmet_lightning.stats import SecondMoments
 from pmet_lightning.targets import Target, stack
 
 log = logging.getLogger(__name__)
 
-MUCH_ROUNDING = 0.5  # of ‖ΔW‖
 FEW_EDITS = 0.5  # of the key dimensions: up to here the solve with a stored factor is faster (benchmarks/solve.py)
 SUMS_BEYOND = 1.0  # of the key dimensions: for more edits K Kᵀ and E Kᵀ are less to send than K and E
 PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What one write did.
-
-    Attributes:
-        site: Written projection.
-        layer: Its layer.
-        residual: Mean over edits of ‖E‖, relative to that before the first write; as this write met it. Edits that were
-            at their targets already do not count.
-        norm_ratio: ‖ΔW‖ / ‖W‖.
-        growth: The same of all edit batches so far together, relative to the unedited weight.
-        ridge: Ridge of the solve, on the diagonal of λC + KKᵀ.
-        relative_error: Relative error of the linear system.
-        condition_bound: Lower bound of the condition number, as in :class:`~pmet_lightning.solve.Solution`.
-        written: How much of ΔW the stored weight has.
-        residual_after: As ``residual``, behind this write (and that of the other site in the next layer, if both are
-            written).
-        overshoot: Mean over edits of how far the residual stream at the target layer has gone past its target behind
-            this write (:func:`~pmet_lightning.arrival.overshoot`).
-    """
-
-    site: SiteName
-    layer: int
-    residual: float
-    norm_ratio: float
-    growth: float
-    ridge: float
-    relative_error: float
-    condition_bound: float
-    written: Written
-    residual_after: float = math.nan
-    overshoot: float = math.nan
-
-
-@dataclass(frozen=True)
-class SpreadReport:
-    """What one edit batch left behind.
-
-    Attributes:
-        edit_batch: Its number.
-        edits: The edits written.
-        targets: Their targets.
-        layers: One report for each write, in order.
-        residual_left: ‖V* − value‖ after the last write relative to before the first, for each edit; 0 if it
-            was there already.
-    """
-
-    edit_batch: int
-    edits: tuple[Edit, ...]
-    targets: tuple[Target, ...]
-    layers: tuple[LayerReport, ...]
-    residual_left: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -120,6 +65,27 @@ class _Aim:
         """What values lack in the residual stream: V* − value, or norm(V*) − norm(value)."""
         goal_NO = self.goal_NO.to(values_NO.dtype)
         return goal_NO - values_NO if self.norm is None else self.norm(goal_NO) - self.norm(values_NO)
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """An edit batch while it is written.
+
+    Attributes:
+        module: The module with the model.
+        second_moments: Where C comes from.
+        team: The processes.
+        count: N, the edits of all processes.
+        deltas: ΔW of what has been written, with that of the edit batches before.
+        past: Keys to be protected from now on, of the first process.
+    """
+
+    module: TargetOptimizer
+    second_moments: SecondMoments
+    team: Team
+    count: int
+    deltas: dict[str, Tensor] = field(default_factory=dict)
+    past: dict[Place, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -221,100 +187,108 @@ class WeightSpread(L.Callback):
             raise RuntimeError("WeightSpread needs the callback SecondMoments beside it in the Trainer")
         if not self.base_norms:
             self.keep_norms(module)
-        team, count = Team.of(trainer), len(edits)
+        team = Team.of(trainer)
         over = Measurement.of(team.own(edits), module.contexts, module.encoder, module.tokens_per_batch, module.device)
         _warn_of_overload(module, len(edits))
-        model, sites = module.model, module.sites
+        now = _Writing(module, second_moments, team, len(edits))
         aims = {site: self._aim(module, targets, site) for site in self.sites}
-
+        projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
         stream: Place = ("hidden", module.target_layer)
         ends = [*(aim.place for aim in aims.values()), stream]
-        *values_at_first, stream_at_first = current_values(model, sites, ends, over)
-        lacking = {site: aim.lacking for site, aim in aims.items()}
-        arrival = Arrival(lacking, values_at_first, stream_at_first, team, count)
+        *values, passed = current_values(module.model, module.sites, ends, over)
+        arrival = Arrival({site: aim.lacking for site, aim in aims.items()}, values, passed, team, len(edits))
         reports: list[LayerReport] = []
-        deltas: dict[str, Tensor] = {}
-        projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
-        past: dict[Place, Tensor] = {}
         with _all_or_nothing(projections.values()) as kept:
             for place in track(trainer, list(projections), "Layers"):
                 site, layer = place
-                layers_left = len(module.layers) - module.layers.index(layer)
-                keys, (here, values, passed) = measure(model, sites, place, [place, aims[site].place, stream], over)
+                seen = [place, aims[site].place, stream]
+                keys, (here, value, passed) = measure(module.model, module.sites, place, seen, over)
                 arrival.pass_by(passed)
-                wanted = aims[site].lacking(values) * share(layers_left, self.rule)
-                norm = sites.norm(site, layer)
+                layers_left = len(module.layers) - module.layers.index(layer)
+                wanted = aims[site].lacking(value) * share(layers_left, self.rule)
+                norm = module.sites.norm(site, layer)
                 if norm is not None:
                     wanted = pull_back(whole(norm, here.device), here, wanted)
-                weight = projections[place].weight
-                assert isinstance(weight, Tensor)
-                summed = team.size > 1 and self.null_space is None and count > SUMS_BEYOND * keys.shape[1]
-                if summed:
-                    keys, wanted = team.total(products(keys, keys)), team.total(products(wanted, keys)).T
-                    solve = partial(self._solution_of_sums, wanted.T, keys, place, second_moments, module.device)
-                else:
-                    keys, wanted = team.gathered(keys, count), team.gathered(wanted, count)
-                    solve = partial(self._solution, wanted, keys, place, second_moments, module.device)
-                if self.protect_past and trainer.is_global_zero:
-                    past[place] = keys if summed else products(keys, keys)
-                empty = torch.empty(wanted.shape[1], keys.shape[1], dtype=module.delta_dtype, device=module.device)
-                delta, solution = team.from_first(partial(_parted, solve, module.delta_dtype), empty)
-                name = sites.weight_name(site, layer)
-                norm_before = norm_of(weight, delta.dtype)
-                written = add_to_weight(projections[place], delta)
-                deltas[name] = delta.cpu()
-                reports.append(
-                    LayerReport(
-                        site,
-                        layer,
-                        float(arrival.left(site, values).nanmean()),
-                        float(delta.norm()) / norm_before,
-                        float((self.deltas.get(name, 0) + deltas[name]).norm()) / self.base_norms[name],
-                        solution.ridge,
-                        solution.relative_error,
-                        solution.condition_bound,
-                        written,
-                    )
-                )
-            *last, passed = current_values(model, sites, ends, over)
-            left = {site: arrival.left(site, values) for site, values in zip(aims, last, strict=True)}
+                residual = float(arrival.left(site, value).nanmean())
+                reports.append(self._write(now, place, projections[place], keys, wanted, residual))
+            *values, passed = current_values(module.model, module.sites, ends, over)
+            left = {site: arrival.left(site, value) for site, value in zip(aims, values, strict=True)}
             arrival.pass_by(passed)
-        everyone = team.gathered_objects(targets, count)
+        everyone = team.gathered_objects(targets, len(edits))
         if self.keep_before:
             self.before = Before(kept, dict(self.deltas), dict(self.past))
-        self.past |= {place: product + self.past.get(place, 0) for place, product in past.items()}
-        for name, delta in deltas.items():
-            self.deltas[name] = self.deltas[name] + delta if name in self.deltas else delta
-        # What a write has done is seen where the next one begins.
-        means = {site: float(values.nanmean()) for site, values in left.items()}
-        written_layers = with_outcomes(reports, means, arrival.overshoots[1:])
-        _tell(written_layers, edit_batch)
+        self.past |= now.past
+        self.deltas |= now.deltas
+        means = {site: float(values_N.nanmean()) for site, values_N in left.items()}
+        written = with_outcomes(reports, means, arrival.overshoots[1:])
+        tell(written, edit_batch)
         still = tuple(left["ffn"].nan_to_num(0.0).tolist())
-        return SpreadReport(edit_batch, tuple(edits), tuple(everyone), written_layers, still)
+        return SpreadReport(edit_batch, tuple(edits), tuple(everyone), written, still)
 
-    def _solution(
-        self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, second_moments: SecondMoments, device: torch.device
-    ) -> Solution:
+    def _write(
+        self, now: _Writing, place: Place, projection: nn.Module, keys_nI: Tensor, wanted_nO: Tensor, residual: float
+    ) -> LayerReport:
+        """Write one weight, the same on each process, from what each has measured for its own edits."""
+        weight = projection.weight
+        assert isinstance(weight, Tensor)
+        out_features, in_width = wanted_nO.shape[1], keys_nI.shape[1]
+        dtype, device = now.module.delta_dtype, now.module.device
+        solve = self._system(now, place, keys_nI, wanted_nO)
+        empty_OI = torch.empty(out_features, in_width, dtype=dtype, device=device)
+        delta_OI, solution = now.team.from_first(partial(_parted, solve, dtype), empty_OI)
+        norm_before = norm_of(weight, dtype)
+        written = add_to_weight(projection, delta_OI)
+        name = now.module.sites.weight_name(*place)
+        now.deltas[name] = delta_OI.cpu()
+        if name in self.deltas:
+            now.deltas[name] = self.deltas[name] + now.deltas[name]
+        return LayerReport(
+            *place,
+            residual,
+            norm_ratio=float(delta_OI.norm()) / norm_before,
+            growth=float(now.deltas[name].norm()) / self.base_norms[name],
+            ridge=solution.ridge,
+            relative_error=solution.relative_error,
+            condition_bound=solution.condition_bound,
+            written=written,
+        )
+
+    def _system(self, now: _Writing, place: Place, keys_nI: Tensor, wanted_nO: Tensor) -> Callable[[], Solution]:
+        """What solves for ΔW, with the keys and residuals of all processes or, where they are less, their products."""
+        many = now.count > SUMS_BEYOND * keys_nI.shape[1]
+        protect = self.protect_past and now.team.solves
+        past = self.past.get(place, 0)
+        if now.team.size > 1 and many and self.null_space is None:
+            products_II = now.team.total(products(keys_nI, keys_nI))
+            right_OI = now.team.total(products(wanted_nO, keys_nI))
+            if protect:
+                now.past[place] = products_II + past
+            return partial(self._solution_of_sums, right_OI, products_II, place, now)
+        keys_NI = now.team.gathered(keys_nI, now.count)
+        wanted_NO = now.team.gathered(wanted_nO, now.count)
+        if protect:
+            now.past[place] = products(keys_NI, keys_NI) + past
+        return partial(self._solution, wanted_NO, keys_NI, place, now)
+
+    def _solution(self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, now: _Writing) -> Solution:
         few = len(keys_NI) <= FEW_EDITS * keys_NI.shape[1]
         past = self.past.get(place)
         if few and self.null_space is None and past is None:
             try:
-                return solve_with_factor(wanted_NO, keys_NI, second_moments.factor(place), self.lam)
+                return solve_with_factor(wanted_NO, keys_NI, now.second_moments.factor(place), self.lam)
             except FloatingPointError as error:
                 log.info("%s: %s; solving without it", place, error)
-        moment = self._protected(place, second_moments, device)
+        moment = self._protected(place, now)
         if self.null_space is None:
             return solve_update(wanted_NO, keys_NI, moment, self.lam)
         return solve_in_null_space(wanted_NO, keys_NI, moment, self.lam, self.null_space)
 
-    def _solution_of_sums(
-        self, right_OI: Tensor, products_II: Tensor, place: Place, second_moments: SecondMoments, device: torch.device
-    ) -> Solution:
-        return solve_sums(right_OI, products_II, self._protected(place, second_moments, device), self.lam)
+    def _solution_of_sums(self, right_OI: Tensor, products_II: Tensor, place: Place, now: _Writing) -> Solution:
+        return solve_sums(right_OI, products_II, self._protected(place, now), self.lam)
 
-    def _protected(self, place: Place, second_moments: SecondMoments, device: torch.device) -> Tensor:
+    def _protected(self, place: Place, now: _Writing) -> Tensor:
         """C and, in its units, the keys of earlier edit batches, which count as much as the new ones."""
-        moment, past = second_moments.moment(place).to(device), self.past.get(place)
+        moment, past = now.second_moments.moment(place).to(now.module.device), self.past.get(place)
         return moment if past is None else moment.double().add_(past, alpha=1 / self.lam)
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
@@ -360,23 +334,6 @@ def _parted(solve: Callable[[], Solution], dtype: torch.dtype) -> tuple[Tensor, 
     """ΔW in the deltas' precision, and the solution without it."""
     solution = solve()
     return solution.delta_OI.to(dtype), replace(solution, delta_OI=torch.empty(0))
-
-
-def _tell(reports: Sequence[LayerReport], edit_batch: int) -> None:
-    """Say what was written, and warn where precision was lost."""
-    for report in reports:
-        place = f"{report.site}/layer_{report.layer}"
-        log.info(
-            "edit batch %d: wrote %s, residual %.3f, then %.3f, overshoot %+.2f, |dW|/|W| %.4f, of dW stored %.1f %%",
-            edit_batch, place, report.residual, report.residual_after, report.overshoot, report.norm_ratio,
-            100 * report.written.kept,
-        )  # fmt: skip
-        if report.written.rounding > MUCH_ROUNDING:
-            log.warning(
-                "%s: rounding to the weight's precision changed dW by %.0f %% of its norm (%.0f %% of the entries "
-                "moved); set --model.keep_float32 true, or load the model with --model.dtype float32",
-                place, 100 * report.written.rounding, 100 * report.written.changed,
-            )  # fmt: skip
 
 
 def _warn_of_overload(module: TargetOptimizer, count: int) -> None:

@@ -20,7 +20,7 @@ from pmet_lightning.cli import main
 from pmet_lightning.keys import measure
 from pmet_lightning.language_model import fingerprint, load_model
 from pmet_lightning.moments import MomentKey, MomentStore, Place
-from pmet_lightning.spread import SpreadReport
+from pmet_lightning.spread_report import SpreadReport
 from pmet_lightning.targets import PARTS
 from tests.tiny import RECORDS
 

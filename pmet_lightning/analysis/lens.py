@@ -8,14 +8,16 @@ Legend: N = vectors, F = model width, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.analysis.streams import beginning_at, returns_tuples
+from pmet_lightning.analysis.streams import returns_tuples
 from pmet_lightning.architectures import Sites, UnknownArchitectureError
 from pmet_lightning.language_model import label_logits, model_inputs
+from pmet_lightning.prefix import beginning_at
 from pmet_lightning.sites import stop_before
 from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
 
@@ -49,7 +51,7 @@ class Lens:
     def logits(self, vectors_NF: Tensor) -> Iterator[Tensor]:
         """Logits, float32, of so many vectors at a time as are held without harm; [n, V] each."""
         for part in vectors_NF.split(max(1, _MOST_LOGITS // self.vocabulary)):
-            with beginning_at(self.sites, len(self.sites.layers), part.unsqueeze(1).to(self.device), self.tuples):
+            with self._ending_with(part):
                 yield label_logits(self.model, self._rows(len(part)))[:, 0].float()
 
     def probability(self, vectors_NF: Tensor, tokens_N: Tensor) -> Tensor:
@@ -85,6 +87,11 @@ class Lens:
         pieces = self._centre(parts_PNF.float()) * self.gain
         return ((pieces * slope_NF).sum(-1) * inverse_N).cpu()
 
+    def _ending_with(self, vectors_NF: Tensor) -> AbstractContextManager[None]:
+        """Have the last layer hand on these vectors in the passes inside."""
+        layers = list(self.sites.layers)
+        return beginning_at(layers, len(layers), vectors_NF.unsqueeze(1).to(self.device), self.tuples)
+
     def _centre(self, x: Tensor) -> Tensor:
         return x - x.mean(dim=-1, keepdim=True) if self.centred else x
 
@@ -111,8 +118,7 @@ class Lens:
             chunk = max(1, _MOST_LOGITS // self.vocabulary)
             for part, tokens in zip(streams_NF.split(chunk), tokens_N.split(chunk), strict=True):
                 rows = self._rows(len(part))
-                hidden = part.unsqueeze(1).to(self.device)
-                with torch.enable_grad(), beginning_at(self.sites, len(self.sites.layers), hidden, self.tuples):
+                with torch.enable_grad(), self._ending_with(part):
                     self.model(**model_inputs(self.model, rows))
                     logits = kept["logits"].float().reshape(len(part), -1)
                     own = logits.gather(1, tokens.to(logits.device).unsqueeze(1))[:, 0] - logits.mean(dim=-1)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RESAMPLES = 1000
-_INTERVAL = (0.025, 0.975)
+from pmet_lightning.metrics.bootstrap import RESAMPLES, interval_of, picks_of
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def resampled_means(values_NM: Tensor) -> Tensor:
         values_NM: Shape [N, ...]; NaN is left out.
     """
     count = len(values_NM)
-    generator = torch.Generator().manual_seed(0)
-    picks_BN = torch.randint(count, (RESAMPLES, count), generator=generator)
+    picks_BN = picks_of(count)
     weights_BN = torch.zeros(RESAMPLES, count, dtype=torch.float64)
     weights_BN.scatter_add_(1, picks_BN, torch.ones_like(picks_BN, dtype=torch.float64))
     flat = values_NM.double().reshape(count, -1)
@@ -77,11 +75,7 @@ def resampled_means(values_NM: Tensor) -> Tensor:
 def summarise(values_NM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, both ends of its 95 % bootstrap interval, and number of facts, of each column."""
     shape = values_NM.shape[1:]
-    low, high = (
-        resampled_means(values_NM)
-        .reshape(RESAMPLES, -1)
-        .nanquantile(torch.tensor(_INTERVAL, dtype=torch.float64), dim=0)
-    )
+    low, high = interval_of(resampled_means(values_NM).reshape(RESAMPLES, -1))
     count = (~values_NM.isnan()).sum(dim=0)
     return values_NM.double().nanmean(dim=0), low.reshape(shape), high.reshape(shape), count
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from pmet_lightning.analysis.claims import Claim
 from pmet_lightning.analysis.components import ANSWERS, COMPONENTS, LAST, SUBJECT
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
-from pmet_lightning.files import atomic_path, write_json
+from pmet_lightning.files import write_csv, write_json
 from pmet_lightning.page import plain
 
 _NUMBERS = ("mean", "low", "high", "count")
@@ -50,20 +49,13 @@ def write_results(
         {"phase": f.phase, "measure": name, **row} for f in phases for name, m in f.measures.items()
         if name != "effect" for row in m.rows()
     ]  # fmt: skip
-    _write_csv(folder / "layers.csv", _LAYER_COLUMNS, layers)
+    write_csv(folder / "layers.csv", _LAYER_COLUMNS, layers)
     traced = [
         {"phase": f.phase, **row} for f in phases if "effect" in f.measures for row in f.measures["effect"].rows()
     ]
     if traced:
-        _write_csv(folder / "tracing.csv", _TRACING_COLUMNS, traced)
-    _write_csv(folder / "facts.csv", _FACT_COLUMNS, [row for f in phases for row in _fact_rows(f)])
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
+        write_csv(folder / "tracing.csv", _TRACING_COLUMNS, traced)
+    write_csv(folder / "facts.csv", _FACT_COLUMNS, [row for f in phases for row in _fact_rows(f)])
 
 
 def _fact_rows(findings: Findings) -> Iterable[dict[str, Any]]:

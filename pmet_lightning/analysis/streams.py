@@ -8,8 +8,7 @@ Legend: R = rows, T = tokens, L = layers, K = columns looked at, F = model width
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from pmet_lightning.architectures import Sites, UnknownArchitectureError
 from pmet_lightning.language_model import run_to
-from pmet_lightning.prefix import passing_on
 from pmet_lightning.sites import record_and_add, record_whole, stop_after
 from pmet_lightning.tokens import RowBatch
 
@@ -101,27 +99,6 @@ def is_parallel(model: nn.Module, sites: Sites, rows: RowBatch) -> bool:
             run_to(model, rows)
         seen.append(ffn_input.take())
     return bool(torch.equal(*seen))
-
-
-@contextmanager
-def beginning_at(sites: Sites, start: int, hidden_RTF: Tensor, tuples: bool) -> Iterator[None]:
-    """Have the passes inside begin with given hidden states at a layer, or behind the last one.
-
-    Args:
-        sites: The model's modules.
-        start: The layer that they enter; the number of layers for what comes behind the last.
-        hidden_RTF: The states.
-        tuples: Whether the model's layers return tuples.
-    """
-
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return ((hidden_RTF, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_RTF})
-
-    with ExitStack() as stack:
-        for layer in sites.layers[:start]:
-            stack.enter_context(passing_on(layer, tuples))
-        stack.callback(sites.layers[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
-        yield
 
 
 def returns_tuples(model: nn.Module, sites: Sites, rows: RowBatch) -> bool:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from pmet_lightning.analysis.facts import Question
 from pmet_lightning.analysis.measures import Measure
-from pmet_lightning.analysis.streams import beginning_at
 from pmet_lightning.architectures import SiteName, Sites
 from pmet_lightning.language_model import label_logits
+from pmet_lightning.prefix import beginning_at
 from pmet_lightning.sites import record_whole, replace_output
 from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
 
@@ -226,7 +226,8 @@ def _restore_together(
     present = [site for i, site in enumerate(RESTORED) if bool((site_X == i).any())]
     start = min(tracer.restored_layers(site, layer)[0] for site in present)
     with ExitStack() as stack:
-        stack.enter_context(beginning_at(tracer.sites, start, corrupt.entering[start][pair_X], tracer.tuples))
+        layers, entering = list(tracer.sites.layers), corrupt.entering[start][pair_X]
+        stack.enter_context(beginning_at(layers, start, entering, tracer.tuples))
         for site in present:
             own = (site_X == RESTORED.index(site)).nonzero()[:, 0]
             places = own * shape[1] + column_X[own]

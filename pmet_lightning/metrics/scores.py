@@ -11,13 +11,13 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pmet_lightning.edits.records import ProbeKind
+from pmet_lightning.metrics.bootstrap import interval_of, picks_of
 from pmet_lightning.metrics.functional import FREE_KINDS, ProbeResult, RecordResult, harmonic_mean
 
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 CORE: tuple[ProbeKind, ...] = ("efficacy", "generalisation", "specificity")
 METRICS = (*CORE, "score")
 TEXTS = ("fluency", "consistency")
-_RESAMPLES = 1000
 _SUFFIXES = {
     "success": "",
     "magnitude": "_magnitude",
@@ -87,8 +87,7 @@ def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
     """The table of :class:`EditScores` from the rows of some records."""
     rows = 100 * record_rows_NC[:, 1:]
     asked = {name: i for i, name in enumerate(NAMES) if not rows[:, i].isnan().all()}
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(rows), (_RESAMPLES, len(rows)), generator=generator)
+    picks = picks_of(len(rows))
     means = {name: rows[:, i].nanmean() for name, i in asked.items()}
     resampled = {name: rows[picks, i].nanmean(dim=1) for name, i in asked.items() if "magnitude" not in name}
     table = {"count": torch.tensor(float(len(rows)))}
@@ -118,8 +117,7 @@ def score_difference(record_rows_NC: Tensor, others_NC: Tensor) -> dict[str, Ten
     """
     columns = [1 + NAMES.index(kind) for kind in CORE]
     both = [100 * rows[:, columns] for rows in (record_rows_NC, others_NC)]
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(record_rows_NC), (_RESAMPLES, len(record_rows_NC)), generator=generator)
+    picks = picks_of(len(record_rows_NC))
     value, other = (harmonic_mean(rows.nanmean(dim=0)) for rows in both)
     resampled, others = (harmonic_mean(rows[picks].nanmean(dim=1)) for rows in both)
     return _with_interval("difference", value - other, resampled - others)
@@ -143,5 +141,5 @@ def _text_scores(result: RecordResult) -> list[float]:
 
 
 def _with_interval(name: str, value: Tensor, resampled: Tensor) -> dict[str, Tensor]:
-    low, high = resampled.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = interval_of(resampled)
     return {name: value, f"{name}_low": low, f"{name}_high": high}
