@@ -99,7 +99,7 @@ class RowSet:
         """
         if entry is None:
             return cls(rows, per_edit)
-        prefix, rows = split_at_subject(model, rows)
+        prefix, rows = split_at_subject(model, rows, per_edit)
         if prefix is None:
             return cls(rows, per_edit)
         below, leaving = entry.states(model, rows, prefix)

@@ -24,6 +24,8 @@ from pmet_lightning.tokens import RowBatch
 
 log = logging.getLogger(__name__)
 
+_PAYS = 0.2  # of the tokens: a pass over contexts that saves less is not taken
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -77,12 +79,13 @@ def joined(parts: Sequence[Prefix]) -> Prefix:
     return Prefix(longest._with_layers(layers), mask_RP)
 
 
-def split_at_subject(model: nn.Module, rows: RowBatch) -> tuple[Prefix | None, RowBatch]:
+def split_at_subject(model: nn.Module, rows: RowBatch, per_edit: int = 1) -> tuple[Prefix | None, RowBatch]:
     """Run the tokens before each row's subject's last token once; the rest remains to be run.
 
     Args:
         model: The language model.
         rows: Padded on either side.
+        per_edit: P; every P-th row is in the same context, whose tokens are run once for all.
 
     Returns:
         The prefix and rows of the remaining tokens, all of which begin at the subject's last token; or ``None`` and
@@ -95,12 +98,10 @@ def split_at_subject(model: nn.Module, rows: RowBatch) -> tuple[Prefix | None, R
     # One column at least, if of padding alone: then every prefix of a model is one, and two can be joined.
     most = max(int((rows.subject - first).max()), 1)
     heads = _columns(rows, first.unsqueeze(1) + columns[:most], first, rows.subject - 1)
-    # Rows that begin alike, such as with one context, share what is run.
-    known = torch.where(heads.attention_mask.bool(), heads.input_ids, -1)
-    unique, place = known.unique(dim=0, return_inverse=True)
+    unique, place = _tokens(heads).unique(dim=0, return_inverse=True)
     index = torch.zeros(len(unique), dtype=torch.long, device=place.device)
     index[place] = torch.arange(len(place), device=place.device)
-    prefix = prefix_of(model, _rows(heads, index))
+    prefix = _behind_contexts(model, _rows(heads, index), index % per_edit)
     if prefix is None:
         return None, rows
     count = int((last - rows.subject).max()) + 1
@@ -123,6 +124,42 @@ def prefix_of(model: nn.Module, head: RowBatch) -> Prefix | None:
     # sliding window would keep the padding and lose tokens: such rows begin with it.
     cache = _plain_cache(_run(model.base_model, head), len(head))  # type: ignore[arg-type]
     return None if cache is None else _at_end(model, head, cache, head.input_ids.shape[1])
+
+
+def _behind_contexts(model: nn.Module, heads: RowBatch, context_R: Tensor) -> Prefix | None:
+    """As :func:`prefix_of`, with the tokens that all rows of a context begin with run once.
+
+    Args:
+        model: The language model.
+        heads: Rows padded on the right.
+        context_R: int64, the context of each row.
+    """
+    tokens = _tokens(heads)
+    contexts, group = context_R.unique(return_inverse=True)
+    first = torch.stack([(group == i).nonzero()[0, 0] for i in range(len(contexts))])
+    differs = (tokens != tokens[first[group]]) | (tokens < 0)
+    # Up to where the first row of a context has a token of its own.
+    own = torch.where(differs, torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[1]).amin(dim=1)
+    shared = torch.full_like(contexts, tokens.shape[1]).scatter_reduce(0, group, own, "amin")
+    shared[group.bincount() == 1] = 0
+    most, lengths = int(shared.max()), heads.attention_mask.sum(dim=1)
+    if (shared * (group.bincount() - 1)).sum() <= _PAYS * lengths.sum():
+        return prefix_of(model, heads)
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    beginnings = _columns(
+        _rows(heads, first), columns[:most].expand(len(first), -1), torch.zeros_like(shared), shared - 1
+    )
+    roots = prefix_of(model, beginnings)
+    rest = lengths - shared[group]
+    if roots is None or any(layer.keys.shape[-2] < most for layer in roots.cache.layers):
+        return None if roots is None else prefix_of(model, heads)
+    wanted = shared[group].unsqueeze(1) + columns[: max(int(rest.max()), 1)]
+    tails = _columns(heads, wanted, torch.zeros_like(lengths), lengths - 1)
+    cache = _plain_cache(_run(model.base_model, tails, roots.select(group)), len(heads))  # type: ignore[arg-type]
+    if any(layer.keys.shape[-2] < most + tails.input_ids.shape[1] for layer in cache.layers):
+        return prefix_of(model, heads)
+    mask_RP = columns >= len(columns) - lengths.unsqueeze(1)
+    return Prefix(_moved_to_the_end(cache, mask_RP.long(), most + rest), mask_RP.long())
 
 
 def read(model: nn.Module, rows: RowBatch, keep: bool = True) -> tuple[Tensor, Prefix | None]:
@@ -186,7 +223,12 @@ def _at_end(model: nn.Module, head: RowBatch, cache: Any, width: int) -> Prefix:
         return Prefix(cache, at_end.attention_mask)
     if width > count:
         _crop(cache, width - count)
-    return Prefix(_moved_to_the_end(cache, at_end.attention_mask), at_end.attention_mask)
+    return Prefix(_moved_to_the_end(cache, at_end.attention_mask, lengths), at_end.attention_mask)
+
+
+def _tokens(rows: RowBatch) -> Tensor:
+    """The tokens of some rows, -1 for padding, shape [R, T]."""
+    return torch.where(rows.attention_mask.bool(), rows.input_ids, -1)
 
 
 def _rows(rows: RowBatch, index: Tensor) -> RowBatch:
@@ -203,9 +245,9 @@ def _columns(rows: RowBatch, wanted_RC: Tensor, first_R: Tensor, last_R: Tensor)
 
 
 @torch.no_grad()
-def _run(part: nn.Module, rows: RowBatch, masked: bool = True, keep: bool = True) -> Any:
+def _run(part: nn.Module, rows: RowBatch, prefix: Prefix | None = None, masked: bool = True, keep: bool = True) -> Any:
     """What a model or its body makes of some rows, with its cache if that is to be kept."""
-    return part(**model_inputs(part, rows, masked=masked, keep=keep))
+    return part(**model_inputs(part, rows, prefix, masked=masked, keep=keep))
 
 
 def _plain_cache(output: Any, rows: int) -> Any:
@@ -224,19 +266,19 @@ def _crop(cache: Any, tokens: int) -> None:
         layer.crop(-tokens)
 
 
-def _moved_to_the_end(cache: Any, mask_RP: Tensor) -> Any:
-    """Keys and values that stand at the start of each row, moved to its end; 0 before them."""
+def _moved_to_the_end(cache: Any, mask_RP: Tensor, ends_R: Tensor) -> Any:
+    """Keys and values that stand before column ``ends_R`` of each row, moved to the end of P columns; 0 before them."""
     rows, count = mask_RP.shape
-    lacking = count - mask_RP.sum(dim=1, keepdim=True)
-    column = (torch.arange(count, device=mask_RP.device) - lacking).clamp_min(0)
-    index = (torch.arange(rows, device=mask_RP.device).unsqueeze(1) * count + column).flatten()
+    column = torch.arange(count, device=mask_RP.device) - count + ends_R.unsqueeze(1)
     padding = ~mask_RP.bool()[:, None, :, None]
     for layer in cache.layers:
         for name in ("keys", "values"):
             kept = getattr(layer, name).transpose(1, 2)
-            moved = kept.flatten(0, 1).index_select(0, index.to(kept.device)).view_as(kept).transpose(1, 2)
+            width = kept.shape[1]
+            index = torch.arange(rows, device=column.device).unsqueeze(1) * width + column.clamp(0, width - 1)
+            moved = kept.flatten(0, 1).index_select(0, index.flatten().to(kept.device)).unflatten(0, (rows, count))
             # Of padding nothing may be left: even no weight times NaN is NaN.
-            setattr(layer, name, moved.masked_fill_(padding.to(kept.device), 0))
+            setattr(layer, name, moved.transpose(1, 2).masked_fill_(padding.to(kept.device), 0))
     return cache
 
 

@@ -39,7 +39,7 @@ def test_same_logits_with_a_delta(family, side, loaded):
     real = rows.label_ids >= 0
     with record_and_add(layer, rows.subject, added) as clean:
         expected = label_logits(model, rows)
-    prefix, tails = split_at_subject(model, rows)
+    prefix, tails = split_at_subject(model, rows, 4)
     assert prefix is not None
     assert int((tails.subject != 0).sum()) == 0
     assert tails.attention_mask.sum() + prefix.mask_RP.sum() == rows.attention_mask.sum()
@@ -71,7 +71,9 @@ def test_rows_leave_and_enter(family, loaded):
     expected = label_logits(model, rows)
     order = torch.arange(len(rows)).unflatten(0, (-1, 4))  # bare prompt, short and long context, KL prompt
     for parts in (order[:, [0, 1, 3]], order[:, [2]]), (order[:, [2]], order[:, [0, 1, 3]]), (order[:2], order[2:]):
-        (prefix, tails), (other, more) = (split_at_subject(model, rows.select(part.flatten())) for part in parts)
+        (prefix, tails), (other, more) = (
+            split_at_subject(model, rows.select(part.flatten()), part.shape[1]) for part in parts
+        )
         together, both = joined([prefix, other]), tails.join(more)
         index = torch.cat([part.flatten() for part in parts])
         found = label_logits(model, both, together)
@@ -83,17 +85,31 @@ def test_rows_leave_and_enter(family, loaded):
 
 
 def test_equal_beginnings_are_run_once(loaded, monkeypatch):
+    """Rows that are equal before their subjects' last tokens, and the contexts of the others."""
     model, _, tokenizer = loaded("llama")
-    sizes: list[int] = []
+    sizes: list[tuple[int, int]] = []
     run = module._run
-    monkeypatch.setattr(module, "_run", lambda model, head: sizes.append(len(head)) or run(model, head))
+
+    def counted(part, rows, prefix=None):
+        sizes.append((len(rows), int(rows.attention_mask.sum())))
+        return run(part, rows, prefix)
+
+    monkeypatch.setattr(module, "_run", counted)
     rows = rows_of(tokenizer, "right", [LONG, LONG, LONG])
-    split_at_subject(model, rows)
     beginnings = {
         tuple(ids[:subject]) for ids, subject in zip(rows.input_ids.tolist(), rows.subject.tolist(), strict=True)
     }
-    assert sizes == [len(beginnings)]
     assert len(beginnings) <= len(rows) // 2
+    twin, _ = split_at_subject(model, rows)
+    assert sizes == [(len(beginnings), sum(map(len, beginnings)))]
+    sizes.clear()
+    found, _ = split_at_subject(model, rows, 5)
+    assert [count for count, _ in sizes] == [3, len(beginnings)]  # bare prompts, the context, KL prompts
+    assert sum(tokens for _, tokens in sizes) <= 0.6 * sum(map(len, beginnings))
+    assert torch.equal(found.mask_RP, twin.mask_RP)
+    for layer, other in zip(found.cache.layers, twin.cache.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys)
+        torch.testing.assert_close(layer.values, other.values)
 
 
 def test_the_lower_layers_do_not_run_again(loaded):
