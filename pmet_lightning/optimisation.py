@@ -349,7 +349,8 @@ def edits_in_flight(
         longest = max(requests, key=lambda request: size.edit_bytes(request.rows))
         wanted = size.most_edits(longest.rows, device, free_memory(device))
         log.info("up to %d edits are optimised together", wanted)
-    return min(wanted, len(requests))
+    # As many rounds as are needed, alike: a last one of a few edits takes nearly as long as a full one.
+    return -(-len(requests) // -(-len(requests) // wanted))
 
 
 def _greet(flight: Flight, outputs: Mapping[SiteName, Tensor]) -> None:

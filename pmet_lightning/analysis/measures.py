@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmet_lightning.metrics.bootstrap import RESAMPLES, interval_of, picks_of
+from pmet_lightning.bootstrap import RESAMPLES, interval_of, picks_of
 
 
 @dataclass(frozen=True)

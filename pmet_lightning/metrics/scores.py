@@ -10,8 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from pmet_lightning.bootstrap import interval_of, picks_of
 from pmet_lightning.edits.records import ProbeKind
-from pmet_lightning.metrics.bootstrap import interval_of, picks_of
 from pmet_lightning.metrics.functional import FREE_KINDS, ProbeResult, RecordResult, harmonic_mean
 
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
