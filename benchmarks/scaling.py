@@ -1,6 +1,6 @@
 """Editing on two processes of one thread each against one process of one thread: the same edits, the same targets.
 
-    python benchmarks/scaling.py [--edits 200] [--repeat 5]
+    python benchmarks/scaling.py [--edits 800] [--repeat 5]
 
 Every run is a fresh ``fit`` of the shipped model without evaluation; its phases come from its report. Targets need no
 communication; what travels at the writes is counted from the shapes.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 LAYERS, WIDTH, KEYS = 3, 192, 768  # edited layers, model width and key dimensions of the shipped model
 NUMBER = 4  # bytes
+RECORDS = ["atlas-records", "atlas-spare", "atlas-tuning"]  # 840
 
 
 def phases(folder: Path, processes: int, edits: int) -> dict[str, float]:
@@ -29,7 +30,7 @@ def phases(folder: Path, processes: int, edits: int) -> dict[str, float]:
         sys.executable, "-m", "pmet_lightning", "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(folder),
         "--trainer.accelerator", "cpu", "--trainer.devices", str(processes), *several, "--trainer.logger", "false",
         "--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "0", "--drift.text", "null",
-        "--data.limit", str(edits), "--moments.folder", str(folder.parent / "moments"),
+        "--data.path", json.dumps(RECORDS), "--data.limit", str(edits), "--moments.folder", str(folder.parent / "moments"),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=folder.parent)
@@ -45,7 +46,7 @@ def travels(edits: int, layers: int, keys: int, width: int) -> float:
 def main() -> None:
     """Compare, and count."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--edits", type=int, default=800)
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
     out = sys.stdout.write
