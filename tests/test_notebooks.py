@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def words(output):
-    """What an output says; numbers, which differ between machines in their last digits, as #, and of a figure its words."""
+    """What an output says; numbers, which differ between machines in their last digits, as #; a figure's words."""
     drawing = output.get("data", {}).get("image/svg+xml")
     if drawing is not None:
         return sorted(set(re.findall(r"<text[^>]*>([^<]*[a-zA-Z][^<]*)</text>", drawing)))
