@@ -1,9 +1,13 @@
 """The layers that ``analyze`` proposes beside the Scores of editing one range of layers after the other.
 
     python benchmarks/layers.py [--records atlas-tuning] [--limit 100] [--layers "[0]" "[0,1]"] [--facts 100]
+    python -m pmet_lightning demo --architecture llama --out llama      # about ten minutes
+    python benchmarks/layers.py --model llama --settings model.optimise=ffn model.clamp=2
 
-Every range gets the settings of configs/pmet.yaml, which were chosen for layers 0 to 2: a range for which others would
-be better is at a disadvantage. The proposal is made on the same records, from the unedited model alone.
+Every range gets the same settings: those of configs/pmet.yaml, which were chosen for layers 0 to 2 of the shipped
+Atlas, and --settings. A range for which others would be better is at a disadvantage. The proposal is made on the same
+records, from the unedited model alone, and is edited first; "to the proposal" is the difference of the Scores by a
+paired bootstrap over records.
 """
 
 from __future__ import annotations
@@ -14,10 +18,13 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from pmet_lightning.analysis.verb import DataOptions, ModelOptions, analyze
 from pmet_lightning.comparison import Method, quiet_run
+from pmet_lightning.comparison_results import edit_rows
 from pmet_lightning.metrics import METRICS
+from pmet_lightning.metrics.scores import score_difference
 from pmet_lightning.score_lines import score_cell
 
 _PARTS = ("effect", "lead")
@@ -27,40 +34,66 @@ RANGES = (
 )  # fmt: skip
 
 
-def proposal_line(records: str, facts: int, base: str) -> str:
-    """What is proposed, and how sure that is."""
-    analyze(f"{base}/analysis", ModelOptions(device="cpu"), DataOptions(records, limit=facts))
+def proposal(model: str, records: str, facts: int, base: str) -> tuple[list[int], str]:
+    """The layers that are proposed, and a line that says how sure that is."""
+    analyze(f"{base}/analysis", ModelOptions(model, device="cpu"), DataOptions(records, limit=facts))
     known = json.loads(Path(f"{base}/analysis/analysis.json").read_text(encoding="utf-8"))
     found = known["proposals"]["before"]
     effect, lead = (f"{part['mean']:.3f} [{part['low']:.3f}, {part['high']:.3f}]" for part in map(found.get, _PARTS))
-    return (
+    return found["layers"], (
         f"proposed from {found['effect']['count']} facts: layers {found['layers']} ({found['verdict']}; "
         f"{found['same_layers']:.0%} of resamples), effect {effect}, {lead} above the next layer\n\n"
     )
 
 
+def source(asked: argparse.Namespace) -> dict[str, Any]:
+    """Model, records and corpus as options of a run."""
+    if asked.model is None:
+        return {"data.path": asked.records}
+    return {
+        "model.model_name": f"{asked.model}/model",
+        "data.path": f"{asked.model}/tuning.json",
+        "moments.corpus": f"{asked.model}/corpus.txt",
+    }
+
+
+def ranges(asked: argparse.Namespace, first: list[int]) -> list[list[int]]:
+    """What is edited, the proposal first."""
+    rest = [layers for layers in map(json.loads, asked.layers) if layers != first]
+    return [first, *rest] if first else rest
+
+
 def main() -> None:
     """Propose, then sweep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", default="atlas-tuning")
+    parser.add_argument("--model", help="a folder made by the verb demo; its tuning.json and corpus.txt are used")
+    parser.add_argument("--records", default="atlas-tuning", help="without --model")
+    parser.add_argument("--settings", nargs="*", default=[], metavar="NAME=VALUE", help="options of fit")
     parser.add_argument("--limit", type=int, default=100, help="edits, in one edit batch")
     parser.add_argument("--layers", nargs="+", default=list(RANGES))
     parser.add_argument("--facts", type=int, default=100, help="facts of the proposal; 0 leaves it out")
     options = parser.parse_args()
     logging.disable(logging.INFO)
     out = sys.stdout.write
+    common = {"data.limit": options.limit, "model.free_tokens": 0, "drift.text": None}
+    common |= source(options) | dict(setting.split("=", 1) for setting in options.settings)
     with tempfile.TemporaryDirectory() as base:
+        first: list[int] = []
         if options.facts:
-            out(proposal_line(options.records, options.facts, base))
-        out(f"{options.limit} edits of {options.records}, seed 0\n\n")
-        out("| layers | " + " | ".join(METRICS) + " |\n" + "|---" * (len(METRICS) + 1) + "|\n")
-        for number, layers in enumerate(options.layers):
-            changes = {
-                "model.layers": json.loads(layers), "data.path": options.records, "data.limit": options.limit,
-                "model.free_tokens": 0, "drift.text": None, "model.targets_folder": f"{base}/targets",
-            }  # fmt: skip
-            table = quiet_run(Method(), changes, Path(base) / str(number))["scores"]["after"]
-            out(f"| {layers} | {' | '.join(score_cell(table, metric) for metric in METRICS)} |\n")
+            name, records = common.get("model.model_name", "atlas"), common["data.path"]
+            first, line = proposal(name, records, options.facts, base)
+            out(line)
+        out(f"{options.limit} edits of {common['data.path']}, seed 0, {' '.join(options.settings)}\n\n")
+        out("| layers | " + " | ".join(METRICS) + " | to the proposal |\n" + "|---" * (len(METRICS) + 2) + "|\n")
+        proposed = None
+        for number, layers in enumerate(ranges(options, first)):
+            changes = {**common, "model.layers": layers, "model.targets_folder": f"{base}/targets"}
+            report = quiet_run(Method(), changes, Path(base) / str(number))
+            table, rows = report["scores"]["after"], edit_rows([report], "after")
+            proposed = rows if first and number == 0 else proposed
+            if proposed is not None and number:
+                table |= {name: float(value) for name, value in score_difference(rows, proposed).items()}
+            out(f"| {layers} | {' | '.join(score_cell(table, metric) for metric in (*METRICS, 'difference'))} |\n")
             sys.stdout.flush()
 
 

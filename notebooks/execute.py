@@ -14,7 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent
-_MOST_SECONDS = 180
+_MOST_SECONDS = 600  # for one cell; more than any takes, but an end if one hangs
 
 
 def executed(path: Path, folder: str | Path) -> Any:

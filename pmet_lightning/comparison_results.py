@@ -55,10 +55,10 @@ def _collect(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
     first: dict[int, Tensor] = {}
     for (count, method), group in groups.items():
         reports = [report_of(folder / run.name) for run in group]
-        rows = _rows(reports, "after")
+        rows = edit_rows(reports, "after")
         if count not in first:
             first[count] = rows
-            results.append(_result(UNEDITED, count, group, reports, _rows(reports, "before")))
+            results.append(_result(UNEDITED, count, group, reports, edit_rows(reports, "before")))
         row = _result(method, count, group, reports, rows)
         row["seconds"] = sum(report["seconds"] for report in reports) / len(reports)
         row |= _floats(score_difference(rows, first[count]))
@@ -66,7 +66,7 @@ def _collect(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def _rows(reports: Sequence[Mapping[str, Any]], phase: str) -> Tensor:
+def edit_rows(reports: Sequence[Mapping[str, Any]], phase: str) -> Tensor:
     """Rows of the records of some runs, one after the other."""
     tables = [edit[phase] for report in reports for edit in report["edits"]]
     values = [[float(i), *(row.get(name, math.nan) / 100 for name in NAMES)] for i, row in enumerate(tables)]

@@ -108,6 +108,14 @@ def svg(figure: Figure, name: str) -> str:
     return Markup(drawing)
 
 
+def write_svg(figure: Figure, path: Path) -> None:
+    """Write a figure as an SVG file: text as text, no date, the same ids every time."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
 def panels(width: float, height: float, rows: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
     """A figure, in inches, with axes in rows and columns."""
     from matplotlib.figure import Figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pmet_lightning.cli import main
 from pmet_lightning.edits import RecordError
 from pmet_lightning.language_model import fingerprint
 from pmet_lightning.patch import PatchError, save_patch
+from pmet_lightning.resources import locate
 from tests.planted import FACTS, edit_of, records, save_planted, study_of, written
 
 
@@ -135,6 +137,41 @@ def test_the_verb_on_atlas(tmp_path, caplog):
     with pytest.raises(FileExistsError, match="--out"):
         run_verb(tmp_path)
     assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_known_facts_give_the_numbers_of_the_same_facts_as_records(tmp_path):
+    """Written as ``known_facts`` and as edits, four facts of Atlas differ in the new answers only."""
+    records = [record["requested_rewrite"] for record in json.loads(Path(locate("atlas-records")).read_text())[:4]]
+    facts = [
+        {
+            "known_id": number,
+            "subject": record["subject"],
+            "attribute": record["target_true"]["str"],
+            "template": record["prompt"],
+            "prompt": record["prompt"].format(record["subject"]),
+        }
+        for number, record in enumerate(records)
+    ]
+    found = []
+    for name, options in (("records", ["--data.limit", "4"]), ("known", ["--data.path", written(tmp_path, facts)])):
+        arguments = ["--out", str(tmp_path / name), "--model.device", "cpu", "--tracing.draws", "1", *options]
+        main(["analyze", *arguments])
+        found.append(json.loads((tmp_path / name / "analysis.json").read_text()))
+    of_records, of_known = found
+    assert of_known["facts"] == of_records["facts"] == {"read": 4, "used": 4, "left_out": {}}
+    assert of_known["claims"] == of_records["claims"]
+    assert of_known["proposals"] == of_records["proposals"]
+    for name, rows in of_records["measures"]["before"].items():
+        assert of_known["measures"]["before"][name] == [row for row in rows if row.get("answer") != "new"]
+    assert any(row["answer"] == "new" for row in of_records["measures"]["before"]["lens"])
+
+
+def test_real_known_facts_that_a_model_does_not_know_are_refused(shared, tmp_path):
+    path = str(shared / "data" / "known_facts_300.json")
+    reasons = r"known_facts_300.json: none of the facts can be looked at \(.*20 left out: before: the answer is not"
+    with pytest.raises(ValueError, match=reasons):
+        run_verb(tmp_path, "--data.path", path, "--data.limit", "20")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_verb_before_and_after_an_edit(tmp_path):

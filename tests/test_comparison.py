@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmet_lightning.cli import main
 from pmet_lightning.comparison import options_of
+from pmet_lightning.comparison_results import score_plot
 from pmet_lightning.edits import read_edits
 from pmet_lightning.metrics.scores import NAMES, score_difference
+from pmet_lightning.page import write_svg
 from pmet_lightning.resources import locate
 
 FAST = {
@@ -170,3 +172,17 @@ def test_too_few_records_are_an_error(comparison):
     path.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="the data has 200"):
         main(["compare", "--config", str(path)])
+
+
+def test_a_plot_is_the_same_file_every_time(tmp_path):
+    """With its words as words, so that it can be searched and compared."""
+    scores = {"score": 80.0, "score_low": 70.0, "score_high": 90.0}
+    results = [{"method": "PMET", "edits": count, **scores} for count in (10, 100)]
+    files = [tmp_path / name / "scores.svg" for name in ("one", "other")]
+    for file in files:
+        file.parent.mkdir()
+        write_svg(score_plot(results), file)
+    one, other = (file.read_text(encoding="utf-8") for file in files)
+    assert one == other
+    assert ">PMET</text>" in one
+    assert ">edits in one batch</text>" in one

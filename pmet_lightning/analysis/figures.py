@@ -13,7 +13,7 @@ from pmet_lightning.analysis.facts import NEW, TRUE
 from pmet_lightning.analysis.measures import summarise
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import PLACES, RESTORED
-from pmet_lightning.page import BLUE, GREEN, ORANGE, PURPLE, STYLE, panels
+from pmet_lightning.page import BLUE, GREEN, ORANGE, PURPLE, STYLE, panels, write_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,9 +44,8 @@ def write_figures(drawn: Mapping[str, Figure], folder: Path) -> None:
     """Write figures as SVG files and as TensorBoard events."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "analysis"}):
-        for name, figure in drawn.items():
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    for name, figure in drawn.items():
+        write_svg(figure, folder / f"{name}.svg")
     with SummaryWriter(str(folder)) as board:
         for name, figure in drawn.items():
             board.add_figure(f"analysis/{name}", figure)
