@@ -30,7 +30,8 @@ def phases(folder: Path, processes: int, edits: int) -> dict[str, float]:
         sys.executable, "-m", "pmet_lightning", "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(folder),
         "--trainer.accelerator", "cpu", "--trainer.devices", str(processes), *several, "--trainer.logger", "false",
         "--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "0", "--drift.text", "null",
-        "--data.path", json.dumps(RECORDS), "--data.limit", str(edits), "--moments.folder", str(folder.parent / "moments"),
+        "--data.path", json.dumps(RECORDS), "--data.limit", str(edits),
+        "--moments.folder", str(folder.parent / "moments"),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=folder.parent)

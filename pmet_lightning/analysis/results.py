@@ -100,9 +100,14 @@ def _table(findings: Findings) -> list[str]:
 
 def _probabilities(findings: Findings) -> str:
     """P of the answer that is followed, with the subject and without it."""
-    clean = sum(float(p[ANSWERS.index(answer)]) for answer, p in zip(findings.answers, findings.p, strict=True))
-    text = f", P(answer) {clean / len(findings.p):.3f}"
+    text = f", P(answer) {_clean(findings):.3f}"
     return text if "effect" not in findings.measures else f"{text}, corrupted {float(findings.p[:, 2].mean()):.3f}"
+
+
+def _clean(findings: Findings) -> float:
+    """Mean P of the answer that is followed."""
+    clean = sum(float(p[ANSWERS.index(answer)]) for answer, p in zip(findings.answers, findings.p, strict=True))
+    return clean / len(findings.p)
 
 
 def _columns(findings: Findings) -> dict[str, list[float]]:
@@ -130,7 +135,8 @@ def _proposal_lines(findings: Findings) -> list[str]:
     line = (
         f"{findings.phase}: layers proposed {proposal.layers}: {proposal.verdict}. Of {effect['count']} facts "
         f"resampled, {100 * proposal.same_layers:.0f} % of the draws give the same layers and "
-        f"{100 * proposal.same_peak:.0f} % the same peak, layer {proposal.peak} (effect {_shown(effect)}"
+        f"{100 * proposal.same_peak:.0f} % the same peak, layer {proposal.peak} (effect {_shown(effect)} "
+        f"of {_clean(findings) - float(findings.p[:, 2].mean()):.3f} that the noise took"
     )
     if lead is not None:
         line += f"; {_shown(lead)} above the next layer"
