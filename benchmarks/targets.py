@@ -89,7 +89,7 @@ class Bench:
             self.module.model_name, dtype=getattr(torch, dtype)
         ).requires_grad_(False)
         optimizer = self.module.configure_optimizers()
-        self.module.optimizers = lambda: _Plain(optimizer)  # type: ignore[method-assign]
+        self.module.optimizers = lambda: InTrainer(optimizer)  # type: ignore[method-assign]
 
     def ours(self, edits: list[Edit]) -> list[torch.Tensor]:
         """All edits together."""
@@ -140,7 +140,7 @@ def matrix_rate(dtype: str, repeat: int) -> float:
     return 2 * MATRIX**3 / statistics.median(times[1:])
 
 
-class _Plain:
+class InTrainer:
     """What Lightning hands out inside a Trainer: the optimizer, and its step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

@@ -80,6 +80,9 @@ def test_layers_from_the_store_to_the_fetch_are_proposed(planted):
     assert proposal.same_layers == proposal.same_peak == 1
     assert proposal.verdict == "sure"
     assert proposal.lead["low"] > 0.3
+    # The one FFN that stores brings back all that the noise took.
+    effect, took = re.search(r"effect (\S+) \[.* of (\S+) that the noise took", summary_lines([found], [])[-1]).groups()
+    assert float(effect) == pytest.approx(float(took), abs=2e-3)
     assert [claim.verdict for claim in claims_of(found, None)] == ["shown"] * 3
 
 
