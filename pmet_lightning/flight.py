@@ -85,7 +85,7 @@ class RowSet:
     entering: Tensor | None = None
     leaving: Tensor | None = None
     kept: dict[nn.Module, Tensor] = field(default_factory=dict)
-    _places: tuple[Tensor, Tensor] | None = field(default=None, init=False)  # of real tokens, and of labels
+    _places: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False)
 
     @classmethod
     def of(cls, model: nn.Module, rows: RowBatch, per_edit: int, entry: Entry | None) -> RowSet:
@@ -139,12 +139,14 @@ class RowSet:
         modules: Mapping[SiteName, nn.Module],
         leaves: Mapping[SiteName, Tensor],
         entry: Entry | None,
-    ) -> tuple[Tensor, dict[SiteName, Tensor]]:
+    ) -> tuple[Tensor, Tensor, dict[SiteName, Tensor]]:
         """The rows with the deltas added.
 
         Returns:
-            Logits, shape [A, P, K, V], and each site's output in the first row of an edit before its delta, [A, F].
+            Logits wherever a label is predicted, [N, V]; which of them is each label's, [A, P, K]; and each site's
+            output in the first row of an edit before its delta, [A, F].
         """
+        real, labelled, at = self._looked_up()
         entry = None if self.prefix is None else entry
         first = self.rows if entry is None else self.rows.first_columns(1)
         with ExitStack() as stack:
@@ -153,16 +155,22 @@ class RowSet:
                 added = leaves[site].repeat_interleave(self.per_edit, dim=0)
                 recordings[site] = stack.enter_context(record_and_add(module, first.subject, added))
             if entry is None:
-                logits = label_logits(model, self.rows)
+                logits = label_logits(model, self.rows, places=labelled)
             else:
                 hidden = self._behind_subjects(model, first, entry)
         if entry is not None:
-            if self._places is None:
-                self._places = self.rows.places()
-            with entry.begin_with(hidden, entry.layer), entry.only_tokens(self.rows, *self._places, self.kept):
-                logits = label_logits(model, self.rows, self.prefix)
+            with entry.begin_with(hidden, entry.layer), entry.only_tokens(self.rows, real, labelled, self.kept):
+                logits = label_logits(model, self.rows, self.prefix, labelled)
         outputs = {site: recording.take().detach()[:: self.per_edit] for site, recording in recordings.items()}
-        return logits.unflatten(0, (-1, self.per_edit)), outputs
+        return logits, at.unflatten(0, (-1, self.per_edit)), outputs
+
+    def _looked_up(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Places of real tokens and of those that predict labels, and which of the latter is each label's."""
+        if self._places is None:
+            # Behind a shorter target the place of its last label stands again, and is looked at once.
+            labelled, at = self.rows.label_places().unique(return_inverse=True)
+            self._places = self.rows.real_places(), labelled, at
+        return self._places
 
     def _behind_subjects(self, model: nn.Module, first: RowBatch, entry: Entry) -> Tensor:
         """What leaves layer L, which is run at the subjects' last tokens only, shape [R, S, F]."""

@@ -113,18 +113,22 @@ def _from_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
         ) from error
 
 
-def label_logits(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> Tensor:
-    """Logits at the label columns of each row only: the vocabulary head is most of a small model's work.
+def label_logits(
+    model: nn.Module, rows: RowBatch, prefix: Prefix | None = None, places: Tensor | None = None
+) -> Tensor:
+    """Logits at the labels only: the vocabulary head is most of a small model's work.
 
     Args:
         model: The language model.
         rows: What is run.
         prefix: What stands before the rows, if anything does.
+        places: Tokens whose logits are wanted, counted over all of all rows; by default those of the labels, [R, K].
 
     Returns:
-        Shape [R, K, V], in the model's dtype.
+        A vector of V for each place, in the model's dtype.
     """
-    with narrow_input(model.get_output_embeddings(), rows.label_columns):  # type: ignore[operator]
+    places = rows.label_places() if places is None else places
+    with narrow_input(model.get_output_embeddings(), places):  # type: ignore[operator]
         logits: Tensor = model(**model_inputs(model, rows, prefix)).logits
         return logits.to(rows.input_ids.device)
 

@@ -61,9 +61,9 @@ class ModelSize:
         """
         tail = longest_tail(rows, self.whole_rows)
         head = 0 if self.whole_rows else max(row.subject for row in rows)
-        labels = max(len(row.labels) for row in rows)
+        labels = sum(max(1, len(row.labels)) for row in rows)
         hidden = self.itemsize * self.width * (_KEPT * tail * self.layers_run + 2 * head * self.layers)
-        return len(rows) * (hidden + _LOGIT_BYTES * labels * self.vocabulary)
+        return len(rows) * hidden + _LOGIT_BYTES * labels * self.vocabulary
 
     def most_edits(self, rows: Sequence[TokenRow], device: torch.device, free: int) -> int:
         """How many edits like this one fit beside each other; at least one.

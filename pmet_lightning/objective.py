@@ -30,22 +30,25 @@ class TargetScores:
     argmax: Tensor
 
 
-def target_scores(logits_KV: Tensor, label_ids_K: Tensor) -> TargetScores:
+def target_scores(logits_NV: Tensor, label_ids_K: Tensor, at_K: Tensor | None = None) -> TargetScores:
     """Score labels under teacher forcing.
 
     Args:
-        logits_KV: Shape [..., K, V], any float dtype; computed in float32 at least.
+        logits_NV: Shape [N, V] or, without ``at_K``, [..., K, V]; any float dtype, computed in float32 at least.
         label_ids_K: int64, shape [..., K], ``IGNORE`` behind the end of a shorter target.
+        at_K: int64, shape [..., K], which of the logits predict the label.
 
     Returns:
         Scores of shape [...], but for ``argmax``.
     """
-    logits = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+    logits = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).flatten(0, -2)
+    if at_K is None:
+        at_K = torch.arange(len(logits), device=logits.device).view(label_ids_K.shape)
     real = label_ids_K != IGNORE
     labels = label_ids_K.clamp_min(0)
-    log_p = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+    log_p = logits[at_K, labels] - logits.logsumexp(dim=-1)[at_K]
     count = real.sum(dim=-1)
-    argmax = logits.argmax(dim=-1)
+    argmax = logits.argmax(dim=-1)[at_K]
     hit = (argmax == labels) & real
     return TargetScores(
         nll=-(log_p * real).sum(dim=-1) / count,

@@ -203,16 +203,16 @@ class TargetLoop:
     @torch.enable_grad()
     def _iterate(self, flight: Flight, leaves: dict[SiteName, Tensor]) -> Tensor:
         """Forward, losses and stop rules; returns the sum of the losses of the edits that go on."""
-        logits_APKV, outputs = self._forward(flight.facts, leaves)
+        logits_NV, at_APK, outputs = self._forward(flight.facts, leaves)
         known = flight.known
         _greet(flight, outputs)
         labels = flight.facts.rows.label_ids.unflatten(0, (len(flight.numbers), -1))
-        scores = target_scores(logits_APKV, labels)
+        scores = target_scores(logits_NV, labels, at_APK)
         nll, p = scores.nll.mean(dim=1), (-scores.nll).exp()
         kl = torch.zeros_like(nll)
         if flight.meanings is not None:
-            meaning_APKV, _ = self._forward(flight.meanings, leaves)
-            log_p = meaning_APKV[:, 0, 0].to(nll.dtype).log_softmax(dim=-1)
+            meaning_NV, at_A11, _ = self._forward(flight.meanings, leaves)
+            log_p = meaning_NV[at_A11[:, 0, 0]].to(nll.dtype).log_softmax(dim=-1)
             flight.clean_kl = _behind(flight.clean_kl, log_p.detach()[known:])
             kl = self.rules.kl * kl_divergence(log_p, flight.clean_kl)
         penalties = [norm_penalty(delta, flight.clean[site]) for site, delta in leaves.items()]
@@ -231,10 +231,12 @@ class TargetLoop:
             self._apply_stop_rules(flight, loss, kl, scores.all_argmax.all(dim=1))
         return torch.where(flight.active, loss, 0.0).sum()
 
-    def _forward(self, rows: RowSet, leaves: Mapping[SiteName, Tensor]) -> tuple[Tensor, dict[SiteName, Tensor]]:
-        """Logits [A, P, K, V], and each site's output in the bare row before its delta, [A, F]."""
-        logits, outputs = rows.run(self.model, self.modules, leaves, self.entry)
-        return logits, {site: output.to(leaves[site]) for site, output in outputs.items()}
+    def _forward(
+        self, rows: RowSet, leaves: Mapping[SiteName, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[SiteName, Tensor]]:
+        """As :meth:`RowSet.run`, the outputs in the deltas' precision."""
+        logits, at, outputs = rows.run(self.model, self.modules, leaves, self.entry)
+        return logits, at, {site: output.to(leaves[site]) for site, output in outputs.items()}
 
     def _apply_stop_rules(self, flight: Flight, loss: Tensor, kl: Tensor, argmax: Tensor) -> None:
         settled = torch.zeros_like(argmax)

@@ -173,7 +173,7 @@ def read(model: nn.Module, rows: RowBatch, keep: bool = True) -> tuple[Tensor, P
     Returns:
         Logits as of :func:`~pmet_lightning.language_model.label_logits`, and a prefix as of :func:`prefix_of`.
     """
-    with narrow_input(model.get_output_embeddings(), rows.label_columns):  # type: ignore[operator]
+    with narrow_input(model.get_output_embeddings(), rows.label_places()):  # type: ignore[operator]
         # Nothing looks at padding on the right, and attention is faster without a mask.
         output = _run(model, rows, masked=False, keep=keep)
     cache = _plain_cache(output, len(rows)) if keep else None

@@ -146,16 +146,18 @@ def replace_output(module: nn.Module, shape: tuple[int, int], places_N: Tensor, 
 
 
 @contextmanager
-def narrow_input(module: nn.Module, columns_RK: Tensor) -> Iterator[None]:
-    """Let a module, such as the vocabulary head, see K columns of each row instead of all of them.
+def narrow_input(module: nn.Module, places: Tensor) -> Iterator[None]:
+    """Let a module, such as the vocabulary head, see some tokens instead of all of them.
 
-    Unlike the ``logits_to_keep`` of transformers, the columns may differ from row to row.
+    Unlike the ``logits_to_keep`` of transformers, they may differ from row to row.
+
+    Args:
+        module: Takes [R, T, F].
+        places: int64, counted over all tokens of all rows, of any shape; the module then sees [..., F].
     """
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        columns = columns_RK.to(inputs[0].device)
-        rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
-        return (inputs[0][rows, columns], *inputs[1:])
+        return (inputs[0].flatten(0, 1)[places.to(inputs[0].device)], *inputs[1:])
 
     handle = module.register_forward_pre_hook(hook)
     try:

@@ -98,11 +98,14 @@ class RowBatch:
         used = self.attention_mask[rows].any(dim=0).nonzero().flatten()
         return slice(int(used[0]), int(used[-1]) + 1)
 
-    def places(self) -> tuple[Tensor, Tensor]:
-        """Places of the real tokens, and of those whose logits are read, counted over all columns of all rows."""
-        real = self.attention_mask.flatten().nonzero().flatten()
-        starts = torch.arange(len(self), device=real.device).unsqueeze(1) * self.input_ids.shape[1]
-        return real, (starts + self.label_columns).unique()
+    def label_places(self) -> Tensor:
+        """``label_columns`` counted over all columns of all rows, shape [R, K]."""
+        starts = torch.arange(len(self), device=self.label_columns.device).unsqueeze(1) * self.input_ids.shape[1]
+        return starts + self.label_columns
+
+    def real_places(self) -> Tensor:
+        """Places of the real tokens, counted over all columns of all rows."""
+        return self.attention_mask.flatten().nonzero().flatten()
 
 
 def _widened(tensor_RC: Tensor, width: int, name: str) -> Tensor:

@@ -55,7 +55,7 @@ def test_same_logits_with_a_delta(family, side, loaded):
         with (
             record_and_add(layer, tails.subject, added) as recording,
             entry.begin_with(hidden, entry.below[-1]),
-            entry.only_tokens(tails, *tails.places(), kept),
+            entry.only_tokens(tails, tails.real_places(), tails.label_places().unique(), kept),
         ):
             found = label_logits(model, tails, prefix)
         assert float((found[real] - expected[real]).abs().max()) < 1e-5 * max(1.0, scale)
