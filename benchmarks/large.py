@@ -46,7 +46,8 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 LAYERS = {"small": [0, 1, 2, 3, 4, 5], "gptj-6b": [3, 4, 5, 6, 7, 8]}
 SETTINGS = {"steps": 20, "lr": 0.1, "clamp": 0.75}
-TARGET_EDITS, TOKENS, ROW, LAM = 10_000, 20, 512, 6000.0
+TARGET_EDITS, TOKENS, LAM = 10_000, 20, 6000.0
+ROW, AT_ONCE = 512, 16
 
 
 class Clock:
@@ -119,12 +120,11 @@ def keys(module: TargetOptimizer, edits: list[Edit]) -> None:
         measure(module.model, module.sites, ("ffn", layer), ends, over)
 
 
-def moments(module: TargetOptimizer, tokens: int) -> None:
-    """Second moments of all layers over random tokens."""
+def moments(module: TargetOptimizer, rows: list[TokenRow]) -> None:
+    """Second moments of all layers."""
     sums = MomentSums(module.model, module.sites, [("ffn", i) for i in module.layers], 0, module.device)
-    vocabulary = len(module.tokenizer)
-    for _ in range(max(1, tokens // (16 * ROW))):
-        sums.add([TokenRow(row) for row in torch.randint(vocabulary, (16, ROW)).tolist()])
+    for start in range(0, len(rows), AT_ONCE):
+        sums.add(rows[start : start + AT_ONCE])
 
 
 def solves(module: TargetOptimizer, count: int, clock: Clock) -> tuple[float, float]:
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--edits", type=int, default=64, help="edits whose targets are found together; up to 200")
+    parser.add_argument("--edits", type=int, default=64, help="whose targets are found together; up to 840")
     parser.add_argument("--plain_edits", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens of the second moments that are timed")
     options = parser.parse_args()
@@ -166,7 +166,9 @@ def main() -> None:
         out(f"targets: ours {rate:.2f} edits/s, plain {slow:.3f} edits/s, ratio {rate / slow:.1f}\n")
         each = clock.seconds(lambda: keys(module, edits)) / len(edits)
         out(f"keys and values of {len(module.layers)} layers: {1 / each:.1f} edits/s\n")
-        read = options.tokens / clock.seconds(lambda: moments(module, options.tokens))
+        count = -(-options.tokens // ROW)
+        rows = [TokenRow(row) for row in torch.randint(len(module.tokenizer), (count, ROW)).tolist()]
+        read = count * ROW / clock.seconds(lambda: moments(module, rows))
         out(f"second moments of {len(module.layers)} layers: {read:,.0f} tokens/s\n")
     width, spent = in_features(module.sites.module("ffn", module.target_layer)), {}
     for count in (1000, TARGET_EDITS):
