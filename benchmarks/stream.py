@@ -76,7 +76,8 @@ def main() -> None:
         write_records(Path(base) / "facts.jsonl", options.edits)
         command = [
             sys.executable, "-m", "pmet_lightning", "fit", "--config", "stream.yaml",
-            "--trainer.run_dir", f"{base}/run", "--data.path", f"{base}/facts.jsonl", "--data.stream_wait", "0", "--model.model_name", options.model,
+            "--trainer.run_dir", f"{base}/run", "--data.path", f"{base}/facts.jsonl", "--data.stream_wait", "0",
+            "--model.model_name", options.model,
             "--data.edit_batch", str(options.edit_batch), "--model.steps", str(options.steps), "--drift.text", "null",
             "--drift.max_perplexity", "null", "--drift.max_growth", "null", "--model.free_tokens", "0",
             "--trainer.enable_progress_bar", "false",
