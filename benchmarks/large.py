@@ -4,7 +4,7 @@
     python benchmarks/large.py --shape gptj-6b --device cuda --dtype bfloat16 --edits 512
 
 The model has the shape that is asked for and random weights, the tokenizer is the shipped one, six layers are edited.
-Target vectors take all of their steps; the plain twin is that of the tests, one edit at a time through the whole model.
+Target vectors take all of their steps; the plain way (benchmarks/plain.py) is one edit at a time, the whole model.
 Second moments are timed over random tokens and counted for ``TOKENS`` tokens a key dimension (where ``samples: auto``
 stops on Atlas). Solves take the way that WeightSpread takes for so many edits. Not counted: loading, evaluation, patch.
 """
@@ -18,14 +18,11 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the plain twin is no part of the package
-
+from plain import plain_target
 from targets import CONTEXTS, InTrainer
 
 from pmet_lightning import TargetOptimizer
@@ -38,7 +35,6 @@ from pmet_lightning.resources import locate
 from pmet_lightning.solve import factorise, products, solve_update, solve_with_factor
 from pmet_lightning.spread import FEW_EDITS
 from pmet_lightning.tokens import TokenRow
-from tests.plain import plain_target
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": {"n_embd": 256, "n_layer": 8, "n_head": 8, "rotary_dim": 32, "vocab_size": 5000},

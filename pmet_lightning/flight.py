@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.architectures import SiteName
+from pmet_lightning.entry import Entry, Replay
 from pmet_lightning.language_model import label_logits, run_to
-from pmet_lightning.prefix import Entry, Prefix, joined, split_at_subject
+from pmet_lightning.prefix import Prefix, joined, split_at_subject
 from pmet_lightning.sites import record_and_add, stop_after
 from pmet_lightning.tokens import RowBatch
 
@@ -86,6 +87,8 @@ class RowSet:
     leaving: Tensor | None = None
     kept: dict[nn.Module, Tensor] = field(default_factory=dict)
     _places: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False)
+    _target_layer: Replay | None = field(default=None, init=False)
+    _above: Replay | None = field(default=None, init=False)
 
     @classmethod
     def of(cls, model: nn.Module, rows: RowBatch, per_edit: int, entry: Entry | None) -> RowSet:
@@ -107,7 +110,7 @@ class RowSet:
 
     def join(self, other: RowSet) -> None:
         """Add rows of other edits."""
-        self._places = None
+        self._places = self._target_layer = self._above = None
         self.rows = self.rows.join(other.rows)
         if self.prefix is not None and other.prefix is not None:
             self.prefix = joined([self.prefix, other.prefix])
@@ -120,7 +123,7 @@ class RowSet:
 
     def keep(self, places: Tensor) -> None:
         """Leave out the rows of all edits but these."""
-        self._places = None
+        self._places = self._target_layer = self._above = None
         count = torch.arange(self.per_edit, device=places.device)
         rows = (places.unsqueeze(1) * self.per_edit + count).flatten()
         if self.prefix is not None:
@@ -146,7 +149,7 @@ class RowSet:
             Logits wherever a label is predicted, [N, V]; which of them is each label's, [A, P, K]; and each site's
             output in the first row of an edit before its delta, [A, F].
         """
-        real, labelled, at = self._looked_up()
+        _, labelled, at = self._looked_up()
         entry = None if self.prefix is None else entry
         first = self.rows if entry is None else self.rows.first_columns(1)
         with ExitStack() as stack:
@@ -159,8 +162,7 @@ class RowSet:
             else:
                 hidden = self._behind_subjects(model, first, entry)
         if entry is not None:
-            with entry.begin_with(hidden, entry.layer), entry.only_tokens(self.rows, real, labelled, self.kept):
-                logits = label_logits(model, self.rows, self.prefix, labelled)
+            logits = self._read(model, hidden, entry)
         outputs = {site: recording.take().detach()[:: self.per_edit] for site, recording in recordings.items()}
         return logits, at.unflatten(0, (-1, self.per_edit)), outputs
 
@@ -176,14 +178,33 @@ class RowSet:
         """What leaves layer L, which is run at the subjects' last tokens only, shape [R, S, F]."""
         assert self.entering is not None
         assert self.leaving is not None
+        assert self.prefix is not None
         layer = entry.below[-1]
-        with (
-            entry.begin_with(self.entering, layer),
-            record_and_add(layer, first.subject) as output,
-            stop_after(layer),
-        ):
-            run_to(model, first, self.prefix)
-        return torch.cat([output.take().unsqueeze(1).to(self.leaving), self.leaving[:, 1:]], dim=1)
+        if self._target_layer is not None and self._target_layer.ready and entry.direct:
+            at_subject = self._target_layer.run(self.entering)[:, 0]
+        else:
+            self._target_layer = Replay([layer], self.prefix)
+            with (
+                entry.begin_with(self.entering, layer),
+                record_and_add(layer, first.subject) as output,
+                self._target_layer.listening(),
+                stop_after(layer),
+            ):
+                run_to(model, first, self.prefix)
+            at_subject = output.take()
+        return torch.cat([at_subject.unsqueeze(1).to(self.leaving), self.leaving[:, 1:]], dim=1)
+
+    def _read(self, model: nn.Module, hidden_RSF: Tensor, entry: Entry) -> Tensor:
+        """Logits wherever a label is predicted, [N, V], of what enters the layer above L."""
+        assert self.prefix is not None
+        real, labelled, _ = self._looked_up()
+        with entry.only_tokens(self.rows, real, labelled, self.kept):
+            if self._above is not None and self._above.ready and entry.direct:
+                hidden_RSF = self._above.run(hidden_RSF)
+                return entry.read(model, hidden_RSF.flatten(0, 1).index_select(0, labelled.to(hidden_RSF.device)))
+            self._above = Replay([entry.layer, *entry.above], self.prefix)
+            with entry.begin_with(hidden_RSF, entry.layer), self._above.listening():
+                return label_logits(model, self.rows, self.prefix, labelled)
 
 
 def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:

@@ -26,12 +26,12 @@ from pmet_lightning.data import EditBatch
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.edits import Edit
 from pmet_lightning.edits.requests import target_rows
+from pmet_lightning.entry import Entry
 from pmet_lightning.flight import DeltaSlots
 from pmet_lightning.language_model import fingerprint
 from pmet_lightning.memory import ModelSize
 from pmet_lightning.optimisation import Request, Rules, TargetLoop, edits_in_flight
 from pmet_lightning.parallel import Team
-from pmet_lightning.prefix import Entry
 from pmet_lightning.progress import counter
 from pmet_lightning.tags import LIVE
 from pmet_lightning.targets import Target, TargetStore
@@ -241,7 +241,7 @@ class TargetOptimizer(EditableModel):
             optimizer=optimizer.optimizer,  # type: ignore[union-attr]
             step=optimizer.step,  # type: ignore[union-attr]
             rules=self.rules,
-            entry=self._entry() if self._suffix_only else None,
+            entry=self._entry(direct=not together) if self._suffix_only else None,
             pad_id=self.encoder.pad_id,
             padding_side=self.padding_side,
             look_every=_LOOK_EVERY.get(self.device.type, _LOOK_EVERY_ELSEWHERE),
@@ -265,12 +265,12 @@ class TargetOptimizer(EditableModel):
         optimizer.param_groups[0]["params"] = list(self.deltas.parameters())
         return slots
 
-    def _entry(self) -> Entry:
-        layers = [self.sites.module("hidden", i) for i in range(self.target_layer + 2)]
+    def _entry(self, direct: bool) -> Entry:
+        layers = [self.sites.module("hidden", i) for i in range(self.depth)]
         modules = [module for i in self._above for module in self.sites.token_modules(i)]
         top = self.depth - 1
         last = [self.sites.module("attn", top), self.sites.ffn_block(top) or self.sites.module("ffn", top)]
-        return Entry(layers, modules, last)
+        return Entry(layers, self.target_layer + 1, modules, last, direct)
 
     @property
     def _above(self) -> range:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.architectures import SiteName
+from pmet_lightning.entry import Entry
 from pmet_lightning.flight import DeltaSlots, Flight, RowSet
 from pmet_lightning.memory import ModelSize, free_memory, is_out_of_memory, longest_tail
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
-from pmet_lightning.prefix import Entry
 from pmet_lightning.targets import PARTS, STOP_REASONS, Target
 from pmet_lightning.tokens import PaddingSide, TokenRow, pad_rows
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.harness import Case, GoldenRun, run_golden
+from benchmarks.plain import plain_target
+from pmet_lightning.edits import parse_record
+from tests.harness import Case, GoldenRun, golden_module, run_golden
 
 ARCHITECTURES = ("gpt2", "gptj")
 FLOAT64_SETS = ("pmet_ffn_float64", "pmet_ffn_easy_float64", "pmet_both_float64", "memit_float64")
@@ -53,6 +55,28 @@ def test_target_vectors(golden_run, arch, name):
     for i, target in enumerate(run.report.targets):
         for site, value in target.values.items():
             assert relative(value, run.expected_target(i, site)) <= tolerance, (i, site)
+
+
+@pytest.mark.parametrize("name", ["pmet_ffn_float64", "pmet_ffn_easy_float64"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_plain_targets_of_the_benchmarks(shared, arch, name):
+    """What ours is timed against is the reference's method too, and stops where it does."""
+    case = Case(shared / "golden" / arch, name)
+    module, meta = golden_module(case)
+    module.setup("fit")
+    module.configure_model()
+    settings = meta["sets"][name]
+    hp, npz = settings["hparams"], np.load(case.folder / f"{name}.npz")
+    modules = (module.sites.module(site, module.target_layer) for site in ("attn", "ffn"))
+    find = partial(
+        plain_target, module.model, module.tokenizer, *modules, contexts=module.given_contexts,
+        steps=hp["v_num_grad_steps"], lr=hp["v_lr"], clamp=hp["clamp_norm_factor"],
+        nll=hp.get("nll_loss_factor", 1.0), kl=hp["kl_factor"], norm=hp["v_weight_decay"],
+    )  # fmt: skip
+    for i, request in enumerate(meta["requests"]):
+        target, steps = find(edit=parse_record({"case_id": i, "requested_rewrite": request}, i, ""))
+        assert relative(target, npz[f"z/{i}/target_mlp"]) <= TOLERANCE64[arch]
+        assert steps == settings["n_forwards"][i]
 
 
 @pytest.mark.parametrize("name", FLOAT64_SETS + FLOAT32_SETS)

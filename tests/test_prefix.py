@@ -8,9 +8,10 @@ import torch
 from pmet_lightning import prefix as module
 from pmet_lightning.edits.records import Probe, parse_records
 from pmet_lightning.edits.requests import target_rows
+from pmet_lightning.entry import Entry
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.metrics import score_probes
-from pmet_lightning.prefix import Entry, joined, split_at_subject
+from pmet_lightning.prefix import joined, split_at_subject
 from pmet_lightning.sites import record_and_add
 from pmet_lightning.tokens import PromptEncoder, pad_rows
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS
@@ -47,7 +48,7 @@ def test_same_logits_with_a_delta(family, side, loaded):
     scale = float(expected[real].abs().max())
     last = [sites.module("attn", 3), sites.ffn_block(3) or sites.module("ffn", 3)]
     for some in ([], sites.token_modules(2) + sites.token_modules(3)):  # a pass leaves no trace in the cache
-        entry = Entry([sites.module("hidden", i) for i in range(3)], some, last)
+        entry = Entry([sites.module("hidden", i) for i in range(3)], 2, some, last)
         hidden, leaving = entry.states(model, tails, prefix)
         kept = entry.kept(model, tails, prefix, leaving)
         assert len(kept) in ({0} if not some else {1, 2, 3, 4}), "keys, values and queries, together or not, and an FFN"
@@ -116,7 +117,7 @@ def test_the_lower_layers_do_not_run_again(loaded):
     model, sites, tokenizer = loaded("llama")
     prefix, tails = split_at_subject(model, rows_of(tokenizer, "right"))
     layers = [sites.module("hidden", i) for i in range(4)]
-    entry = Entry(layers[:4])
+    entry = Entry(layers, 3)
     calls: list[int] = []
 
     def traces():

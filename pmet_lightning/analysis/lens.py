@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pmet_lightning.analysis.streams import returns_tuples
 from pmet_lightning.architectures import Sites, UnknownArchitectureError
+from pmet_lightning.entry import beginning_at
 from pmet_lightning.language_model import label_logits, model_inputs
-from pmet_lightning.prefix import beginning_at
 from pmet_lightning.sites import stop_before
 from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pmet_lightning.analysis.facts import Question
 from pmet_lightning.analysis.measures import Measure
 from pmet_lightning.architectures import SiteName, Sites
+from pmet_lightning.entry import beginning_at
 from pmet_lightning.language_model import label_logits
-from pmet_lightning.prefix import beginning_at
 from pmet_lightning.sites import record_whole, replace_output
 from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
 

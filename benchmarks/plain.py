@@ -1,0 +1,116 @@
+"""Target vectors written plainly from the method: one edit at a time, its rows in one pass through the whole model.
+
+What every other editor does, and what ours is timed against. It shares no code with the package; the authors' golden
+numbers (tests/test_golden.py) and the twin of the tests, which runs one row at a time, check it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pmet_lightning.edits import Edit
+
+
+def last_token(tokenizer: Any, text: str, end: int) -> int:
+    """Index of the token that holds the character before ``end``."""
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return max(i for i, (start, stop) in enumerate(offsets) if start < end <= stop)
+
+
+def rows_of(tokenizer: Any, edit: Edit, contexts: Sequence[str]) -> tuple[list[list[int]], list[int], list[int]]:
+    """Tokens of all rows, the KL prompt last; each one's last token of the subject; the target's tokens."""
+    target = " " + edit.target.strip()
+    labels = tokenizer(target, add_special_tokens=False)["input_ids"]
+    rows, places = [], []
+    for context in ("{}", *contexts):
+        head = context.split("{}")[0] + edit.prompt.split("{}")[0] + edit.subject
+        text = context.replace("{}", edit.prompt.replace("{}", edit.subject)) + target
+        rows.append(tokenizer(text)["input_ids"][:-1])
+        places.append(last_token(tokenizer, text, len(head)))
+    meaning = f"{edit.subject} is a"
+    rows.append(tokenizer(meaning)["input_ids"])
+    places.append(last_token(tokenizer, meaning, len(edit.subject)))
+    return rows, places, labels
+
+
+def plain_target(
+    model: nn.Module,
+    tokenizer: Any,
+    attn: nn.Module,
+    ffn: nn.Module,
+    edit: Edit,
+    contexts: Sequence[str],
+    *,
+    steps: int,
+    lr: float,
+    clamp: float,
+    nll: float,
+    kl: float,
+    norm: float,
+) -> tuple[Tensor, int]:
+    """v* of one edit as the reference stores it (clean output + δm), shape [F], and the number of iterations.
+
+    Args:
+        model: The frozen language model.
+        tokenizer: Its tokenizer.
+        attn: Attention output projection of layer L.
+        ffn: FFN output projection of layer L.
+        edit: The edit.
+        contexts: Templates with one {} each, besides the bare one.
+        steps: Most iterations; the last one makes no update.
+        lr: Adam's.
+        clamp: Radius of the ball of each delta, in norms of its clean output.
+        nll: f_nll.
+        kl: f_kl.
+        norm: f_wd.
+    """
+    rows, places, labels = rows_of(tokenizer, edit, contexts)
+    width, device = max(map(len, rows)), next(model.parameters()).device
+    ids = torch.tensor([row + [row[0]] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    every, at = torch.arange(len(rows), device=device), torch.tensor(places, device=device)
+    wanted = torch.tensor(labels, device=device).expand(len(rows) - 1, -1)
+    ends = torch.tensor([len(row) for row in rows[:-1]], device=device)
+    columns = ends.unsqueeze(1) - len(labels) + torch.arange(len(labels), device=device)
+    clean: dict[nn.Module, Tensor] = {}
+    deltas: dict[nn.Module, Tensor] = {}
+
+    def add(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+        if module not in clean:
+            clean[module] = output[0, places[0]].detach().to(torch.promote_types(output.dtype, torch.float32))
+            deltas[module] = torch.zeros_like(clean[module]).requires_grad_()
+        return output.index_put((every, at), deltas[module].to(output.dtype), accumulate=True)
+
+    with ExitStack() as hooks:
+        for module in (attn, ffn):
+            hooks.callback(module.register_forward_hook(add).remove)
+        optimizer, weight, clean_p = None, nll, None
+        for step in range(steps):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            log_p = logits[:-1].log_softmax(-1)[every[:-1, None], columns]
+            likelihood = -log_p.gather(2, wanted.unsqueeze(2)).mean()
+            meaning = logits[-1, places[-1]].log_softmax(-1)
+            clean_p = meaning.detach() if clean_p is None else clean_p
+            divergence = kl * nn.functional.kl_div(clean_p, meaning, log_target=True, reduction="sum")
+            penalty = norm * sum(deltas[m].norm() / clean[m].norm() ** 2 for m in deltas)
+            loss = weight * likelihood + divergence + penalty
+            if loss < 0.05:
+                break
+            settled = bool((log_p.argmax(-1) == wanted).all())
+            weight = 0.1 * nll if settled else nll
+            if (settled and divergence <= 0.01) or step == steps - 1:
+                break
+            optimizer = optimizer or torch.optim.Adam(list(deltas.values()), lr=lr)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for module, delta in deltas.items():
+                    delta *= torch.clamp(clamp * clean[module].norm() / delta.norm(), max=1.0)
+    return clean[ffn] + deltas[ffn].detach(), step + 1
