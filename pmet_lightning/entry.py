@@ -67,11 +67,14 @@ class Entry:
 
     def read(self, model: nn.Module, hidden_NF: Tensor) -> Tensor:
         """Logits [N, V] of what leaves the last layer at some tokens."""
+        from transformers import DynamicCache
+
         layers = [*self.below, self.layer, *self.above]
-        # A row for each token; there is no padding, so that no mask is looked into.
-        ids = torch.zeros(len(hidden_NF), 1, dtype=torch.long, device=hidden_NF.device)
+        # A row for each token. Neither of input ids nor without a cache: then a model looks for padding in them, or for
+        # several texts in one row, and waits for the device.
+        nothing = hidden_NF.new_zeros(len(hidden_NF), 1, model.get_input_embeddings().embedding_dim)  # type: ignore[operator]
         with beginning_at(layers, len(layers), hidden_NF.unsqueeze(1), self._tuples):
-            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = model(inputs_embeds=nothing, past_key_values=DynamicCache(), use_cache=False).logits
         return logits.squeeze(1).to(hidden_NF.device)
 
     def kept(
