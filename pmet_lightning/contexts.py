@@ -4,12 +4,17 @@ wording (METHOD.md, step 1, choice 2). Sampled once, seeded, and stored with the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+
+from pmet_lightning.files import write_json
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
 BARE = "{}"
@@ -46,6 +51,31 @@ def sample_contexts(
             )
             contexts.append(as_context(tokenizer.decode(output[0], skip_special_tokens=True)))
     return contexts
+
+
+class ContextStore:
+    """Sampled contexts in a folder, under the hash of everything they depend on.
+
+    Args:
+        folder: Where; made when contexts are saved.
+        depends: Fingerprints of model and tokenizer, and how they are sampled.
+    """
+
+    def __init__(self, folder: str | Path, depends: Mapping[str, Any]) -> None:
+        name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+        self.path = Path(folder) / f"contexts-{name}.json"
+
+    def load(self) -> list[str] | None:
+        """The stored contexts, or ``None``; an unreadable file counts as absent and is made anew."""
+        try:
+            return check_contexts(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def save(self, contexts: Sequence[str]) -> None:
+        """Store contexts; a reader never sees half a file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, list(contexts))
 
 
 def as_context(sentence: str) -> str:

@@ -133,7 +133,8 @@ class RowSet:
         used = self.rows.used_columns(rows)
         if self.leaving is not None:
             self.leaving = self.leaving[rows][:, used]
-        self.kept = {module: outputs[rows][:, used] for module, outputs in self.kept.items()}
+        # On the device of the layer above, which may be another one.
+        self.kept = {module: outputs[rows.to(outputs.device)][:, used] for module, outputs in self.kept.items()}
         self.rows = self.rows.select(rows)
 
     def run(

@@ -21,7 +21,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from pmet_lightning.architectures import SiteName
-from pmet_lightning.contexts import check_contexts, sample_contexts
+from pmet_lightning.contexts import ContextStore, check_contexts, sample_contexts
 from pmet_lightning.data import EditBatch
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.edits import Edit
@@ -76,7 +76,8 @@ class TargetOptimizer(EditableModel):
         context_count: How many contexts are sampled.
         context_length: New tokens of each sampled context.
         seed: Seed of the sampled contexts.
-        targets_folder: Folder in which finished targets are kept and found again; null keeps none.
+        targets_folder: Folder in which sampled contexts and finished targets are kept by what they depend on, and found
+            again; null keeps none.
         micro_batch: Edits optimised together; changes nothing but memory and time. 'auto' takes as many as fit into
             free memory and pay. An allocation that fails halves them.
         suffix_only: Whether what stands before the subjects and below layer L is computed once; the whole model at
@@ -180,16 +181,24 @@ class TargetOptimizer(EditableModel):
         if self.given_contexts is not None:
             self.contexts = self.given_contexts
         elif not self.contexts:
-            self.contexts = sample_contexts(
-                self.model,
-                self.tokenizer,
-                count=self.context_count,
-                length=self.context_length,
-                seed=self.seed,
-                device=self.device,
-            )
+            self.contexts = self._sampled_contexts()
         self.contexts = self.trainer.strategy.broadcast(self.contexts)
         log.info("contexts: %s", self.contexts)
+
+    def _sampled_contexts(self) -> list[str]:
+        """Sampled, or found where an equal run has kept them beside its targets."""
+        how = {"count": self.context_count, "length": self.context_length, "seed": self.seed}
+        store = None
+        if self.targets_folder is not None:
+            names = {"model": self.base_fingerprint, "tokenizer": self.encoder.fingerprint()}
+            store = ContextStore(self.targets_folder, names | how)
+            kept = Team.of(self.trainer).object_from_first(store.load)
+            if kept is not None:
+                return kept
+        contexts = sample_contexts(self.model, self.tokenizer, device=self.device, **how)
+        if store is not None and self.trainer.is_global_zero:
+            store.save(contexts)
+        return contexts
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Target]]:
         """Optimise this process' part of an edit batch, but for the targets that are in the store.

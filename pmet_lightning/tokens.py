@@ -8,8 +8,9 @@ Legend: R = rows, T = tokens of the longest row, K = tokens of the longest targe
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 PaddingSide = Literal["left", "right"]
 IGNORE = -100  # label of a position that is not part of a target
+Tokenised = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
+_MOST_KEPT = 2**15  # texts; about 3 KB each
 _HALF_CHARACTER = "\ufffd"  # what decoding gives for bytes that are no whole character yet
 
 
@@ -139,6 +142,7 @@ class PromptEncoder:
 
     tokenizer: Any
     chat: tuple[str, str] | None = None
+    _kept: dict[str, Tokenised] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
     def of(cls, tokenizer: Any, chat: bool = False) -> PromptEncoder:
@@ -196,7 +200,7 @@ class PromptEncoder:
         text, subject_start = (prompt, 0) if subject is None else fill(prompt, subject)
         text, prompt_start = fill(context, text)
         text, full = self._texts(text, target)
-        ((ids, offsets),) = _tokenise(self.tokenizer, [full], special=self.chat is None)
+        ((ids, offsets),) = self._tokenised([full])
         position = -1
         if subject is not None:
             position = self._subject_tokens(offsets, prompt_start + subject_start, subject, full)[-1]
@@ -216,7 +220,7 @@ class PromptEncoder:
         """
         text, start = fill(prompt, subject)
         _, full = self._texts(text, None)
-        ((_, offsets),) = _tokenise(self.tokenizer, [full], special=self.chat is None)
+        ((_, offsets),) = self._tokenised([full])
         return self._subject_tokens(offsets, start, subject, full)
 
     def _subject_tokens(self, offsets: Sequence[tuple[int, int]], start: int, subject: str, full: str) -> range:
@@ -241,11 +245,21 @@ class PromptEncoder:
         """
         wanted = [None] * len(prompts) if targets is None else targets
         texts = [self._texts(prompt, target) for prompt, target in zip(prompts, wanted, strict=True)]
-        tokenised = _tokenise(self.tokenizer, [full for _, full in texts], special=self.chat is None)
+        tokenised = self._tokenised([full for _, full in texts])
         return [
             _with_target(TokenRow(ids), offsets, text, target)
             for (text, _), target, (ids, offsets) in zip(texts, wanted, tokenised, strict=True)
         ]
+
+    def _tokenised(self, texts: Sequence[str]) -> list[Tokenised]:
+        """As :func:`_tokenise`; the latest texts are kept, since every text of an edit comes again."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._kept]
+        made = _tokenise(self.tokenizer, missing, special=self.chat is None)
+        self._kept.update(zip(missing, made, strict=True))
+        found = [self._kept[text] for text in texts]
+        for text in list(itertools.islice(self._kept, max(0, len(self._kept) - _MOST_KEPT))):
+            del self._kept[text]
+        return found
 
     def _texts(self, text: str, target: str | None) -> tuple[str, str]:
         """The text as the model reads it, and with the target as it follows a prompt or begins an answer in a chat."""
@@ -312,7 +326,7 @@ def _with_target(row: TokenRow, offsets: Sequence[tuple[int, int]], text: str, t
     return TokenRow(row.ids[:-1], row.subject, labels)
 
 
-def _tokenise(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def _tokenise(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Tokenised]:
     """Ids and character offsets of each text, without special tokens that the tokenizer puts at its end.
 
     Args:

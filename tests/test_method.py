@@ -225,6 +225,29 @@ def test_targets_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
     assert calls == [0, len(RECORDS), len(RECORDS)]
 
 
+def test_contexts_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
+    store, sampled, original = tmp_path / "targets", [], module_of_targets.sample_contexts
+    monkeypatch.setattr(
+        module_of_targets, "sample_contexts", lambda *a, **how: sampled.append(how["seed"]) or original(*a, **how)
+    )
+    changed = {"targets_folder": str(store), "contexts": None, "context_count": 2, "context_length": 3, "steps": 2}
+
+    def contexts(**more):
+        module = tiny_module(folder_of("gpt2"), **changed, **more)
+        edit(module, RECORDS[:1], moments_for(folder_of("gpt2")), tmp_path, lam=2.0)
+        return module.contexts
+
+    first = contexts()
+    assert len(first) == 2
+    assert contexts() == first
+    assert contexts(seed=1) != first
+    assert sampled == [0, 1]
+    for path in store.glob("contexts-*"):
+        path.write_text("[1", encoding="utf-8")
+    assert contexts() == first
+    assert sampled == [0, 1, 0]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mistral"])
 @pytest.mark.parametrize("micro_batch", [3, 5])
 def test_places_are_taken_again_as_edits_stop(family, micro_batch, folder_of, tmp_path_factory, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from pmet_lightning import tokens as module
 from pmet_lightning.edits import parse_record
 from pmet_lightning.language_model import load_tokenizer
 from pmet_lightning.tokens import (
@@ -269,3 +270,23 @@ def test_padding_against_one_row_at_a_time(side):
         assert batch.label_ids[r].tolist() == [*row.labels, *[IGNORE] * (2 - known)]
         expected = [first + count - known + k if k < known else first + count - 1 for k in range(2)]
         assert batch.label_columns[r].tolist() == expected
+
+
+def test_a_text_is_tokenised_once(tokenizer, monkeypatch):
+    asked: list[str] = []
+    original = module._tokenise
+
+    def counted(tokenizer, texts, *, special):
+        asked.extend(texts)
+        return original(tokenizer, texts, special=special)
+
+    monkeypatch.setattr(module, "_tokenise", counted)
+    encoder = PromptEncoder(tokenizer)
+    rows = encoder.encode_all(["a river", "a lake", "a river"])
+    assert rows[0] == rows[2] == encoder.encode("a river")
+    assert asked == ["a river", "a lake"]
+    monkeypatch.setattr(module, "_MOST_KEPT", 2)
+    assert encoder.encode_all(["a lake", "a hill"])[0] == rows[1]
+    assert asked == ["a river", "a lake", "a hill"]
+    encoder.encode("a river")  # the oldest is gone
+    assert asked[3:] == ["a river"]
