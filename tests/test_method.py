@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from pmet_lightning import Edit, TargetOptimizer, keys
+from pmet_lightning import Edit, TargetOptimizer, keys, prefix
 from pmet_lightning import module as module_of_targets
 from pmet_lightning.architectures import Sites, architecture_of, in_features
 from pmet_lightning.edits import parse_record
@@ -138,6 +138,7 @@ VARIANTS = {
     "shuffled": {"shuffle": True},
     "whole model": {"suffix_only": False},
     "nothing shared": {"nothing_shared": True},
+    "no plain cache": {"no_cache": True},
 }
 
 
@@ -149,6 +150,8 @@ def test_batching_is_exact(family, variant, folder_of, tmp_path_factory, monkeyp
     values, deltas, _ = run(folder, tmp_path_factory.mktemp("a"), micro_batch=64)
     if change.pop("nothing_shared", False):
         monkeypatch.setattr(keys, "prefix_of", lambda *_: None)
+    if change.pop("no_cache", False):
+        monkeypatch.setattr(prefix, "_is_plain", lambda *_: False)
     if change.pop("shuffle", False):
         random.Random(1).shuffle(records)
     other_values, other_deltas, _ = run(folder, tmp_path_factory.mktemp("b"), records, **change)
@@ -158,6 +161,19 @@ def test_batching_is_exact(family, variant, folder_of, tmp_path_factory, monkeyp
         assert float((other_values[question] - value).norm() / value.norm()) < tolerance
     for name, delta in deltas.items():
         assert float((other_deltas[name] - delta).norm() / delta.norm()) < tolerance
+
+
+@pytest.mark.parametrize("change", [{"suffix_only": False}, {"micro_batch": 3}], ids=["whole model", "three in flight"])
+@pytest.mark.parametrize("family", ["gpt_neox", "phi", "opt"])
+def test_batching_is_exact_to_1e_8_in_float64(family, change, folder_of, tmp_path_factory):
+    """Two parallel blocks, in which the FFN above L is kept, and a sequential one; all of them float64 throughout."""
+    folder, sdpa = folder_of(family), {"attn_implementation": None}
+    values, deltas, _ = run(folder, tmp_path_factory.mktemp("a"), **sdpa)
+    other_values, other_deltas, _ = run(folder, tmp_path_factory.mktemp("b"), **sdpa, **change)
+    for question, value in values.items():
+        assert float((other_values[question] - value).norm() / value.norm()) < 1e-8
+    for name, delta in deltas.items():
+        assert float((other_deltas[name] - delta).norm() / delta.norm()) < 1e-8
 
 
 def test_the_last_layer_gets_a_warning(folder_of, caplog):
