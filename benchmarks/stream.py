@@ -1,4 +1,4 @@
-"""A long stream of edits: whether time for each edit batch and resident memory stay flat.
+"""A long stream of edits: whether time for each edit batch and resident memory stay flat, and the peak.
 
     python benchmarks/stream.py [--edits 10000] [--edit_batch 100] [--model FOLDER] [--steps 10]
 
@@ -34,33 +34,36 @@ def write_records(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in made), encoding="utf-8")
 
 
-def resident(process: int) -> float:
-    """Resident memory in MiB; 0 once the process is gone."""
+def memory(process: int, what: str) -> float:
+    """Memory in MiB, resident now (``VmRSS``) or at its peak (``VmHWM``); 0 once the process is gone."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return 0.0
-    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS")), 0.0)
+    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(what)), 0.0)
 
 
-def watched(command: list[str], journal: Path) -> list[tuple[float, float]]:
-    """Seconds and MiB whenever an edit batch has been written down.
+def watched(command: list[str], journal: Path) -> tuple[list[tuple[float, float]], float, float]:
+    """Seconds and MiB whenever an edit batch has been written down; the peaks by the last one, and of the whole run.
 
     Raises:
         RuntimeError: If the run failed.
     """
     found: list[tuple[float, float]] = []
+    by_last = peak = 0.0
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said)
         while process.poll() is None:
             lines = journal.read_bytes().count(b"\n") if journal.is_file() else 0
             if lines > len(found):
-                found += [(time.perf_counter(), resident(process.pid))] * (lines - len(found))
+                found += [(time.perf_counter(), memory(process.pid, "VmRSS"))] * (lines - len(found))
+                by_last = memory(process.pid, "VmHWM")
+            peak = max(peak, memory(process.pid, "VmHWM"))  # of the report at the end too
             time.sleep(POLL)
         if process.returncode:
             said.seek(0)
             raise RuntimeError(f"the run failed:\n{said.read()[-2000:]}")
-    return found
+    return found, by_last, peak
 
 
 def main() -> None:
@@ -82,7 +85,7 @@ def main() -> None:
             "--drift.max_perplexity", "null", "--drift.max_growth", "null", "--model.free_tokens", "0",
             "--trainer.enable_progress_bar", "false",
         ]  # fmt: skip
-        found = watched(command, Path(base) / "run" / "batches.jsonl")
+        found, by_last, peak = watched(command, Path(base) / "run" / "batches.jsonl")
     steps = [(b - a, memory) for (a, _), (b, memory) in zip(found, found[1:], strict=False)]
     size = max(1, len(steps) // 10)
     out("| edit batches | seconds for each, median | resident MiB |\n|---|---|---|\n")
@@ -90,6 +93,7 @@ def main() -> None:
         part = steps[first : first + size]
         seconds = statistics.median(gap for gap, _ in part)
         out(f"| {first + 1} to {first + size} | {seconds:.2f} | {part[-1][1]:.0f} |\n")
+    out(f"\npeak MiB (VmHWM): {by_last:.0f} by the last edit batch, {peak:.0f} with the report at the end\n")
     out(
         f"\n{len(found)} edit batches of {options.edit_batch}, {platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def corpus_fingerprint(name: str, subset: str | None = None) -> str:
     path = Path(locate(name))
     if not path.is_file():
         return f"{name}:{subset}"
+    now = path.stat()
+    return _digest(path, now.st_size, now.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Hash of a file's bytes; read once as long as the file is what it was."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

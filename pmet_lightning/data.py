@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,7 +13,7 @@ import lightning as L
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from pmet_lightning.edits import Edit, RecordError, check_no_contradictions, read_edits, stream_edits
+from pmet_lightning.edits import Edit, RecordError, check_no_contradictions, read_edits, skip_written, stream_edits
 from pmet_lightning.language_model import load_tokenizer
 from pmet_lightning.parallel import Team
 from pmet_lightning.tokens import LocationError, PromptEncoder
@@ -60,12 +60,13 @@ class EditBatches(IterableDataset[EditBatch]):
     """The edit batches of an epoch.
 
     Args:
-        edits: Gives the edits; called once for every epoch.
+        edits: Gives the edits that are not written yet; called once for every epoch.
         size: Edits of a batch.
-        done: Edits that were written before. They are one batch without edits, so that an epoch is never empty.
-        count: How many edits there are; ``None`` for a stream.
+        done: Edits that were written before them. They are one batch without edits, so that an epoch is never empty.
+        count: How many edits there are, with those; ``None`` for a stream.
         team: Processes that work on what the first of them reads, since the end of a growing file is not the same to
             all; each reads by itself where ``None``.
+        check: Raises if the edits of a batch cannot be written together.
     """
 
     def __init__(
@@ -75,14 +76,16 @@ class EditBatches(IterableDataset[EditBatch]):
         done: int,
         count: int | None,
         team: Team | None = None,
+        check: Callable[[Sequence[Edit]], None] = lambda _: None,
     ) -> None:
         self.edits, self.size, self.done, self.count, self.team = edits, size, done, count, team
+        self.check = check
 
     def __iter__(self) -> Iterator[EditBatch]:
         position = self.done
         if self.done:
             yield EditBatch((), ())
-        edits = islice(self.edits(), self.done, None)
+        edits = self.edits()
         while batch := self._next(edits):
             yield EditBatch(tuple(batch), tuple(range(position, position + len(batch))))
             position += len(batch)
@@ -93,7 +96,9 @@ class EditBatches(IterableDataset[EditBatch]):
 
     def _next(self, edits: Iterator[Edit]) -> list[Edit]:
         def read() -> list[Edit]:
-            return list(islice(edits, self.size))
+            batch = list(islice(edits, self.size))
+            self.check(batch)
+            return batch
 
         return read() if self.team is None else self.team.object_from_first(read)
 
@@ -167,6 +172,7 @@ class EditDataModule(L.LightningDataModule):
         self.edits: list[Edit] = []
         self._rows: Sequence[Mapping[str, Any]] | None = None
         self._at_hand: list[Edit] | None = None
+        self._left: Iterator[Edit] | None = None  # of a stream, behind what is written
         self._tokenizer: Any = None
 
     @classmethod
@@ -223,20 +229,42 @@ class EditDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[EditBatch]:
         """The edit batches, the same on every process."""
         if self.stream:
-            batches = EditBatches(self._streamed, self.edit_batch or 1, self.done, None, self._team)
+            batches = EditBatches(self._streamed, self.edit_batch or 1, self.done, None, self._team, self._check)
         else:
-            batches = EditBatches(
-                lambda: iter(self.edits), self.edit_batch or len(self.edits), self.done, len(self.edits)
-            )
+            left, count = self.edits[self.done :], len(self.edits)
+            batches = EditBatches(lambda: iter(left), self.edit_batch or count, self.done, count)
         return DataLoader(batches, batch_size=None)
 
+    def go_on_behind(self, written: Iterable[Mapping[str, Any]]) -> None:
+        """Leave out the edits that an earlier run has written: the first of these, which must be the same ones.
+
+        Args:
+            written: The earlier run's lines of the ledger.
+
+        Raises:
+            RecordError: If another edit was written in the place of one; the message names the record and both.
+        """
+        name = self.path if isinstance(self.path, str) else ", ".join(self.path)
+        if not self.stream:
+            self.done = skip_written(iter(self.edits), written, name)
+            return
+
+        def skip() -> int:
+            self._left = self._all_streamed()
+            return skip_written(self._left, written, name)
+
+        self.done = skip() if self._team is None else self._team.object_from_first(skip)
+
+    def _all_streamed(self) -> Iterator[Edit]:
+        return stream_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, wait=self.stream_wait)
+
     def _streamed(self) -> Iterator[Edit]:
-        """The edits of a stream, each edit batch checked."""
-        edits = stream_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, wait=self.stream_wait)
-        while batch := list(islice(edits, self.edit_batch)):
-            check_no_contradictions(batch)
-            self._check_tokens(batch)
-            yield from batch
+        """The edits of a stream that are not written yet."""
+        return self._all_streamed() if self._left is None else self._left
+
+    def _check(self, batch: Sequence[Edit]) -> None:
+        check_no_contradictions(batch)
+        self._check_tokens(batch)
 
     def val_dataloader(self) -> DataLoader[EditBatch] | list[Any]:
         """All edits with their questions, for the scores before and after; each process gets its part."""

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 
 from pmet_lightning.corpus import corpus_texts, packed_rows
 from pmet_lightning.editable import EditableModel
+from pmet_lightning.edits import Edit
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.objective import kl_divergence, target_scores
 from pmet_lightning.parallel import Team
@@ -62,7 +63,7 @@ class Drift(L.Callback):
         if max_perplexity is not None and text is None:
             raise ValueError("--drift.max_perplexity needs text to measure it on; set --drift.text")
         self.max_perplexity, self.max_growth, self.on_limit = max_perplexity, max_growth, on_limit
-        self.ended = ""  # why the run was ended
+        self.ended = self.advice = ""  # why the run was ended, and what to do
         self._first_perplexity: float | None = None
         self.text, self.text_subset = text, text_subset
         self.rows, self.length, self.seed = int(rows), int(length), seed
@@ -121,11 +122,8 @@ class Drift(L.Callback):
         )
         if self.on_limit == "rollback":
             spread.undo()
-        log.warning(
-            "%s; the run ends here%s",
-            self.ended,
-            ", and the edit batch was taken back" if spread.report is None else "",
-        )
+        self.advice = _advice(batch.edits, taken_back=spread.report is None)
+        log.warning("%s; the run ends here: %s", self.ended, self.advice)
         trainer.should_stop = True
 
     def _own_rows(self, trainer: L.Trainer, module: EditableModel) -> list[TokenRow]:
@@ -157,6 +155,18 @@ class Drift(L.Callback):
             return perplexity, None
         kl.update(kl_divergence(self._clean, ends_RV).double())
         return perplexity, float(kl.compute())
+
+
+def _advice(edits: Sequence[Edit], taken_back: bool) -> str:
+    """What became of the edit batch, and what the user can do."""
+    first, last = (edit.origin or repr(edit.question) for edit in (edits[0], edits[-1]))
+    other = "begin another run with a larger --spread.lam"
+    if not taken_back:
+        return f"its edit batch stays; a run that goes on writes one more and ends again: raise the limit, or {other}"
+    return (
+        f"its edit batch ({first} to {last}) was taken back, and a run that goes on meets it again and ends again: "
+        f"take these records out of the file, raise the limit, or {other}"
+    )
 
 
 def _vocabulary(module: EditableModel) -> int:

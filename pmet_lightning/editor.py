@@ -22,7 +22,7 @@ from pmet_lightning.edits import Edit, as_edits
 from pmet_lightning.files import new_folder
 from pmet_lightning.guest import as_guest
 from pmet_lightning.language_model import checksum
-from pmet_lightning.manifest import manifest_of
+from pmet_lightning.manifest import manifest_of, moments_of
 from pmet_lightning.metrics.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.patch import save_patch
 from pmet_lightning.progress import EditProgressBar
@@ -259,8 +259,8 @@ class Editor:
         """
         if not self._spread.deltas:
             raise ValueError("Editor.save_patch: nothing has been edited, so that there is no patch")
-        manifest = manifest_of(self._module, self._spread, 0) | {"edit_batches": self._module.batches_done}
-        save_patch(path, self._spread.deltas, manifest)
+        manifest = manifest_of(self._module, self._spread, moments_of(self._module, self._moments), 0)
+        save_patch(path, self._spread.deltas, manifest | {"edit_batches": self._module.batches_done})
 
     @property
     def _device(self) -> torch.device:

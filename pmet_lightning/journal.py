@@ -11,9 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from pmet_lightning.files import atomic_path
+from typing import Any, NamedTuple
 
 LEDGER = "ledger.jsonl"
 BATCHES = "batches.jsonl"
@@ -48,17 +46,17 @@ class Journal:
         Raises:
             ValueError: If some of these are missing.
         """
-        entries = list(itertools.islice(_lines(self.batches_path), batches))
-        edits = sum(json.loads(entry)["edits"] for entry in entries)
-        lines = list(itertools.islice(_lines(self.ledger_path), edits))
-        if (len(entries), len(lines)) != (batches, edits):
+        entries = itertools.islice(self.batches(), batches)
+        edits = sum(entry["edits"] for entry in entries)
+        found = _length(self.batches_path, batches), _length(self.ledger_path, edits)
+        if (found[0].lines, found[1].lines) != (batches, edits):
             raise ValueError(
-                f"{self.batches_path} and {self.ledger_path} hold {len(entries)} edit batches and {len(lines)} edits, "
-                f"the patch beside them {batches} and {edits}: the run cannot go on; begin a new one"
+                f"{self.batches_path} and {self.ledger_path} hold {found[0].lines} edit batches and {found[1].lines} "
+                f"edits, the patch beside them {batches} and {edits}: the run cannot go on; begin a new one"
             )
-        for path, kept in ((self.batches_path, entries), (self.ledger_path, lines)):
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        for path, kept in zip((self.batches_path, self.ledger_path), found, strict=True):
+            if path.is_file():
+                os.truncate(path, kept.bytes)
         return edits
 
     def ledger(self) -> Iterator[str]:
@@ -77,6 +75,22 @@ def _lines(path: Path) -> Iterator[str]:
             for line in file:
                 if line.endswith("\n"):
                     yield line.removesuffix("\n")
+
+
+class _Length(NamedTuple):
+    lines: int
+    bytes: int
+
+
+def _length(path: Path, most: int) -> _Length:
+    """How many whole lines a file begins with, ``most`` at the most, and the bytes that they take."""
+    lines = size = 0
+    if path.is_file():
+        with path.open("rb") as file:
+            for line in itertools.islice(file, most):
+                if line.endswith(b"\n"):
+                    lines, size = lines + 1, size + len(line)
+    return _Length(lines, size)
 
 
 def _append(path: Path, lines: Sequence[str]) -> None:

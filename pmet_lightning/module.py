@@ -175,6 +175,12 @@ class TargetOptimizer(EditableModel):
         """One optimizer over all deltas, each a parameter of its own."""
         return self.optimizer_callable(self.deltas.parameters())
 
+    @property
+    def optimizer_settings(self) -> list[Any]:
+        """Name and settings of the optimizer."""
+        optimizer = self.optimizer_callable([nn.Parameter(torch.zeros(1))])
+        return [type(optimizer).__name__, {k: v for k, v in optimizer.defaults.items() if k != "params"}]
+
     def on_fit_start(self) -> None:
         """Fix the contexts of the run."""
         self._store = None  # it is of the model as it was in an earlier run
@@ -308,8 +314,6 @@ class TargetOptimizer(EditableModel):
         if self.targets_folder is None:
             return None
         if self._store is None or self._store_batch != edit_batch:
-            optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
-            defaults = {name: value for name, value in optimizer.defaults.items() if name != "params"}
             self._store = TargetStore(
                 self.targets_folder,
                 {
@@ -319,7 +323,7 @@ class TargetOptimizer(EditableModel):
                     "layer": self.target_layer,
                     "sites": self.sites_optimised,
                     "rules": vars(self.rules),
-                    "optimizer": [type(optimizer).__name__, defaults],
+                    "optimizer": self.optimizer_settings,
                 },
             )
             self._store_batch = edit_batch

@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -26,8 +24,7 @@ from pmet_lightning.edits import Edit
 from pmet_lightning.files import write_json
 from pmet_lightning.journal import Journal
 from pmet_lightning.ledger import ledger_lines
-from pmet_lightning.manifest import manifest_of
-from pmet_lightning.metrics import METRICS
+from pmet_lightning.manifest import check_same_settings, manifest_of, moments_of
 from pmet_lightning.metrics.scores import record_rows, table_of
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.moments import load_products, save_products
@@ -46,6 +43,8 @@ from pmet_lightning.report_data import (
 from pmet_lightning.score_lines import forgetting_lines, other_lines, score_table
 from pmet_lightning.spread import WeightSpread
 from pmet_lightning.spread_report import SpreadReport
+from pmet_lightning.stats import SecondMoments
+from pmet_lightning.summary import Summary, plain_rows, summary_of
 from pmet_lightning.targets import mean_curves
 
 if TYPE_CHECKING:
@@ -54,19 +53,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
-# What of a manifest must be the same when a run goes on.
-_SETTINGS = (
-    "fingerprint",
-    "layers",
-    "sites",
-    "optimised",
-    "lam",
-    "rule",
-    "null_space",
-    "protect_past",
-    "rules",
-    "contexts",
-)
 _MOST_REPORTED = 20_000  # edits of a stream
 
 
@@ -110,6 +96,7 @@ class RunRecorder(L.Callback):
         self._state: dict[str, Any] = {}
         self.written = 0
         self._rows_before: Tensor | None = None  # of the edits that a stream has brought last
+        self._moments: dict[str, Any] | None = None  # what they came from
         self.last: WrittenBatch | None = None
         self.drawn: dict[str, Figure] = {}
 
@@ -132,10 +119,10 @@ class RunRecorder(L.Callback):
         self._started = time.perf_counter()
         if not self.records:
             return
-        batches = 0
-        if self.resume and self._patch_path.is_file():
-            assert isinstance(pl_module, TargetOptimizer)
-            batches = self._find_again(trainer, pl_module)
+        moments = find_callback(trainer, SecondMoments)
+        if moments is not None and isinstance(pl_module, TargetOptimizer):
+            self._moments = moments_of(pl_module, moments)  # once: the corpus may be gone later
+        batches = self._find_again(trainer, pl_module) if self.resume else 0
         self._save_state(trainer, status="running", edit_batches_written=batches, edits_written=self.written)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -182,15 +169,13 @@ class RunRecorder(L.Callback):
         if _is_stream(trainer) or len(all_edits(trainer)) > len(report.edits):
             rows = _judged(trainer, pl_module, report.edits, self.written)
             scores = {name: float(value) for name, value in table_of(rows).items()}
-            entry |= {"before": _plain(self._rows_before), "at_once": _plain(rows)}
+            entry |= {"before": plain_rows(self._rows_before), "at_once": plain_rows(rows)}
         self.clock.end("after")
         self.written += len(report.edits)
         self.last = WrittenBatch(report, lines, scores)
         if self._writes(trainer):
             self.journal.add(lines, entry)
-            if spread.protect_past:
-                save_products(self._past_path, spread.past)
-            save_patch(self._patch_path, spread.deltas, manifest_of(pl_module, spread, self.written))
+            self._save_patch(pl_module, spread, report.edit_batch + 1)
         self._save_state(trainer, edit_batches_written=report.edit_batch + 1, edits_written=self.written)
         self.clock.end("ledger")
 
@@ -200,16 +185,17 @@ class RunRecorder(L.Callback):
         if not self._writes(trainer):
             return
         self.clock.end("after")
-        entries = list(self.journal.batches())
-        if _is_stream(trainer):
-            self._sum_up(pl_module, entries)
-        batches = _forgetting(entries, None if _is_stream(trainer) else pl_module.record_rows.get("after"))
-        write_json(self.folder / "scores.json", pl_module.results | ({"edit_batches": batches} if batches else {}))
-        self._report(trainer, pl_module, batches, entries)
+        stream = _is_stream(trainer)
+        found = summary_of(self.journal.batches(), None if stream else pl_module.record_rows.get("after"))
+        if stream:
+            self._take_scores(pl_module, found)
+        batches = {"edit_batches": found.batches} if found.batches else {}
+        write_json(self.folder / "scores.json", pl_module.results | batches)
+        self._report(trainer, pl_module, found)
         drift = find_callback(trainer, Drift)
-        ended = {"ended": drift.ended} if drift is not None and drift.ended else {}
+        ended = {"ended": drift.ended, "advice": drift.advice} if drift is not None and drift.ended else {}
         self._save_state(trainer, status="finished", **ended)
-        shown = [score_table(pl_module.results), *other_lines(pl_module.results), *forgetting_lines(batches)]
+        shown = [score_table(pl_module.results), *other_lines(pl_module.results), *forgetting_lines(found.batches)]
         log.info("%s\nrun folder: %s", "\n".join(shown), self.folder)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -232,67 +218,78 @@ class RunRecorder(L.Callback):
     def _patch_path(self) -> Path:
         return self.folder / "patch.safetensors"
 
-    @property
-    def _past_path(self) -> Path:
-        return self.folder / "past.safetensors"
+    def _past_path(self, edit_batches: int) -> Path:
+        """Where the keys of so many edit batches are kept."""
+        return self.folder / f"past-{edit_batches}.safetensors"
 
-    def _find_again(self, trainer: L.Trainer, module: TargetOptimizer) -> int:
+    def _save_patch(self, module: TargetOptimizer, spread: WeightSpread, edit_batches: int) -> None:
+        """Replace the patch; the protected keys that belong to the old one go after it, those of the new come before.
+
+        Wherever a kill comes, the keys that the patch's manifest asks for are there.
+        """
+        if spread.protect_past:
+            save_products(self._past_path(edit_batches), spread.past)
+        save_patch(self._patch_path, spread.deltas, manifest_of(module, spread, self._moments, self.written))
+        for path in self.folder.glob("past-*.safetensors"):
+            if path != self._past_path(edit_batches):
+                path.unlink()
+
+    def _find_again(self, trainer: L.Trainer, module: L.LightningModule) -> int:
         """Take up what the run in the folder has done; returns its edit batches.
 
         Raises:
+            FileNotFoundError: If something that it has written is missing.
             ValueError: If it was another run.
         """
+        team, batches = Team.of(trainer), 0
+        if self._patch_path.is_file():
+            assert isinstance(module, TargetOptimizer)
+            batches = self._check_same(trainer, module)
+        self.written = team.object_from_first(lambda: self.journal.keep(batches))
+        if batches:
+            log.info("going on behind %d edits in %d edit batches", self.written, batches)
+        return batches
+
+    def _check_same(self, trainer: L.Trainer, module: TargetOptimizer) -> int:
+        """Have the module, the spread and the data go on behind the patch; returns its edit batches."""
         spread = find_callback(trainer, WeightSpread)
         assert spread is not None
         deltas, manifest = load_patch(self._patch_path)
+        batches = int(manifest["edit_batches"])
         module.contexts = module.given_contexts or manifest["contexts"]
-        mine = json.loads(json.dumps(manifest_of(module, spread, self.written), default=str))
-        other = [name for name in _SETTINGS if mine[name] != manifest.get(name)]
-        if other:
-            differences = "; ".join(f"{name}: {manifest.get(name)} then, {mine[name]} now" for name in other)
-            raise ValueError(
-                f"--trainer.resume: {self.folder} holds a run with other settings ({differences}); give the same ones, "
-                "or another --trainer.run_dir"
+        check_same_settings(manifest, manifest_of(module, spread, self._moments, self.written), self.folder)
+        past = self._past_path(batches)
+        if spread.protect_past and not past.is_file():
+            raise FileNotFoundError(
+                f"no {str(past)!r}, the protected keys of the {batches} edit batches in {self._patch_path.name}; "
+                "expected them beside it: put the file back, or begin a new run in another --trainer.run_dir"
             )
+        written = itertools.islice(self.journal.ledger(), manifest["edits"])
+        trainer.datamodule.go_on_behind(map(json.loads, written))  # type: ignore[attr-defined]
         spread.deltas = deltas
-        if trainer.is_global_zero:
-            self.journal.keep(manifest["edit_batches"])
-        self.written = manifest["edits"]
-        module.batches_done = manifest["edit_batches"] - 1  # the first of this epoch is what was written
-        trainer.datamodule.done = self.written  # type: ignore[attr-defined]
-        log.info("going on behind %d edits in %d edit batches", self.written, manifest["edit_batches"])
-        return int(manifest["edit_batches"])
+        module.batches_done = batches - 1  # the first of this epoch is what was written
+        return batches
 
     def _write_again(self, trainer: L.Trainer, module: TargetOptimizer) -> None:
         spread = find_callback(trainer, WeightSpread)
         assert spread is not None
         spread.keep_norms(module)
-        apply_patch(module.model, module.sites, self._patch_path, module.base_fingerprint)
+        manifest = apply_patch(module.model, module.sites, self._patch_path, module.base_fingerprint)
         if spread.protect_past and trainer.is_global_zero:
-            spread.past = load_products(self._past_path, module.device)
+            spread.past = load_products(self._past_path(manifest["edit_batches"]), module.device)
 
-    def _sum_up(self, module: EditableModel, entries: Sequence[Mapping[str, Any]]) -> None:
+    def _take_scores(self, module: EditableModel, found: Summary) -> None:
         """The scores of a stream: of each edit right before and right after its edit batch was written."""
-        for phase, column in (("before", "before"), ("after", "at_once")):
-            rows = [_rows(entry[column]) for entry in entries if entry.get(column)]
-            if rows:
-                module.record_rows[phase] = torch.cat(rows)
-                table = table_of(module.record_rows[phase])
-                module.results[phase] = {name: float(value) for name, value in table.items()}
+        for phase, rows in found.rows.items():
+            module.record_rows[phase] = rows
+            module.results[phase] = {name: float(value) for name, value in table_of(rows).items()}
 
-    def _report(
-        self,
-        trainer: L.Trainer,
-        module: EditableModel,
-        batches: list[dict[str, Any]],
-        entries: Sequence[Mapping[str, Any]],
-    ) -> None:
+    def _report(self, trainer: L.Trainer, module: EditableModel, found: Summary) -> None:
         """Write report.html and report.json."""
         # Of a long stream the report shows the latest edits.
         first = max(0, self.written - _MOST_REPORTED) if _is_stream(trainer) else 0
-        ledger = list(itertools.islice(self.journal.ledger(), first, None))
+        ledger = itertools.islice(self.journal.ledger(), first, None)
         edits = edit_lines(all_edits(trainer), ledger, module.record_rows, first)
-        curves = module.curves + [point for entry in entries for point in entry["curves"]]
         data = {
             "title": self.folder.name,
             "model": module.model_name,
@@ -301,9 +298,9 @@ class RunRecorder(L.Callback):
             "created": datetime.now().astimezone().isoformat(" ", "seconds"),
             "seconds": round(time.perf_counter() - self._started, 1),
             "scores": module.results,
-            "edit_batches": batches,
-            "curves": columns_of(curves),
-            "layers": [line for entry in entries for line in entry["layers"]],
+            "edit_batches": found.batches,
+            "curves": columns_of([*module.curves, *found.curves]),
+            "layers": found.layers,
             "edits": edits,
             "relations": relation_lines(edits, module.record_rows),
             "settings": saved_settings(self.folder),
@@ -333,38 +330,3 @@ def _judged(trainer: L.Trainer, module: EditableModel, edits: Sequence[Edit], fi
     team, count = Team.of(trainer), len(edits)
     rows = record_rows(module.evaluate(team.own(edits), team.own(range(first, first + count))))
     return team.gathered(rows.to(module.device), count).cpu()
-
-
-def _plain(rows: Tensor | None) -> list[list[float | None]] | None:
-    """Rows as JSON has them: no NaN."""
-    return None if rows is None else [[None if value != value else value for value in row] for row in rows.tolist()]
-
-
-def _rows(plain: Sequence[Sequence[float | None]]) -> Tensor:
-    return torch.tensor([[math.nan if v is None else v for v in row] for row in plain], dtype=torch.float64)
-
-
-def _forgetting(entries: Sequence[Mapping[str, Any]], final: Tensor | None) -> list[dict[str, Any]]:
-    """For each edit batch its scores right after it and after all of them, and the difference.
-
-    Args:
-        entries: The journal's.
-        final: Rows of all records after the last edit batch; ``None`` for a stream, whose end is not judged.
-    """
-    batches: list[dict[str, Any]] = []
-    start = 0
-    for entry in entries:
-        if not entry.get("at_once"):
-            continue
-        rows = _rows(entry["at_once"])
-        tables = (
-            {"at_once": rows} if final is None else {"at_once": rows, "at_the_end": final[start : start + len(rows)]}
-        )
-        batch: dict[str, Any] = {"edit_batch": entry["edit_batch"]}
-        batch |= {name: {k: float(v) for k, v in table_of(part).items()} for name, part in tables.items()}
-        if final is not None:
-            once, end = batch["at_once"], batch["at_the_end"]
-            batch["forgotten"] = {name: once[name] - end[name] for name in METRICS if name in once}
-        start += len(rows)
-        batches.append(batch)
-    return batches

@@ -46,34 +46,39 @@ def columns_of(points: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
 
 
 def edit_lines(
-    edits: Sequence[Edit], ledger: Sequence[str], rows: Mapping[str, Tensor], first: int = 0
+    edits: Sequence[Edit], ledger: Iterable[str], rows: Mapping[str, Tensor], first: int = 0
 ) -> list[dict[str, Any]]:
     """Every edit: what the ledger says of it, if it does, and its scores before and after.
 
     Args:
         edits: All edits, by position; none of a stream, of which the ledger says all that is known.
-        ledger: JSON lines of the first of them.
+        ledger: JSON lines of the first of them, or of those from ``first`` on.
         rows: Rows of all records by phase, as :meth:`EditScores.record_rows` gives them.
         first: Position of the first line of the ledger.
     """
-    scores = {phase: {int(row[0]): row_scores(row) for row in table} for phase, table in rows.items()}
-    lines: list[dict[str, Any]] = []
-    if not edits:
-        for position, text in enumerate(ledger, start=first):
-            known = json.loads(text)
-            question, _ = fill(known["prompt"], known["subject"])
-            lines.append(known | {"question": question} | {p: found.get(position, {}) for p, found in scores.items()})
-    for position, edit in enumerate(edits):
-        line = {
-            "case_id": edit.case_id,
-            "question": edit.question,
-            "target": edit.target,
-            "target_true": edit.target_true,
-            "relation": edit.relation,
-        }
-        known = json.loads(ledger[position]) if position < len(ledger) else {}
-        lines.append(line | known | {phase: found.get(position, {}) for phase, found in scores.items()})
-    return lines
+    shown = {phase: table[table[:, 0] >= first] for phase, table in rows.items()}
+    scores = {phase: {int(row[0]): row_scores(row) for row in table} for phase, table in shown.items()}
+    lines = map(json.loads, ledger)
+    described = (_described(edit) | next(lines, {}) for edit in edits) if edits else map(_as_asked, lines)
+    return [
+        line | {phase: found.get(position, {}) for phase, found in scores.items()}
+        for position, line in enumerate(described, start=first)
+    ]
+
+
+def _described(edit: Edit) -> dict[str, Any]:
+    return {
+        "case_id": edit.case_id,
+        "question": edit.question,
+        "target": edit.target,
+        "target_true": edit.target_true,
+        "relation": edit.relation,
+    }
+
+
+def _as_asked(known: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the ledger with its question."""
+    return dict(known) | {"question": fill(known["prompt"], known["subject"])[0]}
 
 
 def relation_lines(lines: Sequence[Mapping[str, Any]], phases: Iterable[str]) -> list[dict[str, Any]]:

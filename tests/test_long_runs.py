@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pmet_lightning import recorder as recorder_module
 from pmet_lightning import spread as spread_module
 from pmet_lightning.cli import main
-from pmet_lightning.edits import RecordError, stream_edits
+from pmet_lightning.edits import RecordError, read_edits, stream_edits
 from pmet_lightning.journal import Journal
 from pmet_lightning.keys import measure
 from pmet_lightning.moments import MomentStore
@@ -107,6 +108,138 @@ def test_going_on_with_other_settings_is_refused(inputs, whole):
     with pytest.raises(ValueError, match=r"other settings \(lam: 2.0 then, 3.0 now\)"):
         fit(inputs, whole, "--trainer.resume", "true", "--spread.protect_past", "true", "--spread.lam", "3")
     assert (whole / "patch.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("when", ["before the patch", "behind the patch"])
+def test_a_kill_beside_the_patch_harms_nothing(inputs, whole, tmp_path, monkeypatch, when):
+    """The protected keys are those of the patch, whichever of the two files the kill came behind."""
+    seen, save = [], recorder_module.save_patch
+
+    def dying(*arguments):
+        seen.append(1)
+        if len(seen) == 2 and when == "behind the patch":
+            save(*arguments)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    arguments = ("--spread.protect_past", "true", "--trainer.resume", "true")
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(recorder_module, "save_patch", dying)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(inputs, folder, *arguments)
+    assert {path.name for path in folder.glob("past*")} == {"past-1.safetensors", "past-2.safetensors"}
+    fit(inputs, folder, *arguments)
+    same_patch(whole, folder)
+    assert [path.name for path in folder.glob("past*")] == ["past-3.safetensors"]
+    for name, kept in load_file(folder / "past-3.safetensors").items():
+        torch.testing.assert_close(kept, load_file(whole / "past-3.safetensors")[name])
+    (folder / "past-3.safetensors").rename(folder / "past-2.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"past-3.safetensors', the protected keys of the 3 edit batches"):
+        fit(inputs, folder, *arguments)
+
+
+def test_a_kill_before_the_first_patch_leaves_no_edits_behind(inputs, tmp_path, monkeypatch):
+    def dying(*_):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(recorder_module, "save_patch", dying)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(inputs, folder)
+    assert len(ledger(folder)) == 3
+    fit(inputs, folder, "--trainer.resume", "true")
+    assert [line["case_id"] for line in ledger(folder)] == [str(i) for i in range(len(RECORDS))]
+
+
+@pytest.mark.parametrize("stream", [(), ("--data.stream", "true")], ids=["file", "stream"])
+def test_going_on_with_other_records_is_refused(inputs, whole, tmp_path, stream):
+    arguments = ("--trainer.resume", "true", "--spread.protect_past", "true", *stream)
+    before = {name: (whole / name).read_bytes() for name in ("patch.safetensors", "ledger.jsonl", "state.json")}
+    other = tmp_path / "other.jsonl"
+    changed = [*RECORDS[:4], RECORDS[4] | {"target_new": "nothing of the kind"}, *RECORDS[5:]]
+    other.write_text("".join(f"{json.dumps(record)}\n" for record in changed))
+    expected = r"other.jsonl, record 4 \(line 5\): expected the record .* as its edit 4, .* got .*nothing of the kind"
+    with pytest.raises(RecordError, match=expected):
+        fit(inputs, whole, *arguments, records=other)
+    other.write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS[:5]))
+    with pytest.raises(RecordError, match=r"other.jsonl: ends behind 5 edits, but the run .* has written more"):
+        fit(inputs, whole, *arguments, records=other)
+    assert {name: (whole / name).read_bytes() for name in before} == before
+
+
+def test_going_on_with_other_targets_or_moments_is_refused(inputs, whole, tmp_path):
+    arguments = ("--trainer.resume", "true", "--spread.protect_past", "true")
+    with pytest.raises(ValueError, match=r"other settings \(optimizer: \['Adam', .*'lr': 0.5.* then, .*'lr': 0.3"):
+        fit(inputs, whole, *arguments, "--model.optimizer", "torch.optim.Adam", "--model.optimizer.lr", "0.3")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(f"Another text, the one of number {i}." for i in range(40)))
+    with pytest.raises(ValueError, match=r"other settings \(moments: .*'corpus': "):
+        fit(inputs, whole, *arguments, "--moments.corpus", str(corpus), "--moments.folder", str(tmp_path / "moments"))
+
+
+@pytest.mark.parametrize("stream", [(), ("--data.stream", "true")], ids=["file", "stream"])
+def test_going_on_with_nothing_new_loses_nothing(inputs, tmp_path, stream):
+    folder = fit(inputs, tmp_path / "run", *stream)
+    before = {name: (folder / name).read_bytes() for name in ("patch.safetensors", "ledger.jsonl", "scores.json")}
+    report = json.loads((folder / "report.json").read_text())
+    fit(inputs, folder, *stream, "--trainer.resume", "true")
+    assert {name: (folder / name).read_bytes() for name in ("patch.safetensors", "ledger.jsonl")} == {
+        name: before[name] for name in ("patch.safetensors", "ledger.jsonl")
+    }
+    scores = [json.loads(text) for text in (before["scores.json"], (folder / "scores.json").read_text())]
+    for phase in ("before", "after"):
+        assert scores[1][phase] == pytest.approx(scores[0][phase], rel=1e-6)
+    again = json.loads((folder / "report.json").read_text())
+    for name in ("layers", "curves"):
+        assert again[name] == report[name]
+    assert [line["case_id"] for line in again["edits"]] == [line["case_id"] for line in report["edits"]]
+    assert state(folder) == {"status": "finished", "edit_batches_written": 3, "edits_written": len(RECORDS)}
+
+
+def test_edit_batches_may_become_larger_when_a_run_goes_on(inputs, tmp_path):
+    folder = fit(inputs, tmp_path / "run", "--data.limit", "3")
+    fit(inputs, folder, "--trainer.resume", "true", "--data.edit_batch", "4")
+    assert [line["edit_batch"] for line in ledger(folder)] == [0, 0, 0, 1, 1, 1, 1]
+
+
+def corrected() -> dict:
+    return RECORDS[1] | {"target_new": "nothing of the kind"}
+
+
+def test_a_correction_of_an_earlier_batch_is_written_and_a_contradiction_in_one_is_not(inputs, tmp_path):
+    """Also where a run goes on behind an edit batch that was not full."""
+    path = tmp_path / "growing.jsonl"
+    lines = [f"{json.dumps(record)}\n" for record in (*RECORDS[:5], corrected())]
+    arguments = ("--data.stream", "true", "--trainer.resume", "true", "--data.edit_batch", "4")
+    path.write_text("".join(lines[:2]))
+    folder = fit(inputs, tmp_path / "run", *arguments, records=path)
+    path.write_text("".join([*lines[:2], lines[5]]))  # in the first four lines of the file, but not of a batch
+    fit(inputs, folder, *arguments, records=path)
+    assert [line["target"] for line in ledger(folder)][2].strip() == "nothing of the kind"
+    with path.open("a") as file:  # one batch behind the three, and no four lines of the file
+        file.writelines([lines[2], json.dumps(RECORDS[2] | {"target_new": "nothing of the kind"}) + "\n"])
+    with pytest.raises(RecordError, match=r"record 4 \(line 5\) contradicts .*record 3 \(line 4\)"):
+        fit(inputs, folder, *arguments, records=path)
+    assert state(folder)["edits_written"] == 3
+
+
+@pytest.mark.parametrize("name", ["list.json", "lines.jsonl", "table.csv", "stream.jsonl"])
+def test_what_is_no_utf8_is_named_with_its_line(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"[\n" * name.endswith("json") + b"{}\n" + b'"M\xfcnchen"\n')
+    line = 3 if name.endswith("json") else 2
+    with pytest.raises(RecordError, match=rf"{name}, line {line}: expected UTF-8 text, found the byte 0xfc"):
+        list(stream_edits(str(path), skip=1)) if name.startswith("stream") else read_edits(str(path))
+
+
+def test_a_text_with_an_odd_line_separator_is_one_record(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    record = RECORDS[0] | {"note": "one\u2028two\x85three"}
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\r\n" + json.dumps(RECORDS[1]), encoding="utf-8")
+    assert len(read_edits(str(path))) == len(list(stream_edits(str(path)))) == 2
 
 
 def test_a_journal_without_its_batches_cannot_go_on(tmp_path):
@@ -214,6 +347,11 @@ def test_a_limit_ends_the_run(inputs, whole, tmp_path, rollback):
     )  # fmt: skip
     assert state(folder)["edits_written"] == (3 if rollback else 6)
     assert state(folder)["ended"].startswith("edit batch 1: growth")
+    advice = state(folder)["advice"]
+    assert "larger --spread.lam" in advice
+    if rollback:
+        assert "records.jsonl, record 3 (line 4) to " in advice
+        assert "take these records out of the file" in advice
     two = fit(inputs, tmp_path / "two", "--spread.protect_past", "true", "--data.limit", "3" if rollback else "6")
     same_patch(two, folder)
 

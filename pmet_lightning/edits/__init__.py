@@ -8,3 +8,4 @@ from pmet_lightning.edits.records import Probe as Probe
 from pmet_lightning.edits.records import RecordError as RecordError
 from pmet_lightning.edits.records import check_no_contradictions as check_no_contradictions
 from pmet_lightning.edits.records import parse_record as parse_record
+from pmet_lightning.edits.records import skip_written as skip_written

@@ -6,6 +6,7 @@ through the ``datasets`` library, and so does everything once it is read.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import random
@@ -154,18 +155,19 @@ def _streamed_records(found: str, name: str, split: str, wait: float) -> Iterato
         return _records(found, name, split)  # of the hub, or an error
     if Path(found).suffix.lower() != ".jsonl":
         raise RecordError(f"{name}: a stream reads one record a line; expected a .jsonl file or a hub data set")
-    return _json_lines(_growing_lines(Path(found), wait), name)
+    lines = enumerate(_growing_lines(Path(found), wait), start=1)
+    return _json_lines((_as_text(line, name, number) for number, line in lines), name)
 
 
-def _growing_lines(path: Path, wait: float) -> Iterator[str]:
+def _growing_lines(path: Path, wait: float) -> Iterator[bytes]:
     """The lines of a file that others may be writing to: one counts once it has its end, or nothing follows."""
-    begun, since = "", time.monotonic()
-    with path.open(encoding="utf-8-sig") as file:
+    begun, since = b"", time.monotonic()
+    with path.open("rb") as file:
         while True:
-            while not (line := begun + file.readline()).endswith("\n") and time.monotonic() - since < wait:
+            while not (line := begun + file.readline()).endswith(b"\n") and time.monotonic() - since < wait:
                 begun = line
                 time.sleep(_POLL)
-            begun, since = "", time.monotonic()
+            begun, since = b"", time.monotonic()
             if not line:
                 return
             yield line
@@ -214,10 +216,7 @@ def _numbered(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _json_records(found: str, name: str) -> Iterator[tuple[str, Any]]:
     """A JSON list, or one JSON value a line, whatever the ending says."""
-    try:
-        text = Path(found).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{name}: not UTF-8 text ({error}); save the file as UTF-8") from error
+    text = _as_text(Path(found).read_bytes(), name)
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
@@ -225,7 +224,23 @@ def _json_records(found: str, name: str) -> Iterator[tuple[str, Any]]:
             raise _broken_json(name, error.lineno, error) from error
         yield from _numbered(records, name)
     else:
-        yield from _json_lines(text.splitlines(), name)
+        yield from _json_lines(io.StringIO(text, newline=None), name)  # splitlines would split texts too
+
+
+def _as_text(data: bytes, name: str, first_line: int = 1) -> str:
+    """Bytes of a file, from the beginning of a line on, as text without a byte order mark.
+
+    Raises:
+        RecordError: If they are not UTF-8; it names the line.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + error.object[: error.start].count(b"\n")
+        raise RecordError(
+            f"{name}, line {line}: expected UTF-8 text, found the byte 0x{error.object[error.start]:02x} "
+            f"({error.reason}); save the file as UTF-8"
+        ) from error
 
 
 def _json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
@@ -251,6 +266,8 @@ def _broken_json(name: str, line: int, error: json.JSONDecodeError) -> RecordErr
 def _table_rows(found: str, kind: str, name: str) -> Any:
     import datasets
 
+    if kind == "csv":
+        _as_text(Path(found).read_bytes(), name)
     try:
         reader = datasets.Dataset.from_csv if kind == "csv" else datasets.Dataset.from_parquet
         return reader(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -278,3 +278,39 @@ def check_no_contradictions(edits: Iterable[Edit]) -> None:
                 f"{edit.origin} contradicts {first.origin}: {edit.question!r} shall be both "
                 f"{first.target!r} and {edit.target!r}; remove one of them"
             )
+
+
+def skip_written(edits: Iterator[Edit], written: Iterable[Mapping[str, Any]], name: str) -> int:
+    """Advance past the edits that an earlier run has written, which must be the same ones in the same order.
+
+    Args:
+        edits: All edits.
+        written: What the ledger says of those that were written.
+        name: Where the edits come from, for messages.
+
+    Returns:
+        How many they are.
+
+    Raises:
+        RecordError: If there is another edit in the place of one, or none.
+    """
+    count = 0
+    for count, line in enumerate(written, start=1):
+        edit = next(edits, None)
+        if edit is None:
+            raise RecordError(
+                f"{name}: ends behind {count - 1} edits, but the run to go on with has written more, the next for "
+                f"{_fact(line)}; give the data that it was begun with, or another --trainer.run_dir"
+            )
+        if _fact(vars(edit)) != _fact(line):
+            raise RecordError(
+                f"{edit.origin or name}: expected the record that the run to go on with has written as its edit "
+                f"{count - 1}, {_fact(line)}, got {_fact(vars(edit))}; give the data that it was begun with, "
+                "or another --trainer.run_dir"
+            )
+    return count
+
+
+def _fact(fields: Mapping[str, Any]) -> str:
+    """What is written, and what its target depends on."""
+    return f"{fields['prompt']!r} of {fields['subject']!r}: {fields['target']!r}"

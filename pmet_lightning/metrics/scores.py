@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from pmet_lightning.bootstrap import interval_of, picks_of
+from pmet_lightning.bootstrap import interval_of, means_of_resamples
 from pmet_lightning.edits.records import ProbeKind
 from pmet_lightning.metrics.functional import FREE_KINDS, ProbeResult, RecordResult, harmonic_mean
 
@@ -87,9 +87,9 @@ def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
     """The table of :class:`EditScores` from the rows of some records."""
     rows = 100 * record_rows_NC[:, 1:]
     asked = {name: i for i, name in enumerate(NAMES) if not rows[:, i].isnan().all()}
-    picks = picks_of(len(rows))
     means = {name: rows[:, i].nanmean() for name, i in asked.items()}
-    resampled = {name: rows[picks, i].nanmean(dim=1) for name, i in asked.items() if "magnitude" not in name}
+    drawn = [name for name in asked if "magnitude" not in name]
+    resampled = dict(zip(drawn, means_of_resamples(rows[:, [asked[name] for name in drawn]]), strict=True))
     table = {"count": torch.tensor(float(len(rows)))}
     for name, mean in means.items():
         table |= _with_interval(name, mean, resampled[name]) if name in resampled else {name: mean}
@@ -117,9 +117,8 @@ def score_difference(record_rows_NC: Tensor, others_NC: Tensor) -> dict[str, Ten
     """
     columns = [1 + NAMES.index(kind) for kind in CORE]
     both = [100 * rows[:, columns] for rows in (record_rows_NC, others_NC)]
-    picks = picks_of(len(record_rows_NC))
     value, other = (harmonic_mean(rows.nanmean(dim=0)) for rows in both)
-    resampled, others = (harmonic_mean(rows[picks].nanmean(dim=1)) for rows in both)
+    resampled, others = (harmonic_mean(means_of_resamples(rows).T) for rows in both)
     return _with_interval("difference", value - other, resampled - others)
 
 
