@@ -109,7 +109,8 @@ class WeightSpread(L.Callback):
         write: Weights that are written: the FFN's (PMET) or the attention's too (ablation).
         null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
             projection, such as 0.01); null writes to all directions.
-        protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC).
+        protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC + KKᵀ,
+            inside the null space too, which stays that of C).
 
     Attributes:
         deltas: ΔW of every written weight, over all edit batches, on the CPU.
