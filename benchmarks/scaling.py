@@ -18,8 +18,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+from pmet_lightning.parallel import sums_are_less, travelling_bytes
+
 LAYERS, WIDTH, KEYS = 3, 192, 768  # edited layers, model width and key dimensions of the shipped model
-NUMBER = 4  # bytes
+NUMBER = 4  # bytes of an entry of ΔW
 RECORDS = ["atlas-records", "atlas-spare", "atlas-tuning"]  # 840
 
 
@@ -39,9 +43,10 @@ def phases(folder: Path, processes: int, edits: int) -> dict[str, float]:
 
 
 def travels(edits: int, layers: int, keys: int, width: int) -> float:
-    """Megabytes that a process sends or gets: keys and residuals or their products, then ΔW."""
-    rows = min(edits * (keys + width), 2 * keys * (keys + width))  # products are float64
-    return layers * NUMBER * (rows + keys * width) / 1e6
+    """Megabytes put together at the writes: keys and residuals or their products, then ΔW; float32."""
+    shapes = torch.empty(0, keys), torch.empty(0, width)
+    met = travelling_bytes(edits, *shapes, sums=sums_are_less(edits, *shapes))
+    return layers * (met + NUMBER * keys * width) / 1e6
 
 
 def main() -> None:

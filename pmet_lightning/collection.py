@@ -115,6 +115,7 @@ class Collection:
         """
         self._resume()
         self._pass()
+        self.previous.clear()
         tokens = self._tokens()
         if not tokens:
             raise CorpusError(f"the corpus {self.settings.corpus!r} has no text")
@@ -176,7 +177,7 @@ class Collection:
         for place, total in self.sums.lower.items():
             moment = symmetric(self.team.total(total)).div_(tokens)
             if place in self.previous:
-                change = _relative_change(self.previous[place], moment)
+                change = _relative_change(self.previous.pop(place), moment)  # gone before the next
                 rank = float(moment.diagonal().sum() ** 2 / moment.norm() ** 2)
                 changes.append(change)
                 log.info(
@@ -227,7 +228,7 @@ class Collection:
                     total.copy_(unpacked_lower(file.get_tensor(f"sum-{site}-{layer}"), len(total)))
                     if f"previous-{site}-{layer}" in file.keys():  # noqa: SIM118
                         previous = file.get_tensor(f"previous-{site}-{layer}")
-                        self.previous[site, layer] = unpacked_symmetric(previous, len(total))
+                        self.previous[site, layer] = unpacked_symmetric(previous.to(total.device), len(total))
                 self.sums.tokens = int(file.metadata()["tokens"])
         except (SafetensorError, OSError, KeyError) as error:
             raise MomentError(f"{path}: unreadable unfinished sums ({error}); delete {self.unfinished}") from error

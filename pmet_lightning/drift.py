@@ -153,7 +153,7 @@ class Drift(L.Callback):
         if self._clean is None:
             self._clean = ends_RV if module.phase == "before" else None
             return perplexity, None
-        kl.update(kl_divergence(self._clean, ends_RV).double())
+        kl.update(kl_divergence(self._clean, ends_RV).double().to(module.device))
         return perplexity, float(kl.compute())
 
 

@@ -19,18 +19,26 @@ _LOGIT_BYTES = 16
 # Tokens in flight beyond which a device gains nothing (benchmarks/targets.py).
 _MOST_TOKENS = {"cpu": 4096}
 _MOST_TOKENS_ELSEWHERE = 65536
+# What a failed allocation says where it is no OutOfMemoryError: on a CPU, in the CUDA driver, in cuBLAS.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Bytes that are free on a device, those that torch keeps there for its next tensors among them."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return int(psutil.virtual_memory().available)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation has failed, on any device."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -98,20 +98,28 @@ def unpacked_lower(packed: Tensor, width: int) -> Tensor:
     return lower_II
 
 
+def unpacked_products(packed: Tensor, device: torch.device) -> Tensor:
+    """The symmetric matrix of :func:`packed_lower`, on a device, shape [I, I]."""
+    return unpacked_symmetric(packed.to(device), (math.isqrt(8 * len(packed) + 1) - 1) // 2)
+
+
 def save_products(path: Path, products: Mapping[Place, Tensor]) -> None:
-    """Store symmetric matrices, one triangle of each, in place of what is there."""
-    stored = {f"{site}-{layer}": packed_lower(product.cpu()) for (site, layer), product in products.items()}
+    """Store symmetric matrices, each as :func:`packed_lower` has it, in place of what is there."""
     with atomic_path(path) as temporary:
-        save_file(stored, temporary)
+        save_file({f"{site}-{layer}": packed for (site, layer), packed in products.items()}, temporary)
 
 
-def load_products(path: Path, device: torch.device) -> dict[Place, Tensor]:
-    """What :func:`save_products` has stored."""
+def load_products(path: Path, device: torch.device | None = None) -> dict[Place, Tensor]:
+    """What :func:`save_products` has stored, packed as it is and on the CPU.
+
+    Args:
+        path: The file.
+        device: Not used: a matrix goes to the model's device when it is worked with, and they are too many for it.
+    """
     found: dict[Place, Tensor] = {}
     for name, packed in load_file(path).items():
         site, layer = name.split("-")
-        width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
-        found[site, int(layer)] = unpacked_symmetric(packed, width).to(device)  # type: ignore[index]
+        found[site, int(layer)] = packed  # type: ignore[index]
     return found
 
 

@@ -20,6 +20,32 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 
+def sums_are_less(count: int, keys_nI: Tensor, wanted_nO: Tensor) -> bool:
+    """Whether K Kᵀ and E Kᵀ, in float64, are fewer bytes to put together than the keys and residuals of all edits.
+
+    Args:
+        count: N, the edits of all processes.
+        keys_nI: Keys of one process, for their width and precision.
+        wanted_nO: Its residuals, likewise.
+    """
+    return travelling_bytes(count, keys_nI, wanted_nO, sums=True) < travelling_bytes(count, keys_nI, wanted_nO, False)
+
+
+def travelling_bytes(count: int, keys_nI: Tensor, wanted_nO: Tensor, sums: bool) -> int:
+    """Bytes of N keys and residuals, N · (I + O) numbers, or of their sums, I · (I + O) numbers of eight bytes.
+
+    Args:
+        count: N.
+        keys_nI: As for :func:`sums_are_less`.
+        wanted_nO: As for :func:`sums_are_less`.
+        sums: Which of the two.
+    """
+    in_width, out_width = keys_nI.shape[1], wanted_nO.shape[1]
+    if sums:
+        return 8 * in_width * (in_width + out_width)
+    return count * (in_width * keys_nI.element_size() + out_width * wanted_nO.element_size())
+
+
 @dataclass(frozen=True)
 class Team:
     """The processes of a run, as one of them sees it.
@@ -56,6 +82,11 @@ class Team:
     def agreed(self, own: Item) -> Item:
         """What this process has found, or, where all are in step, what the first one has."""
         return self.strategy.broadcast(own) if self.together else own
+
+    def least(self, own: int) -> int:
+        """The smallest of the numbers that the processes have found, on every process."""
+        number = torch.tensor(own, device=self.strategy.root_device)
+        return int(self.strategy.reduce(number, reduce_op="min"))  # type: ignore[arg-type]
 
     def own(self, work: Sequence[Item]) -> list[Item]:
         """What of the work is this process'."""

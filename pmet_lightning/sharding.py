@@ -17,8 +17,35 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:  # these take their time, and most runs shard nothing
     import lightning as L
+    from lightning.pytorch.strategies import Strategy
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+
+
+def ready(strategy: Strategy, processes: int) -> None:
+    """Let a strategy whose sizes are left to it shard the model over all processes, and refuse what cannot be used.
+
+    Lightning's own choice for ModelParallelStrategy is to split single weights' products within a node.
+
+    Args:
+        strategy: Lightning's, before its processes have met.
+        processes: How many there will be, on all nodes.
+
+    Raises:
+        ValueError: If it is the older FSDPStrategy.
+    """
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "--trainer.strategy is Lightning's FSDPStrategy, expected ddp or, for a model larger than a device, "
+            "lightning.pytorch.strategies.ModelParallelStrategy (see multi-gpu.yaml)"
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        if strategy._tensor_parallel_size == "auto":
+            strategy._tensor_parallel_size = 1
+        if strategy._data_parallel_size == "auto":
+            strategy._data_parallel_size = processes // int(strategy._tensor_parallel_size)
 
 
 def shard(model: nn.Module, layers: str, mesh: DeviceMesh) -> None:

@@ -3,7 +3,8 @@
 An I × I matrix of 16,384 key dimensions is 2.1 GB, so there is one: the system is summed in blocks into the memory in
 which it is then factorised, keys become float64 a block at a time, and the update takes the place of the right side.
 
-Legend: N = edits, I = in-features (d_k), O = out-features (d), X = any number of rows, S = random signs of the check.
+Legend: N = edits, I = in-features (d_k), O = out-features (d), X = any number of rows, R = directions of the
+null space, S = random signs of the check.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -42,6 +44,22 @@ class Factor(NamedTuple):
 
     lower_II: Tensor
     ridge: float
+
+
+class NullSpace(NamedTuple):
+    """Directions in which preserved keys hardly reach.
+
+    Attributes:
+        basis_IR: R orthonormal columns, float64, shape [I, R].
+        mean: The mean of their eigenvalues of C.
+    """
+
+    basis_IR: Tensor
+    mean: float
+
+    def to(self, device: torch.device | str) -> NullSpace:
+        """The same on a device."""
+        return NullSpace(self.basis_IR.to(device), self.mean)
 
 
 @dataclass(frozen=True)
@@ -93,13 +111,7 @@ def solve_update(residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: f
     delta_OI = _right_side(residual_NO, keys_NI)
     _substitute(lower_II, delta_OI)
     _substitute(lower_II, delta_OI, transposed=True)
-
-    def preserved(x_SI: Tensor) -> Tensor:
-        product_SI = ridge * x_SI
-        for rows_XI, columns_SX in zip(moment_II.split(_BLOCK), product_SI.split(_BLOCK, 1), strict=True):
-            columns_SX += lam * (x_SI @ rows_XI.to(torch.float64).T)
-        return product_SI
-
+    preserved = partial(_preserved, moment_II=moment_II, lam=lam, ridge=ridge)
     solution = _checked(delta_OI, ridge, residual_NO, keys_NI, preserved, condition_bound(lower_II))
     if solution.relative_error > _MUCH_ERROR:
         log.warning("a badly conditioned system: solved to a relative error of %.1e only", solution.relative_error)
@@ -108,6 +120,8 @@ def solve_update(residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: f
 
 def solve_sums(right_OI: Tensor, products_II: Tensor, moment_II: Tensor, lam: float) -> Solution:
     """The same ΔW from E Kᵀ and K Kᵀ, which processes can sum: less to send than the keys of many edits.
+
+    Beside what is given this takes I² + O·I float64 numbers and blocks.
 
     Args:
         right_OI: E Kᵀ, float64, shape [O, I].
@@ -119,15 +133,14 @@ def solve_sums(right_OI: Tensor, products_II: Tensor, moment_II: Tensor, lam: fl
         FloatingPointError: As :func:`solve_update`.
     """
     _refuse_nan({"residual": right_OI, "keys": products_II, "second moment": moment_II})
-    whole_II = products_II + lam * moment_II.to(torch.float64)
-    lower_II, ridge = factorise(whole_II.clone)
+    lower_II, ridge = factorise(lambda: moment_II.to(torch.float64, copy=True).mul_(lam).add_(products_II))
     delta_OI = right_OI.clone(memory_format=torch.contiguous_format)
     _substitute(lower_II, delta_OI)
     _substitute(lower_II, delta_OI, transposed=True)
-    if not _finite(delta_OI):
-        raise FloatingPointError("the update of the solve is not finite")
-    error = (delta_OI @ whole_II + ridge * delta_OI - right_OI).norm() / right_OI.norm().clamp_min(1e-300)
-    return Solution(delta_OI, ridge, float(error), condition_bound(lower_II))
+    signs_SO = _signs(delta_OI)
+    x_SI, right_SI = signs_SO @ delta_OI, signs_SO @ right_OI
+    error_SI = _preserved(x_SI, moment_II, lam, ridge) + x_SI @ products_II - right_SI
+    return _with_error(delta_OI, ridge, error_SI, right_SI, condition_bound(lower_II))
 
 
 def products(left_NX: Tensor, keys_NI: Tensor) -> Tensor:
@@ -225,9 +238,6 @@ def _checked(
 ) -> Solution:
     """The solution with its error, from the keys and C themselves and not from the system that was factorised.
 
-    ‖S (ΔW A − E Kᵀ)‖² over random signs S is in the mean the number of signs times ‖ΔW A − E Kᵀ‖²; all O outputs
-    would cost more than the solve.
-
     Args:
         delta_OI: ΔW.
         ridge: As in :class:`Solution`.
@@ -236,14 +246,36 @@ def _checked(
         preserved: The product of rows with λ C + ridge.
         bound: As in :class:`Solution`.
     """
-    generator = torch.Generator().manual_seed(0)
-    signs_SO = torch.randint(2, (_SIGNS, len(delta_OI)), generator=generator).to(delta_OI) * 2 - 1
+    signs_SO = _signs(delta_OI)
     x_SI = signs_SO @ delta_OI
     error_SI, right_SI = preserved(x_SI), torch.zeros_like(x_SI)
     for residual, keys in zip(_in_float64(residual_NO), _in_float64(keys_NI), strict=True):
         wanted_SN = signs_SO @ residual.T
         error_SI += (x_SI @ keys.T - wanted_SN) @ keys
         right_SI += wanted_SN @ keys
+    return _with_error(delta_OI, ridge, error_SI, right_SI, bound)
+
+
+def _signs(delta_OI: Tensor) -> Tensor:
+    """Random combinations of the outputs, shape [S, O], always the same.
+
+    ‖S (ΔW A − E Kᵀ)‖² over random signs S is in the mean the number of signs times ‖ΔW A − E Kᵀ‖²; all O outputs
+    would cost more than the solve.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, (_SIGNS, len(delta_OI)), generator=generator).to(delta_OI) * 2 - 1
+
+
+def _preserved(x_SI: Tensor, moment_II: Tensor, lam: float, ridge: float) -> Tensor:
+    """The product of rows with λ C + ridge, shape [S, I]."""
+    product_SI = ridge * x_SI
+    for rows_XI, columns_SX in zip(moment_II.split(_BLOCK), product_SI.split(_BLOCK, 1), strict=True):
+        columns_SX += lam * (x_SI @ rows_XI.to(torch.float64).T)
+    return product_SI
+
+
+def _with_error(delta_OI: Tensor, ridge: float, error_SI: Tensor, right_SI: Tensor, bound: float) -> Solution:
+    """The solution, if it is finite, with ‖error‖ / ‖right side‖ of the combinations."""
     error = float(error_SI.norm() / right_SI.norm().clamp_min(1e-300))
     if not math.isfinite(error) or not _finite(delta_OI):
         raise FloatingPointError("the update of the solve is not finite")
@@ -261,16 +293,13 @@ def _finite(tensor: Tensor) -> bool:
     return all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
-def null_space(moment_II: Tensor, share: float) -> tuple[Tensor, float]:
+def null_space(moment_II: Tensor, share: float) -> NullSpace:
     """Directions in which preserved keys hardly reach: eigenvectors of C, smallest eigenvalues first.
 
     Args:
         moment_II: C, shape [I, I].
         share: Most of the trace of C that they may hold together. (AlphaEdit takes the eigenvalues below a number,
             which has to be found anew for every model.)
-
-    Returns:
-        Orthonormal columns, float64, shape [I, R], and the mean of their eigenvalues.
 
     Raises:
         ValueError: If not one direction holds so little.
@@ -283,30 +312,33 @@ def null_space(moment_II: Tensor, share: float) -> tuple[Tensor, float]:
             f"no direction of the keys holds as little as {share:g} of the second moment (the first holds "
             f"{float(held[0]):.2g}); make --spread.null_space larger"
         )
-    return vectors[:, :count], float(eigenvalues[:count].clamp_min(0).mean())
+    return NullSpace(vectors[:, :count].clone(), float(eigenvalues[:count].clamp_min(0).mean()))
 
 
 def solve_in_null_space(
-    residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: float, share_of_trace: float
+    residual_NO: Tensor, keys_NI: Tensor, space: NullSpace, lam: float, past_II: Tensor | None = None
 ) -> Solution:
-    """ΔW that leaves alone what preserved keys span (AlphaEdit): ΔW = E (K P)ᵀ (λ c P + (K P)ᵀ K P)⁻¹ P.
+    """ΔW that leaves alone what preserved keys span (AlphaEdit): ΔW = E Kᵀ P (K_p K_pᵀ P + K Kᵀ P + λ c)⁻¹.
 
-    P projects onto :func:`null_space`, and c is its mean eigenvalue, so that λ stays a number of preserved keys.
+    P projects onto the null space of C alone, and c is its mean eigenvalue, so that λ stays a number of preserved
+    keys. Keys K_p of earlier edit batches do not change P; what of them lies in the null space counts as the new
+    keys do (METHOD.md, the family).
 
     Args:
         residual_NO: This layer's share of the residual of each edit, shape [N, O].
         keys_NI: Keys, shape [N, I].
-        moment_II: Second moment C, shape [I, I].
+        space: Of C, on the device of the keys.
         lam: λ.
-        share_of_trace: As for :func:`null_space`.
+        past_II: K_p K_pᵀ, float64, shape [I, I]; ``None`` without earlier edit batches.
 
     Raises:
         FloatingPointError: As :func:`solve_update`.
-        ValueError: As :func:`null_space`.
     """
-    basis_IR, mean = null_space(moment_II, share_of_trace)
-    inside = torch.eye(basis_IR.shape[1], dtype=torch.float64, device=basis_IR.device) * mean
-    solution = solve_update(residual_NO, keys_NI.to(torch.float64) @ basis_IR, inside, lam)
+    basis_IR, mean = space
+    inside_RR = torch.eye(basis_IR.shape[1], dtype=torch.float64, device=basis_IR.device) * mean
+    if past_II is not None:
+        inside_RR += basis_IR.T @ (past_II @ basis_IR) / lam  # in the units of C
+    solution = solve_update(residual_NO, keys_NI.to(torch.float64) @ basis_IR, inside_RR, lam)
     return replace(solution, delta_OI=solution.delta_OI @ basis_IR.T)
 
 

@@ -25,8 +25,8 @@ from pmet_lightning.data import EditBatch
 from pmet_lightning.edits import Edit
 from pmet_lightning.keys import Measurement, current_values, measure
 from pmet_lightning.module import TargetOptimizer
-from pmet_lightning.moments import Place
-from pmet_lightning.parallel import Team
+from pmet_lightning.moments import Place, packed_lower, unpacked_products
+from pmet_lightning.parallel import Team, sums_are_less
 from pmet_lightning.postnorm import pull_back
 from pmet_lightning.progress import find_callback, track
 from pmet_lightning.sharding import is_finite, norm_of, own_rows, whole
@@ -49,7 +49,6 @@ from pmet_lightning.targets import Target, stack
 log = logging.getLogger(__name__)
 
 FEW_EDITS = 0.5  # of the key dimensions: up to here the solve with a stored factor is faster (benchmarks/solve.py)
-SUMS_BEYOND = 1.0  # of the key dimensions: for more edits K Kᵀ and E Kᵀ are less to send than K and E
 PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
 
 
@@ -77,7 +76,7 @@ class _Writing:
         team: The processes.
         count: N, the edits of all processes.
         deltas: ΔW of what has been written, with that of the edit batches before.
-        past: Keys to be protected from now on, of the first process.
+        past: K_past K_pastᵀ from now on, as in :class:`WeightSpread`.
     """
 
     module: TargetOptimizer
@@ -90,7 +89,10 @@ class _Writing:
 
 @dataclass(frozen=True)
 class Before:
-    """What there was before an edit batch: each weight with its own rows then, ΔW so far, protected keys."""
+    """What there was before an edit batch: each weight with its own rows then, ΔW so far, protected keys.
+
+    An edit batch makes new sums and leaves the old ones as they are, so those here are no copies.
+    """
 
     weights: list[tuple[Tensor, Tensor]]
     deltas: dict[str, Tensor]
@@ -107,11 +109,13 @@ class WeightSpread(L.Callback):
         write: Weights that are written: the FFN's (PMET) or the attention's too (ablation).
         null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
             projection, such as 0.01); null writes to all directions.
-        protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC).
+        protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC + KKᵀ,
+            inside the null space too, which stays that of C).
 
     Attributes:
         deltas: ΔW of every written weight, over all edit batches, on the CPU.
-        past: K_past K_pastᵀ of each written projection, float64, of the first process.
+        past: K_past K_pastᵀ of each written projection, of the first process: one triangle of it in float64, as
+            :func:`~pmet_lightning.moments.packed_lower` has it, on the CPU; on the device while it is solved with.
         report: What the last edit batch left; ``None`` if it left nothing.
         before: The written weights as they were before the last edit batch, where ``keep_before``.
     """
@@ -187,6 +191,7 @@ class WeightSpread(L.Callback):
             raise RuntimeError("WeightSpread needs the callback SecondMoments beside it in the Trainer")
         if not self.base_norms:
             self.keep_norms(module)
+        self.before = None  # what it holds is as large as what this edit batch will make
         team = Team.of(trainer)
         over = Measurement.of(team.own(edits), module.contexts, module.encoder, module.tokens_per_batch, module.device)
         _warn_of_overload(module, len(edits))
@@ -255,41 +260,46 @@ class WeightSpread(L.Callback):
 
     def _system(self, now: _Writing, place: Place, keys_nI: Tensor, wanted_nO: Tensor) -> Callable[[], Solution]:
         """What solves for ΔW, with the keys and residuals of all processes or, where they are less, their products."""
-        many = now.count > SUMS_BEYOND * keys_nI.shape[1]
         protect = self.protect_past and now.team.solves
-        past = self.past.get(place, 0)
-        if now.team.size > 1 and many and self.null_space is None:
+        if now.team.size > 1 and self.null_space is None and sums_are_less(now.count, keys_nI, wanted_nO):
             products_II = now.team.total(products(keys_nI, keys_nI))
             right_OI = now.team.total(products(wanted_nO, keys_nI))
             if protect:
-                now.past[place] = products_II + past
+                now.past[place] = self._with_past(place, products_II)
             return partial(self._solution_of_sums, right_OI, products_II, place, now)
         keys_NI = now.team.gathered(keys_nI, now.count)
         wanted_NO = now.team.gathered(wanted_nO, now.count)
         if protect:
-            now.past[place] = products(keys_NI, keys_NI) + past
+            now.past[place] = self._with_past(place, products(keys_NI, keys_NI))
         return partial(self._solution, wanted_NO, keys_NI, place, now)
 
+    def _with_past(self, place: Place, products_II: Tensor) -> Tensor:
+        """The sum with the products of earlier edit batches: a new tensor, one triangle, on the CPU."""
+        packed = packed_lower(products_II.cpu())
+        return packed.add_(self.past[place]) if place in self.past else packed
+
     def _solution(self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, now: _Writing) -> Solution:
-        few = len(keys_NI) <= FEW_EDITS * keys_NI.shape[1]
-        past = self.past.get(place)
-        if few and self.null_space is None and past is None:
+        if self.null_space is not None:
+            space = now.second_moments.null_space(place, self.null_space)
+            return solve_in_null_space(wanted_NO, keys_NI, space, self.lam, self._past_II(place, now))
+        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and place not in self.past:
             try:
                 return solve_with_factor(wanted_NO, keys_NI, now.second_moments.factor(place), self.lam)
             except FloatingPointError as error:
                 log.info("%s: %s; solving without it", place, error)
-        moment = self._protected(place, now)
-        if self.null_space is None:
-            return solve_update(wanted_NO, keys_NI, moment, self.lam)
-        return solve_in_null_space(wanted_NO, keys_NI, moment, self.lam, self.null_space)
+        return solve_update(wanted_NO, keys_NI, self._protected(place, now), self.lam)
 
     def _solution_of_sums(self, right_OI: Tensor, products_II: Tensor, place: Place, now: _Writing) -> Solution:
         return solve_sums(right_OI, products_II, self._protected(place, now), self.lam)
 
     def _protected(self, place: Place, now: _Writing) -> Tensor:
         """C and, in its units, the keys of earlier edit batches, which count as much as the new ones."""
-        moment, past = now.second_moments.moment(place).to(now.module.device), self.past.get(place)
-        return moment if past is None else moment.double().add_(past, alpha=1 / self.lam)
+        moment_II, past_II = now.second_moments.moment(place).to(now.module.device), self._past_II(place, now)
+        return moment_II if past_II is None else past_II.div_(self.lam).add_(moment_II)
+
+    def _past_II(self, place: Place, now: _Writing) -> Tensor | None:
+        """K_past K_pastᵀ, on the model's device, float64, shape [I, I]; ``None`` before the second edit batch."""
+        return unpacked_products(self.past[place], now.module.device) if place in self.past else None
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """Where a written site's target and residual are measured (MEMIT: the layer's output)."""

@@ -19,7 +19,7 @@ from pmet_lightning.memory import free_memory
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.moments import MOMENTS_FOLDER, MomentError, MomentKey, MomentStore, Place, memory_groups
 from pmet_lightning.parallel import Team
-from pmet_lightning.solve import Factor, WriteChoice, written_sites
+from pmet_lightning.solve import Factor, NullSpace, WriteChoice, null_space, written_sites
 from pmet_lightning.tokens import PromptEncoder
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class SecondMoments(L.Callback):
         self.sites = written_sites(write)
         self._store: MomentStore | None = None
         self._module: TargetOptimizer | None = None
+        self._null_spaces: dict[tuple[Place, float], NullSpace] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that every moment that the spread will ask for is there; collect those that are missing.
@@ -96,13 +97,16 @@ class SecondMoments(L.Callback):
                 "no second moments for layers %s of this model in %s: collecting them over %s",
                 sorted({layer for _, layer in missing}), store.folder, self.settings.described(),
             )  # fmt: skip
-            groups = Team.of(trainer).agreed(memory_groups(missing, free_memory(pl_module.device)))
+            # All processes must make the same passes, on devices that need not have the same memory.
+            groups = memory_groups(missing, Team.of(trainer).least(free_memory(pl_module.device)))
             if len(groups) > 1:
                 log.info("they do not fit into memory together: %d passes over the corpus", len(groups))
             for group in groups:
                 Collection(self.settings, trainer, pl_module, group, store, key).run()
         for place, width in widths.items():
             store.check(place, pl_module.base_fingerprint, width, pl_module.sites.weight_name(*place))
+        if self._store is None or self._store.folder != store.folder:
+            self._null_spaces.clear()
         self._store, self._module = store, pl_module
         log.info("second moments of %d projections ready in %s", len(places), store.folder)
 
@@ -115,6 +119,21 @@ class SecondMoments(L.Callback):
         """Its Cholesky factor, float64, on the module's device; kept beside it."""
         store, width, name, device = self._stored(place)
         return store.factor(place, width, name, device)
+
+    def null_space(self, place: Place, share: float) -> NullSpace:
+        """Its null space, on the module's device; computed once, and kept on the CPU (8 · I · R bytes).
+
+        Args:
+            place: The projection.
+            share: As for :func:`~pmet_lightning.solve.null_space`.
+
+        Raises:
+            ValueError: As :func:`~pmet_lightning.solve.null_space`.
+        """
+        device = self._stored(place)[-1]
+        if (place, share) not in self._null_spaces:
+            self._null_spaces[place, share] = null_space(self.moment(place).to(device), share).to("cpu")
+        return self._null_spaces[place, share].to(device)
 
     def _stored(self, place: Place) -> tuple[MomentStore, int, str, torch.device]:
         assert self._store is not None, "on_fit_start has not run"

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from pmet_lightning.inspection import Inspection
 from pmet_lightning.progress import EditProgressBar
 from pmet_lightning.recorder import RunRecorder
+from pmet_lightning.sharding import ready
 
 # Lightning warns of what is meant here: the language model stays in eval mode, batches are text, edits are
 # read once and by this process, edit batches are as many as they say, the CSV logger shares the run folder, nothing is
@@ -48,6 +49,9 @@ class EditTrainer(L.Trainer):
             runs/run_N.
         resume: Whether a run that is in the folder goes on behind its last edit batch; without one, begins.
         kwargs: Everything that Lightning's Trainer takes.
+
+    Raises:
+        ValueError: If the strategy is one that this program cannot use.
     """
 
     def __init__(self, run_dir: str | None = None, resume: bool = False, **kwargs: Any) -> None:
@@ -66,6 +70,7 @@ class EditTrainer(L.Trainer):
         kwargs["callbacks"] = [self.recorder.clock, *_as_list(kwargs.get("callbacks")), *own_callbacks]
         kwargs["callbacks"] += [self.recorder, Inspection(self.recorder)]
         super().__init__(**kwargs)
+        ready(self.strategy, self.num_devices * self.num_nodes)
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Edit: optimise targets, write the weights after each edit batch, evaluate before and after."""

@@ -6,9 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from pmet_lightning import spread
+from pmet_lightning import spread, stats
 from pmet_lightning.cli import main
 from pmet_lightning.keys import measure
+from pmet_lightning.parallel import sums_are_less
 
 # Edits, and edits of an edit batch: 7 edits on 2 or 3 processes are uneven, one edit leaves a process without any.
 # In "sums" K Kᵀ and E Kᵀ travel, as if edits were more than key dimensions.
@@ -35,7 +36,7 @@ def fit(folder: Path, model: str, records: Path, corpus: Path, processes: int, *
 def fit_all(folder: Path, model: str, records: Path, corpus: Path, processes: int) -> None:
     """A run in ``folder`` for each shape."""
     for name, (limit, edit_batch) in SHAPES.items():
-        spread.SUMS_BEYOND = 0.0 if name == "sums" else 1.0
+        spread.sums_are_less = (lambda *_: True) if name == "sums" else sums_are_less
         fit(
             folder / name, model, records, corpus, processes, "--data.limit", str(limit), "--data.edit_batch",
             str(edit_batch or "null"), *EXTRA.get(name, []),
@@ -56,10 +57,25 @@ def fit_until_one_dies(rank: str, folder: Path, model: str, records: Path, corpu
     fit(folder, model, records, corpus, 2, "--data.edit_batch", "3", "--trainer.resume", "true")
 
 
+def collect(folder: Path, model: str, corpus: Path, processes: int) -> None:
+    """Second moments, where the last process has room for those of one layer at a time only."""
+    if os.environ.get("LOCAL_RANK", "0") == str(processes - 1):
+        stats.free_memory = lambda _: (12 + 8) * 128 * 128
+    main([
+        "stats", "--config", "pmet.yaml", "--trainer.run_dir", str(folder), "--trainer.accelerator", "cpu",
+        "--trainer.devices", str(processes), "--trainer.strategy", "ddp", "--trainer.enable_progress_bar", "false",
+        "--model.model_name", model, "--model.layers", "[1, 2]", "--model.dtype", "float64",
+        "--model.attn_implementation", "eager", "--moments.corpus", str(corpus),
+        "--moments.folder", str(folder / "moments"),
+    ])  # fmt: skip
+
+
 if __name__ == "__main__":
     what, here, name, records_path, corpus_path = sys.argv[1:]
     paths = Path(here), name, Path(records_path), Path(corpus_path)
-    if what.startswith("dies"):
+    if what == "stats":
+        collect(paths[0], name, paths[3], int(os.environ["WORLD_SIZE"]))
+    elif what.startswith("dies"):
         fit_until_one_dies(what.removeprefix("dies"), *paths)
     else:
         fit_all(*paths, int(what))

@@ -68,22 +68,22 @@ class Watch(L.Callback):
             (trainer.run_dir / "edited.txt").write_text(found)
 
 
-def fit(folder: Path, base: Path, family: str, processes: int, extra: list[str] | None = None) -> None:
-    """A run in ``folder`` of the model, records and corpus in ``base``."""
-    strategy = ["--trainer.strategy", "auto"]
-    if processes > 1:
+def fit(folder: Path, base: Path, family: str, processes: int, config: str = "pmet.yaml") -> None:
+    """A run in ``folder`` of the model, records and corpus in ``base``; another configuration says the strategy."""
+    strategy = ["--trainer.strategy", "auto"] if config == "pmet.yaml" else []
+    if processes > 1 and config == "pmet.yaml":
         strategy = ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy",
                     "--trainer.strategy.data_parallel_size", str(processes),
                     "--trainer.strategy.tensor_parallel_size", "1"]  # fmt: skip
     main([
-        "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(folder), "--trainer.accelerator", "cpu",
+        "fit", "--config", config, "--trainer.run_dir", str(folder), "--trainer.accelerator", "cpu",
         "--trainer.devices", str(processes), *strategy, "--trainer.enable_progress_bar", "false",
         "--trainer.callbacks+", "tests.sharded_runs.Watch", "--model.model_name", str(base / family),
         "--model.layers", "[1, 2]", "--model.dtype", "float64", "--model.attn_implementation", "eager",
         "--model.steps", "5", "--model.micro_batch", "3", "--model.targets_folder", str(folder / "targets"),
         "--data.path", str(base / "records.json"), "--data.edit_batch", "4", "--data.evaluation_batch", "2",
         "--moments.corpus", str(base / "corpus.txt"), "--moments.folder", str(folder / "moments"),
-        "--spread.lam", "2", "--drift.text", str(base / "corpus.txt"), "--drift.rows", "4", *(extra or []),
+        "--spread.lam", "2", "--drift.text", str(base / "corpus.txt"), "--drift.rows", "4",
     ])  # fmt: skip
 
 
@@ -91,3 +91,4 @@ if __name__ == "__main__":
     here, inputs, count = sys.argv[1:]
     for name in FAMILIES:
         fit(Path(here) / name, Path(inputs), name, int(count))
+    fit(Path(here) / "documented", Path(inputs), "gpt2", int(count), str(Path(inputs) / "multi-gpu.yaml"))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pmet_lightning import drift, stats
 from pmet_lightning import recorder as recorder_module
 from pmet_lightning import spread as spread_module
 from pmet_lightning.cli import main
@@ -18,7 +21,8 @@ from pmet_lightning.edits import RecordError, read_edits, stream_edits
 from pmet_lightning.journal import Journal
 from pmet_lightning.keys import measure
 from pmet_lightning.moments import MomentStore
-from pmet_lightning.solve import solve_update
+from pmet_lightning.solve import null_space, solve_update
+from pmet_lightning.spread import WeightSpread
 from tests.tiny import RECORDS, save_tiny
 
 
@@ -335,6 +339,47 @@ def test_past_keys_are_protected_as_the_formula_says(inputs, tmp_path, monkeypat
         past[place] = past.get(place, 0) + keys.T @ keys
 
 
+def test_past_sums_are_there_once_and_once_before(inputs, tmp_path, monkeypatch):
+    """One triangle each on the CPU; what a rollback needs is no copy, and is gone when the next batch is written."""
+    write, kept = WeightSpread.on_train_batch_end, []
+
+    def alive(number):
+        return [found() is not None for found in kept[number].values()]
+
+    def writing(self, *arguments):
+        write(self, *arguments)
+        assert {(past.ndim, len(past), past.device.type) for past in self.past.values()} == {(1, 128 * 129 // 2, "cpu")}
+        if kept:
+            assert all(self.before.past[place] is found() for place, found in kept[-1].items())
+        kept.append({place: weakref.ref(past) for place, past in self.past.items()})
+
+    def measuring(*arguments):
+        if len(kept) > 1:
+            assert not any(alive(-2)), "of the edit batch before the last"
+        return measure(*arguments)
+
+    monkeypatch.setattr(WeightSpread, "on_train_batch_end", writing)
+    monkeypatch.setattr(spread_module, "measure", measuring)
+    fit(inputs, tmp_path / "run", "--spread.protect_past", "true", "--drift.max_growth", "1e9")
+    assert len(kept) == 3
+    stored = load_file(tmp_path / "run" / "past.safetensors")
+    assert {tensor.shape for tensor in stored.values()} == {(128 * 129 // 2,)}
+
+
+def test_the_null_space_is_made_once_for_all_edit_batches(inputs, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(stats, "null_space", lambda *given: made.append(given) or null_space(*given))
+    options = ("--spread.null_space", "0.3", "--spread.protect_past", "true", "--trainer.resume", "true")
+    fit(inputs, tmp_path / "run", *options)
+    assert len(made) == 2, "two layers, three edit batches"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 5)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(inputs, tmp_path / "resumed", *options)
+    fit(inputs, tmp_path / "resumed", *options)
+    same_patch(tmp_path / "run", tmp_path / "resumed")
+
+
 @pytest.mark.parametrize("rollback", [True, False])
 def test_a_limit_ends_the_run(inputs, whole, tmp_path, rollback):
     growth = {line["layer"]: line["growth"] for line in json.loads((whole / "report.json").read_text())["layers"][2:4]}
@@ -354,6 +399,29 @@ def test_a_limit_ends_the_run(inputs, whole, tmp_path, rollback):
         assert "take these records out of the file" in advice
     two = fit(inputs, tmp_path / "two", "--spread.protect_past", "true", "--data.limit", "3" if rollback else "6")
     same_patch(two, folder)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_the_divergence_goes_to_the_device_of_the_model(monkeypatch):
+    """It comes from distributions that are kept on the CPU, and is summed over processes where the model is."""
+    moved = []
+
+    class Divergence:
+        def double(self):
+            return self
+
+        def to(self, device):
+            moved.append(device)
+            return torch.zeros(3, dtype=torch.float64)
+
+    monkeypatch.setattr(drift, "kl_divergence", lambda *_: Divergence())
+    head = SimpleNamespace(weight=torch.zeros(5, 2))
+    module = SimpleNamespace(device=torch.device("cpu"), phase="before", tokens_per_batch=9,
+                             model=SimpleNamespace(get_output_embeddings=lambda: head))  # fmt: skip
+    watch = drift.Drift()
+    assert watch._measure(module, [])[1] is None
+    assert watch._measure(module, [])[1] == 0
+    assert moved == [module.device]
 
 
 def test_perplexity_can_end_a_run(inputs, tmp_path):

@@ -327,6 +327,28 @@ def test_the_callback_stores_what_a_plain_sum_gives(folder, corpus, tmp_path, lo
     assert "collecting" not in caplog.text
 
 
+def test_what_goes_on_is_on_the_device_of_the_sums(folder, corpus, tmp_path, monkeypatch):
+    """Sums and last moments; the device is torch's meta, which has no numbers."""
+    kept = []
+    resume = collection.Collection._resume
+
+    def keep(self):
+        kept.append(self)
+        resume(self)
+
+    monkeypatch.setattr(collection.Collection, "_resume", keep)
+    collect(folder, corpus, tmp_path / "out", monkeypatch)
+    (whole,) = kept
+    whole.previous = {place: torch.eye(128) for place in whole.sums.lower}
+    whole.unfinished.mkdir()
+    whole._save()
+    whole.sums.lower = {place: total.to("meta") for place, total in whole.sums.lower.items()}
+    whole.previous = {}
+    resume(whole)
+    assert {previous.device.type for previous in whole.previous.values()} == {"meta"}
+    assert set(whole.previous) == set(whole.sums.lower)
+
+
 @pytest.mark.parametrize("samples", [150, "auto"])
 @pytest.mark.parametrize("at", [1, 5, 9])
 def test_an_interrupted_collection_goes_on(folder, corpus, tmp_path, monkeypatch, at, samples):

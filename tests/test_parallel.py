@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from pmet_lightning.parallel import sums_are_less, travelling_bytes
 from tests.parallel_runs import SHAPES, fit, fit_all
 from tests.tiny import RECORDS, save_tiny
 
@@ -90,6 +92,27 @@ def test_one_of_each_file(alone, together):
         assert len([p for p in (together / shape).iterdir() if "tfevents" in p.name]) == 1
         state = json.loads((together / shape / "state.json").read_text())
         assert (state["status"], state["edits_written"]) == ("finished", SHAPES[shape][0])
+
+
+def test_devices_of_unequal_memory_make_the_same_passes(inputs, alone, tmp_path):
+    """The one with the least room says how many; else sums of different layers would be added up."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = started([*command, "-m", "tests.parallel_runs", "stats", str(tmp_path), *map(str, inputs)], timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "2 passes over the corpus" in done.stderr + done.stdout
+    for layer in (1, 2):
+        one, two = (load_file(next(f.glob(f"moments/*/ffn-{layer}.safetensors")))["lower"] for f in (alone, tmp_path))
+        assert float((two - one).norm() / one.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(torch.float32, 4), (torch.float64, 8)])
+def test_what_is_less_is_sent(dtype, itemsize):
+    """The products are float64 whatever the keys are: for float32 they are less from twice the key dimensions on."""
+    keys, wanted = torch.empty(0, 64, dtype=dtype), torch.empty(0, 16, dtype=dtype)
+    assert travelling_bytes(1000, keys, wanted, sums=False) == 1000 * (64 + 16) * itemsize
+    assert travelling_bytes(1000, keys, wanted, sums=True) == (64 * 64 + 16 * 64) * 8
+    even = 64 * 8 // itemsize
+    assert [sums_are_less(count, keys, wanted) for count in (1, even, even + 1)] == [False, False, True]
 
 
 @pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pmet_lightning import TargetOptimizer
+from pmet_lightning.sharding import ready
 from tests.harness import edit
 from tests.sharded_runs import FAMILIES, fit
 from tests.tiny import CONTEXTS, RECORDS, save_tiny
@@ -31,6 +34,14 @@ def tie(folder: str) -> None:
     model.save_pretrained(folder)
 
 
+def uncommented(config: str) -> str:
+    """The configuration with the strategy that it has as a comment in the place of its own."""
+    lines = config.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("  strategy: "))
+    end = next(i for i in range(start + 1, len(lines)) if not lines[i].startswith("  # "))
+    return "\n".join([*lines[:start], *("  " + line[4:] for line in lines[start + 1 : end]), *lines[end:], ""])
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Tiny models, of which GPT-2 has tied embeddings, records and a corpus."""
@@ -40,6 +51,7 @@ def inputs(tmp_path_factory):
     for family in FAMILIES:
         save_tiny(family, base / family)
     tie(str(base / "gpt2"))
+    (base / "multi-gpu.yaml").write_text(uncommented((ROOT / "configs" / "multi-gpu.yaml").read_text()))
     return base
 
 
@@ -70,6 +82,20 @@ def test_the_same_weights(family, whole, sharded):
     assert set(one) == set(several)
     for name, tensor in one.items():
         assert float((several[name] - tensor).norm() / tensor.norm()) < TOLERANCE[family], name
+
+
+def test_the_documented_strategy_shards_over_all_processes(whole, sharded):
+    """As it stands in multi-gpu.yaml, without a size; the callback of the run sees that no weight stays whole."""
+    config = yaml.safe_load((sharded / "documented" / "config.yaml").read_text())
+    assert config["trainer"]["strategy"]["class_path"] == "lightning.pytorch.strategies.ModelParallelStrategy"
+    one, several = (load_file(folder / "patch.safetensors") for folder in (whole / "gpt2", sharded / "documented"))
+    for name, tensor in one.items():
+        assert float((several[name] - tensor).norm() / tensor.norm()) < TOLERANCE["gpt2"], name
+
+
+def test_the_older_strategy_is_refused():
+    with pytest.raises(ValueError, match=r"FSDPStrategy, expected ddp or, .*ModelParallelStrategy"):
+        ready(FSDPStrategy(), 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

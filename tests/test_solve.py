@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from pmet_lightning.metrics import harmonic_mean
+from pmet_lightning.moments import packed_lower
 from pmet_lightning.objective import kl_divergence, norm_penalty, project_to_ball, target_scores
 from pmet_lightning.solve import (
     Factor,
@@ -104,7 +105,7 @@ def test_the_null_space_is_left_to_its_keys():
     moment = preserved.T @ preserved / 100
     moment += 1e-3 * torch.eye(12, dtype=torch.float64)
     lam, ridge = 3.0, float(torch.linalg.eigvalsh(moment)[:5].mean())
-    found = solve_in_null_space(residual, keys, moment, lam, 1e-3)
+    found = solve_in_null_space(residual, keys, null_space(moment, 1e-3), lam)
     vectors = torch.linalg.eigh(moment).eigenvectors[:, :5]
     projector = vectors @ vectors.T
     system = projector @ keys.T @ keys + lam * ridge * torch.eye(12, dtype=torch.float64)
@@ -116,6 +117,50 @@ def test_the_null_space_is_left_to_its_keys():
     assert mean == pytest.approx(ridge)
     with pytest.raises(ValueError, match="make --spread.null_space larger"):
         null_space(torch.eye(4), 0.1)
+
+
+@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("n", [2, 40])
+def test_past_keys_join_the_system_in_the_null_space(n, past):
+    """METHOD.md's AlphaEdit in its own form, for fewer edits than directions (8) and for more."""
+    residual, keys, _ = problem(n, 16, 6)
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.cat([torch.full((8,), 0.01), torch.ones(8)]).double()
+    samples = torch.randn(300, 16, generator=generator, dtype=torch.float64) * scales
+    moment = samples.T @ samples / 300
+    earlier = torch.randn(9 if past else 0, 16, generator=generator, dtype=torch.float64)
+    past_II = earlier.T @ earlier
+    eigenvalues, vectors = torch.linalg.eigh(moment)
+    assert len(null_space(moment, 1e-3).basis_IR.T) == 8
+    projector, mean, lam = vectors[:, :8] @ vectors[:, :8].T, float(eigenvalues[:8].mean()), 3.0
+    system = past_II @ projector + keys.T @ keys @ projector + lam * mean * torch.eye(16, dtype=torch.float64)
+    expected = residual.T @ keys @ projector @ torch.inverse(system)
+    found = solve_in_null_space(residual, keys, null_space(moment, 1e-3), lam, past_II if past else None)
+    torch.testing.assert_close(found.delta_OI, expected, rtol=1e-8, atol=1e-10)
+    if not past:  # what a single edit batch gets, as it was before there were past keys
+        basis = vectors[:, :8]
+        inside = torch.eye(8, dtype=torch.float64) * mean
+        before = solve_update(residual, keys @ basis, inside, lam).delta_OI @ basis.T
+        torch.testing.assert_close(found.delta_OI, before, rtol=1e-10, atol=1e-12)
+
+
+def test_the_callback_projects_past_keys_onto_the_null_space_of_c():
+    """What it protects does not move the null space, and one decomposition serves all edit batches."""
+    residual, keys, moment = problem(6, 16, 4)
+    seen = []
+
+    def space(place, share):
+        seen.append((place, share))
+        return null_space(moment, share)
+
+    now = SimpleNamespace(second_moments=SimpleNamespace(null_space=space),
+                          module=SimpleNamespace(device=torch.device("cpu")))  # fmt: skip
+    spread = WeightSpread(lam=2.0, null_space=0.3)
+    spread.past["ffn", 0] = packed_lower(keys[:3].T @ keys[:3])
+    found = spread._solution(residual[3:], keys[3:], ("ffn", 0), now)
+    expected = solve_in_null_space(residual[3:], keys[3:], null_space(moment, 0.3), 2.0, keys[:3].T @ keys[:3])
+    torch.testing.assert_close(found.delta_OI, expected.delta_OI, rtol=1e-9, atol=1e-11)
+    assert seen == [(("ffn", 0), 0.3)]
 
 
 def test_minimises_what_it_should():
@@ -239,9 +284,11 @@ def test_the_callback_takes_the_way_that_works(n, reached, monkeypatch, caplog):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc")
-@pytest.mark.parametrize(("path", "most"), [("update", 1.8), pytest.param("factor", 2.2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("path", "most"), [("update", 1.8), ("sums", 1.8), pytest.param("factor", 2.2, marks=pytest.mark.slow)]
+)
 def test_memory(path, most):
-    """1 + O/I times I² float64 numbers for the direct solve, less than 2 with a factor, and blocks, here small ones."""
+    """1 + O/I times I² float64 numbers for the direct solves, less than 2 with a factor, and small blocks."""
     script = (
         "import sys, torch\n"
         "from pmet_lightning import solve\n"
@@ -250,11 +297,15 @@ def test_memory(path, most):
         "solve._BLOCK = solve._BLOCK_KEYS = 64\n"
         "width, count = 3072, 1875\n"
         "keys, residual = torch.randn(count, width), torch.randn(count, width // 4)\n"
-        "moment = torch.eye(width, dtype=torch.float32 if sys.argv[1] == 'update' else torch.float64)\n"
+        "moment = torch.eye(width, dtype=torch.float64 if sys.argv[1] == 'factor' else torch.float32)\n"
+        "if sys.argv[1] == 'sums':\n"
+        "    right, squares = solve.products(residual, keys), torch.eye(width, dtype=torch.float64)\n"
         "solve.solve_update(torch.ones(9, 64), torch.randn(9, 256), torch.eye(256), 1.0)\n"
         "before = status('VmRSS')\n"
         "if sys.argv[1] == 'update':\n"
         "    solve.solve_update(residual, keys, moment, 9.0)\n"
+        "elif sys.argv[1] == 'sums':\n"
+        "    solve.solve_sums(right, squares, moment, 9.0)\n"
         "else:\n"
         "    solve.solve_with_factor(residual, keys, solve.Factor(moment, 0.0), 9.0)\n"
         "print((status('VmHWM') - before) / 8 / width**2)\n"
