@@ -39,7 +39,7 @@ def fit_all(folder: Path, model: str, records: Path, corpus: Path, processes: in
         spread.sums_are_less = (lambda *_: True) if name == "sums" else sums_are_less
         fit(
             folder / name, model, records, corpus, processes, "--data.limit", str(limit), "--data.edit_batch",
-            str(edit_batch or "null"), *EXTRA.get(name, []),
+            str(edit_batch or "null"), "--model.targets_folder", str(folder / f"targets-{name}"), *EXTRA.get(name, []),
         )  # fmt: skip
 
 

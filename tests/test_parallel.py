@@ -65,6 +65,20 @@ def test_the_same_weights(shape, alone, together):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_targets(shape, alone, together):
+    """v* of every edit, and of every step its losses."""
+    one, several = ({p.name: load_file(p) for p in (folder / f"targets-{shape}").glob("*.safetensors")}
+                    for folder in (alone, together))  # fmt: skip
+    assert len(one) == SHAPES[shape][0]
+    first_batch = SHAPES[shape][1] or len(one)
+    # What a later edit batch meets is known by the bits of the weights, which the order of a sum may change.
+    assert len(set(one) & set(several)) >= first_batch
+    for name in set(one) & set(several):
+        for part, tensor in one[name].items():
+            assert float((several[name][part] - tensor).norm() / tensor.norm()) < 1e-8, part
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_same_ledger_and_scores(shape, alone, together):
     one, several = (lines(folder / shape) for folder in (alone, together))
     assert len(one) == len(several) == SHAPES[shape][0]
@@ -74,8 +88,9 @@ def test_the_same_ledger_and_scores(shape, alone, together):
         for name in set(a) - texts - {"solve_error"}:
             assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-8), name
     one, several = (json.loads((folder / shape / "scores.json").read_text()) for folder in (alone, together))
-    for phase in ("before", "after"):
-        assert several[phase] == pytest.approx(one[phase], rel=1e-5, abs=1e-6)
+    # The weights of this random model are many times larger after a write, and so is what is left of C's float32.
+    for phase, tolerance in (("before", 1e-8), ("after", 1e-5)):
+        assert several[phase] == pytest.approx(one[phase], rel=tolerance, abs=0.1 * tolerance)
     assert (
         len(one.get("edit_batches", []))
         == len(several.get("edit_batches", []))
@@ -102,7 +117,7 @@ def test_devices_of_unequal_memory_make_the_same_passes(inputs, alone, tmp_path)
     assert "2 passes over the corpus" in done.stderr + done.stdout
     for layer in (1, 2):
         one, two = (load_file(next(f.glob(f"moments/*/ffn-{layer}.safetensors")))["lower"] for f in (alone, tmp_path))
-        assert float((two - one).norm() / one.norm()) < 1e-6
+        assert float((two - one).norm() / one.norm()) < 1e-7  # kept in float32
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(torch.float32, 4), (torch.float64, 8)])
