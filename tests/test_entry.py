@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmet_lightning import TargetOptimizer
@@ -20,6 +21,8 @@ from tests.tiny import CONFIGS, CONTEXTS, RECORDS, save_tiny
 
 # What makes a host wait for its device: it needs a value, or the number of values, to go on.
 WAITS = ("_local_scalar_dense", "nonzero", "unique", "aten.equal", "masked_select", "bincount", "is_nonzero")
+
+OLD_OPT = pytest.mark.skipif(transformers.__version__ < "5", reason="OPT of transformers 4 looks into every mask")
 
 
 class Waits(TorchDispatchMode):
@@ -77,7 +80,7 @@ def test_layers_that_get_no_cache_are_not_called_directly(loaded):
     assert not replay.ready
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2", pytest.param("opt", marks=OLD_OPT), "bloom"])
 def test_the_host_waits_for_no_step(family, tmp_path, monkeypatch):
     """Between two looks, once the same edits have been in flight for a step."""
     monkeypatch.setitem(module_of_targets._LOOK_EVERY, "cpu", 4)
