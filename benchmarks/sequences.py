@@ -52,6 +52,7 @@ def main() -> None:
         "--lam", nargs="+", type=float, default=[300, 1000, 3000], help="tried for several edit batches"
     )
     parser.add_argument("--lam_one", nargs="+", type=float, default=[50, 300, 1000], help="for one")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     options = parser.parse_args()
     logging.disable(logging.INFO)
     out = sys.stdout.write
@@ -64,7 +65,8 @@ def main() -> None:
         "drift.text": corpus,
     }
     out("| | λ | " + " | ".join(METRICS) + " | perplexity | growth |\n" + "|---" * (len(METRICS) + 4) + "|\n")
-    for name, way in WAYS.items():
+    for name in options.ways:
+        way = WAYS[name]
         lam = chosen(way, options.lam if way else options.lam_one)
         report = run({**world, **way, "spread.lam": lam})
         before, after = report["scores"]["before"], report["scores"]["after"]
