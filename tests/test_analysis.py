@@ -20,9 +20,12 @@ from pmet_lightning.language_model import fingerprint
 from pmet_lightning.patch import apply_patch, save_patch
 from pmet_lightning.tokens import PromptEncoder, TokenRow, pad_rows
 from tests.planted import SCOPE, edit_of, records, save_planted, study_of, written
-from tests.tiny import RECORDS
+from tests.tiny import CONFIGS, RECORDS
 
-FAMILIES = ["gptj", "gpt2", "llama", "gemma2", "opt"]
+FAMILIES = sorted(set(CONFIGS) - {"opt-350m"})  # which is refused, below
+BOTH_WINDOWS = ("gptj", "gpt2", "llama", "gemma2", "opt")  # a second's work for each
+FINAL_NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm")
+PARALLEL = {"cohere", "cohere2", "falcon", "falcon-new", "gpt_neox", "gptj", "phi", "stablelm-parallel"}
 
 
 def hooks(model) -> int:
@@ -181,7 +184,7 @@ def test_tracing_in_batches_is_tracing_one_at_a_time(loaded, family):
     answers = [int(model(torch.tensor([q.ids])).logits[0, -1].argmax()) for q in questions]
     noise = draw_noise(questions, 2, model.get_input_embeddings().weight.shape[1], 0.5, 0)
     largest = 0.0
-    for window in (1, 2):
+    for window in (1, 2) if family in BOTH_WINDOWS else (2,):
         tracer = Tracer(model, sites, tuples, window, encoder.pad_id, 100, device)
         traced = trace(tracer, questions, answers, noise)
         for n, site, layer, place in ((0, "hidden", 1, 2), (1, "attn", 2, 5), (2, "ffn", 0, 2), (1, "ffn", 3, 4)):
@@ -192,7 +195,7 @@ def test_tracing_in_batches_is_tracing_one_at_a_time(loaded, family):
             found = float(traced.effect.values[n, RESTORED.index(site), layer, place])
             assert found == pytest.approx(sum(expected) / len(expected), abs=1e-6)
             largest = max(largest, abs(found))
-    assert largest > 2e-5
+    assert largest > 1e-5
     assert hooks(model) == 0
 
 
@@ -204,7 +207,7 @@ def test_components_are_what_plain_hooks_see(loaded, family):
     questions = questions_of(encoder)
     lens = Lens(model, sites, torch.device("cpu"))
     parallel = is_parallel(model, sites, pad_rows([TokenRow([5, 6], 1)], 0))
-    assert parallel == (family == "gptj")
+    assert parallel == (family in PARALLEL)
     measured = component_measures(model, sites, lens, questions, parallel, encoder.pad_id, 50)
     assert hooks(model) == 0
     head, body = model.get_output_embeddings(), model.base_model
@@ -215,7 +218,9 @@ def test_components_are_what_plain_hooks_see(loaded, family):
             outputs = {}
             handles = [
                 (sites.norm(site, i) or sites.module(site, i)).register_forward_hook(
-                    lambda _, __, output, key=(site, i), to=outputs: to.update({key: output})
+                    lambda _, __, output, key=(site, i), to=outputs: to.update(
+                        {key: output.clone()}
+                    )  # Falcon adds to it
                 )
                 for site in ("attn", "ffn")
                 for i in range(len(sites.layers))
@@ -243,10 +248,9 @@ def test_components_are_what_plain_hooks_see(loaded, family):
 
 
 def read(model, body, head, vector):
-    """Final norm and head by name; Gemma 2 caps its logits."""
-    norm = next(m for name, m in body.named_modules() if name.split(".")[-1] in ("ln_f", "norm", "final_layer_norm")
-                and "layers." not in name)  # fmt: skip
-    logits = head(norm(vector.view(1, 1, -1)))[0, 0]
+    """Final norm and head by name; Gemma 2 caps its logits, Cohere scales them."""
+    norm = next(m for name, m in body.named_modules() if name.split(".")[-1] in FINAL_NORMS and "layers." not in name)
+    logits = head(norm(vector.view(1, 1, -1)))[0, 0] * getattr(model.config, "logit_scale", 1.0)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -258,7 +262,7 @@ def test_contributions_add_up_to_the_logit(loaded, family):
     encoder = PromptEncoder(tokenizer)
     questions = questions_of(encoder)
     lens = Lens(model, sites, torch.device("cpu"))
-    parallel = family == "gptj"
+    parallel = family in PARALLEL
     measured = component_measures(model, sites, lens, questions, parallel, encoder.pad_id, 5)["contribution"]
     head = model.get_output_embeddings()
     heard = []
@@ -281,13 +285,6 @@ def test_contributions_add_up_to_the_logit(loaded, family):
             start = float(lens.contribution(embedding.unsqueeze(0), sums[0], torch.tensor([token]))[0, 0])
             assert parts + start == pytest.approx(float(wanted), rel=1e-3, abs=1e-3)
     handle.remove()
-
-
-@pytest.mark.parametrize(("family", "parallel"), [("gpt_neox", True), ("falcon", True), ("stablelm", False),
-                                              ("stablelm-parallel", True), ("olmo2", False)])  # fmt: skip
-def test_parallel_blocks_are_known_by_trying(loaded, family, parallel):
-    model, sites, _ = loaded(family)
-    assert is_parallel(model, sites, pad_rows([TokenRow([5, 6], 1)], 0)) == parallel
 
 
 def test_a_model_that_norms_its_stream_is_refused(loaded):
