@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 from pmet_lightning.analysis.claims import claims_of
 from pmet_lightning.analysis.components import component_measures
 from pmet_lightning.analysis.facts import Fact, ask, read_facts
+from pmet_lightning.analysis.figures import figures
 from pmet_lightning.analysis.lens import Lens
+from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW
 from pmet_lightning.analysis.results import summary_lines
 from pmet_lightning.analysis.streams import is_parallel, streams_of
 from pmet_lightning.analysis.study import Study
@@ -43,6 +46,11 @@ def planted(request, tmp_path_factory):
     assert kept == [0, 1, 2]
     assert hooks(study.model) == 0
     return found, store, fetch
+
+
+def many(found):
+    """The facts that were found, four times each: enough to say something."""
+    return found.of([0, 1, 2] * 4)
 
 
 def only(values_NL: torch.Tensor, layer: int, least: float) -> None:
@@ -81,6 +89,7 @@ def test_the_lens_jumps_and_the_logit_grows_where_the_fact_is(planted):
 
 def test_layers_from_the_store_to_the_fetch_are_proposed(planted):
     found, store, fetch = planted
+    found = many(found)
     proposal = found.proposal()
     assert (proposal.layers, proposal.peak) == (list(range(store, fetch)), store)
     assert proposal.same_layers == proposal.same_peak == 1
@@ -90,6 +99,23 @@ def test_layers_from_the_store_to_the_fetch_are_proposed(planted):
     effect, took = re.search(r"effect (\S+) \[.* of (\S+) that the noise took", summary_lines([found], [])[-1]).groups()
     assert 0.9 * float(took) < float(effect) <= float(took)
     assert [claim.verdict for claim in claims_of(found, None)] == ["shown"] * 3
+
+
+def test_of_few_facts_nothing_is_said(planted):
+    """Their bootstrap intervals are too narrow: not sure, not shown, and no interval is written or drawn."""
+    found = planted[0]
+    few = found.of([0, 1, 2] * ((LEAST_FACTS - 1) // 3))
+    claims, proposal = claims_of(few, None), few.proposal()
+    assert [claim.to_dict()["verdict"] for claim in claims] == [TOO_FEW] * 3
+    assert proposal.verdict == proposal.to_dict()["verdict"] == TOO_FEW
+    lines = summary_lines([few], claims)[-4:]
+    assert all(TOO_FEW in line for line in lines)
+    assert not any("%" in line or re.search(r"\d \[", line) for line in lines)
+    for findings, said in ((few, True), (many(found), False)):
+        for name, figure in figures([findings]).items():
+            assert figure.get_suptitle().startswith("Facts: 9. No intervals: too few") == said
+            bands = any(ax.collections for ax in figure.axes[:2])
+            assert bands == (not said and name != "tracing")
 
 
 def test_a_fact_is_found_before_and_after_its_edit(tmp_path):
@@ -114,6 +140,27 @@ def test_a_fact_is_found_before_and_after_its_edit(tmp_path):
     claims = claims_of(before, after)[-2:]
     assert [claim.phase for claim in claims] == ["after - before"] * 2
     assert all(claim.found["mean"] > 10 for claim in claims)
+
+
+def test_of_each_fact_its_own_answer_is_shown(tmp_path):
+    """One fact has a new answer, which the model says after the edit; the record of the other names none."""
+    study = study_of(save_planted("gpt2", tmp_path / "model", 1, 2), draws=0)
+    study.sites.module("ffn", 1).weight.data += edit_of(0).T
+    edited, other = (Fact("", r["prompt"], r["subject"], r["ground_truth"], r["target_new"]) for r in records()[:2])
+    study.ask([edited, replace(other, new=None)])
+    found, _ = study.measure("after")
+    assert found.answers == ["new", "true"]
+    for name in ("lens", "contribution"):
+        own = torch.stack([found.measures[name].at(answer=answer)[i] for i, answer in enumerate(found.answers)])
+        assert torch.equal(found.of_followed(name), own)
+    fetched = found.of_followed("contribution", token="last", component="attn")
+    only(fetched, 2, 5.0)
+    ax = figures([found])["contribution"].axes[1]
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}["attn"]
+    assert drawn == pytest.approx(fetched.mean(dim=0).tolist())
+    rows = summary_lines([found], [])
+    added = rows[next(i for i, row in enumerate(rows) if row.startswith("added to logit")) + 3]
+    assert float(added.split()[4]) == pytest.approx(float(fetched[:, 2].mean()), abs=1e-3)
 
 
 def questions_of(encoder, model=None):
@@ -218,9 +265,8 @@ def test_components_are_what_plain_hooks_see(loaded, family):
             outputs = {}
             handles = [
                 (sites.norm(site, i) or sites.module(site, i)).register_forward_hook(
-                    lambda _, __, output, key=(site, i), to=outputs: to.update(
-                        {key: output.clone()}
-                    )  # Falcon adds to it
+                    # A copy: Falcon adds to it.
+                    lambda _, __, output, key=(site, i), to=outputs: to.update({key: output.clone()})
                 )
                 for site in ("attn", "ffn")
                 for i in range(len(sites.layers))
