@@ -5,8 +5,10 @@ What is kept does not change from run to run: no times, no messages on the error
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ _MOST_SECONDS = 600  # for one cell; more than any takes, but an end if one hang
 def executed(path: Path, folder: str | Path) -> Any:
     """A notebook with what its cells show when they are run from a clean state.
 
+    Its home is an empty folder too, so that nothing that was computed and kept before is used.
+
     Args:
         path: The notebook.
         folder: An empty folder in which it is run.
@@ -32,7 +36,9 @@ def executed(path: Path, folder: str | Path) -> Any:
     for cell in notebook.cells:
         cell.get("outputs", []).clear()
     place = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=_MOST_SECONDS, coalesce_streams=True, resources=place).execute()
+    client = NotebookClient(notebook, timeout=_MOST_SECONDS, coalesce_streams=True, resources=place)
+    with tempfile.TemporaryDirectory() as home:
+        client.execute(env={**os.environ, "HOME": home})
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -50,10 +56,12 @@ def _plain(output: Any) -> Any:
 
 
 def main(names: list[str]) -> None:
-    """Execute notebooks, by default all of them, and store what they show."""
+    """Execute notebooks, by default all of them, and store what they show; say how long each took."""
     for path in [Path(name) for name in names] or sorted(FOLDER.glob("*.ipynb")):
+        start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             nbformat.write(executed(path, folder), path)
+        print(f"{path.stem}: {time.monotonic() - start:.0f} s")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ def record_whole(module: nn.Module, rows: int, *, output: bool = True) -> Iterat
 
     def keep(value: Any) -> None:
         whole = value[0] if isinstance(value, tuple) else value
+        whole = whole.clone()  # Falcon adds to it in place
         recording.values = whole if whole.dim() == 3 else whole.unflatten(0, (rows, -1))
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

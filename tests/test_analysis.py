@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 from pmet_lightning.analysis.claims import claims_of
 from pmet_lightning.analysis.components import component_measures
 from pmet_lightning.analysis.facts import Fact, ask, read_facts
+from pmet_lightning.analysis.figures import figures
 from pmet_lightning.analysis.lens import Lens
+from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW
 from pmet_lightning.analysis.results import summary_lines
 from pmet_lightning.analysis.streams import is_parallel, streams_of
 from pmet_lightning.analysis.study import Study
@@ -20,9 +23,12 @@ from pmet_lightning.language_model import fingerprint
 from pmet_lightning.patch import apply_patch, save_patch
 from pmet_lightning.tokens import PromptEncoder, TokenRow, pad_rows
 from tests.planted import SCOPE, edit_of, records, save_planted, study_of, written
-from tests.tiny import RECORDS
+from tests.tiny import CONFIGS, RECORDS
 
-FAMILIES = ["gptj", "gpt2", "llama", "gemma2", "opt"]
+FAMILIES = sorted(set(CONFIGS) - {"opt-350m"})  # which is refused, below
+BOTH_WINDOWS = ("gptj", "gpt2", "llama", "gemma2", "opt")  # a second's work for each
+FINAL_NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm")
+PARALLEL = {"cohere", "cohere2", "falcon", "falcon-new", "gpt_neox", "gptj", "phi", "stablelm-parallel"}
 
 
 def hooks(model) -> int:
@@ -40,6 +46,11 @@ def planted(request, tmp_path_factory):
     assert kept == [0, 1, 2]
     assert hooks(study.model) == 0
     return found, store, fetch
+
+
+def many(found):
+    """The facts that were found, four times each: enough to say something."""
+    return found.of([0, 1, 2] * 4)
 
 
 def only(values_NL: torch.Tensor, layer: int, least: float) -> None:
@@ -78,6 +89,7 @@ def test_the_lens_jumps_and_the_logit_grows_where_the_fact_is(planted):
 
 def test_layers_from_the_store_to_the_fetch_are_proposed(planted):
     found, store, fetch = planted
+    found = many(found)
     proposal = found.proposal()
     assert (proposal.layers, proposal.peak) == (list(range(store, fetch)), store)
     assert proposal.same_layers == proposal.same_peak == 1
@@ -87,6 +99,23 @@ def test_layers_from_the_store_to_the_fetch_are_proposed(planted):
     effect, took = re.search(r"effect (\S+) \[.* of (\S+) that the noise took", summary_lines([found], [])[-1]).groups()
     assert 0.9 * float(took) < float(effect) <= float(took)
     assert [claim.verdict for claim in claims_of(found, None)] == ["shown"] * 3
+
+
+def test_of_few_facts_nothing_is_said(planted):
+    """Their bootstrap intervals are too narrow: not sure, not shown, and no interval is written or drawn."""
+    found = planted[0]
+    few = found.of([0, 1, 2] * ((LEAST_FACTS - 1) // 3))
+    claims, proposal = claims_of(few, None), few.proposal()
+    assert [claim.to_dict()["verdict"] for claim in claims] == [TOO_FEW] * 3
+    assert proposal.verdict == proposal.to_dict()["verdict"] == TOO_FEW
+    lines = summary_lines([few], claims)[-4:]
+    assert all(TOO_FEW in line for line in lines)
+    assert not any("%" in line or re.search(r"\d \[", line) for line in lines)
+    for findings, said in ((few, True), (many(found), False)):
+        for name, figure in figures([findings]).items():
+            assert figure.get_suptitle().startswith("Facts: 9. No intervals: too few") == said
+            bands = any(ax.collections for ax in figure.axes[:2])
+            assert bands == (not said and name != "tracing")
 
 
 def test_a_fact_is_found_before_and_after_its_edit(tmp_path):
@@ -111,6 +140,27 @@ def test_a_fact_is_found_before_and_after_its_edit(tmp_path):
     claims = claims_of(before, after)[-2:]
     assert [claim.phase for claim in claims] == ["after - before"] * 2
     assert all(claim.found["mean"] > 10 for claim in claims)
+
+
+def test_of_each_fact_its_own_answer_is_shown(tmp_path):
+    """One fact has a new answer, which the model says after the edit; the record of the other names none."""
+    study = study_of(save_planted("gpt2", tmp_path / "model", 1, 2), draws=0)
+    study.sites.module("ffn", 1).weight.data += edit_of(0).T
+    edited, other = (Fact("", r["prompt"], r["subject"], r["ground_truth"], r["target_new"]) for r in records()[:2])
+    study.ask([edited, replace(other, new=None)])
+    found, _ = study.measure("after")
+    assert found.answers == ["new", "true"]
+    for name in ("lens", "contribution"):
+        own = torch.stack([found.measures[name].at(answer=answer)[i] for i, answer in enumerate(found.answers)])
+        assert torch.equal(found.of_followed(name), own)
+    fetched = found.of_followed("contribution", token="last", component="attn")
+    only(fetched, 2, 5.0)
+    ax = figures([found])["contribution"].axes[1]
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}["attn"]
+    assert drawn == pytest.approx(fetched.mean(dim=0).tolist())
+    rows = summary_lines([found], [])
+    added = rows[next(i for i, row in enumerate(rows) if row.startswith("added to logit")) + 3]
+    assert float(added.split()[4]) == pytest.approx(float(fetched[:, 2].mean()), abs=1e-3)
 
 
 def questions_of(encoder, model=None):
@@ -181,7 +231,7 @@ def test_tracing_in_batches_is_tracing_one_at_a_time(loaded, family):
     answers = [int(model(torch.tensor([q.ids])).logits[0, -1].argmax()) for q in questions]
     noise = draw_noise(questions, 2, model.get_input_embeddings().weight.shape[1], 0.5, 0)
     largest = 0.0
-    for window in (1, 2):
+    for window in (1, 2) if family in BOTH_WINDOWS else (2,):
         tracer = Tracer(model, sites, tuples, window, encoder.pad_id, 100, device)
         traced = trace(tracer, questions, answers, noise)
         for n, site, layer, place in ((0, "hidden", 1, 2), (1, "attn", 2, 5), (2, "ffn", 0, 2), (1, "ffn", 3, 4)):
@@ -192,7 +242,7 @@ def test_tracing_in_batches_is_tracing_one_at_a_time(loaded, family):
             found = float(traced.effect.values[n, RESTORED.index(site), layer, place])
             assert found == pytest.approx(sum(expected) / len(expected), abs=1e-6)
             largest = max(largest, abs(found))
-    assert largest > 2e-5
+    assert largest > 1e-5
     assert hooks(model) == 0
 
 
@@ -204,7 +254,7 @@ def test_components_are_what_plain_hooks_see(loaded, family):
     questions = questions_of(encoder)
     lens = Lens(model, sites, torch.device("cpu"))
     parallel = is_parallel(model, sites, pad_rows([TokenRow([5, 6], 1)], 0))
-    assert parallel == (family == "gptj")
+    assert parallel == (family in PARALLEL)
     measured = component_measures(model, sites, lens, questions, parallel, encoder.pad_id, 50)
     assert hooks(model) == 0
     head, body = model.get_output_embeddings(), model.base_model
@@ -215,7 +265,8 @@ def test_components_are_what_plain_hooks_see(loaded, family):
             outputs = {}
             handles = [
                 (sites.norm(site, i) or sites.module(site, i)).register_forward_hook(
-                    lambda _, __, output, key=(site, i), to=outputs: to.update({key: output})
+                    # A copy: Falcon adds to it.
+                    lambda _, __, output, key=(site, i), to=outputs: to.update({key: output.clone()})
                 )
                 for site in ("attn", "ffn")
                 for i in range(len(sites.layers))
@@ -243,10 +294,9 @@ def test_components_are_what_plain_hooks_see(loaded, family):
 
 
 def read(model, body, head, vector):
-    """Final norm and head by name; Gemma 2 caps its logits."""
-    norm = next(m for name, m in body.named_modules() if name.split(".")[-1] in ("ln_f", "norm", "final_layer_norm")
-                and "layers." not in name)  # fmt: skip
-    logits = head(norm(vector.view(1, 1, -1)))[0, 0]
+    """Final norm and head by name; Gemma 2 caps its logits, Cohere scales them."""
+    norm = next(m for name, m in body.named_modules() if name.split(".")[-1] in FINAL_NORMS and "layers." not in name)
+    logits = head(norm(vector.view(1, 1, -1)))[0, 0] * getattr(model.config, "logit_scale", 1.0)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -258,7 +308,7 @@ def test_contributions_add_up_to_the_logit(loaded, family):
     encoder = PromptEncoder(tokenizer)
     questions = questions_of(encoder)
     lens = Lens(model, sites, torch.device("cpu"))
-    parallel = family == "gptj"
+    parallel = family in PARALLEL
     measured = component_measures(model, sites, lens, questions, parallel, encoder.pad_id, 5)["contribution"]
     head = model.get_output_embeddings()
     heard = []
@@ -281,13 +331,6 @@ def test_contributions_add_up_to_the_logit(loaded, family):
             start = float(lens.contribution(embedding.unsqueeze(0), sums[0], torch.tensor([token]))[0, 0])
             assert parts + start == pytest.approx(float(wanted), rel=1e-3, abs=1e-3)
     handle.remove()
-
-
-@pytest.mark.parametrize(("family", "parallel"), [("gpt_neox", True), ("falcon", True), ("stablelm", False),
-                                              ("stablelm-parallel", True), ("olmo2", False)])  # fmt: skip
-def test_parallel_blocks_are_known_by_trying(loaded, family, parallel):
-    model, sites, _ = loaded(family)
-    assert is_parallel(model, sites, pad_rows([TokenRow([5, 6], 1)], 0)) == parallel
 
 
 def test_a_model_that_norms_its_stream_is_refused(loaded):

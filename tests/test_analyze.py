@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pmet_lightning.analysis.facts import Fact, read_facts
 from pmet_lightning.analysis.layer_choice import layers_to_edit, propose
-from pmet_lightning.analysis.measures import Measure, resampled_means, summarise
+from pmet_lightning.analysis.measures import TOO_FEW, Measure, resampled_means, summarise
 from pmet_lightning.analysis.tracing import PLACES, Tracer
 from pmet_lightning.cli import main
 from pmet_lightning.edits import RecordError
@@ -111,6 +116,26 @@ def test_a_record_without_a_true_answer_follows_what_the_model_says(tmp_path):
     assert found.proposal() is None
 
 
+FIGURES = ("similarity", "lens", "contribution", "tracing")
+
+
+def drawn_events(folder: Path) -> dict[str, int]:
+    """How many images each tag of the TensorBoard events has; all of them are decoded, and show something."""
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    assert not any(tags[kind] for kind in ("scalars", "histograms", "tensors"))
+    found = {}
+    for tag in tags["images"]:
+        images = events.Images(tag)
+        for image in images:
+            pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+            assert pixels.shape[:2] == (image.height, image.width)
+            assert pixels.shape[0] > 100
+            assert pixels.std() > 1
+        found[tag] = len(images)
+    return found
+
+
 def run_verb(tmp_path, *arguments: str) -> None:
     main(["analyze", "--out", str(tmp_path / "out"), "--model.device", "cpu", *arguments])
 
@@ -121,7 +146,9 @@ def test_the_verb_on_atlas(tmp_path, caplog):
     out = tmp_path / "out"
     known = json.loads((out / "analysis.json").read_text())
     assert known["facts"] == {"read": 3, "used": 3, "left_out": {}}
-    assert "layers proposed" in caplog.text
+    assert re.search("layers proposed .*: too few facts to say", caplog.text)
+    assert "too few facts to say" in (out / "lens.svg").read_text()
+    assert {found["verdict"] for found in (*known["claims"], known["proposals"]["before"])} == {TOO_FEW}
     layers = list(csv.DictReader((out / "layers.csv").open()))
     lens = [row for row in layers if row["measure"] == "lens" and row["token"] == "last" and row["answer"] == "true"]
     assert [int(row["layer"]) for row in lens] == list(range(8))
@@ -130,9 +157,9 @@ def test_the_verb_on_atlas(tmp_path, caplog):
     traced = list(csv.DictReader((out / "tracing.csv").open()))
     assert {row["place"] for row in traced} <= set(PLACES)
     assert all(math.isfinite(float(row["mean"])) for row in traced)
-    for name in ("similarity", "lens", "contribution", "tracing"):
+    for name in FIGURES:
         assert (out / f"{name}.svg").read_text().rstrip().endswith("</svg>")
-    assert list(out.glob("events.out.tfevents.*"))
+    assert drawn_events(out) == {f"analysis/{name}": 1 for name in FIGURES}
     before = sorted(path.name for path in out.iterdir())
     with pytest.raises(FileExistsError, match="--out"):
         run_verb(tmp_path)
@@ -185,6 +212,7 @@ def test_the_verb_before_and_after_an_edit(tmp_path):
     known = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert (known["facts"]["read"], known["facts"]["used"]) == (3, 1)
     assert list(known["measures"]) == list(known["proposals"]) == ["before", "after"]
+    assert drawn_events(tmp_path / "out") == {f"analysis/{name}": 1 for name in FIGURES}  # both phases in one
     rows = list(csv.DictReader((tmp_path / "out" / "facts.csv").open()))
     assert [(row["case_id"], row["phase"], row["followed"]) for row in rows] == [
         ("1", "before", "true"),

@@ -31,6 +31,12 @@ def test_every_setting_on_a_page_exists(page, options):
     assert {name for name in named if name not in options} == set()
 
 
+def test_the_analyses_on_the_page_do_not_share_a_folder():
+    commands = re.findall(r"^python -m pmet_lightning analyze\b((?:.*\\\n)*.*)", PAGES["analysis.md"], re.MULTILINE)
+    folders = [(re.findall(r"--out (\S+)", command) or ["analysis"])[0] for command in commands]
+    assert len(folders) == len(set(folders)) == 3
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_on_a_page_leads_somewhere(page):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", PAGES[page]):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pmet_lightning.analysis.components import ATTN, FFN, LAST
 from pmet_lightning.analysis.facts import NEW, TRUE
-from pmet_lightning.analysis.measures import Measure, interval
+from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, Measure, interval
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
 
@@ -34,7 +34,9 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """shown, not shown, or the opposite shown."""
+        """shown, not shown, the opposite shown, or too few facts to say."""
+        if self.found["count"] < LEAST_FACTS:
+            return TOO_FEW
         if self.found["low"] > 0:
             return "shown"
         return "the opposite is shown" if self.found["high"] < 0 else "not shown"
@@ -86,7 +88,7 @@ def _within(findings: Findings) -> list[Claim]:
                 Claim("attention's effect at the prompt's last token exceeds the FFN's (mean over layers)",
                       findings.phase, interval(extracted))
             )  # fmt: skip
-    sums = _written(findings)
+    sums = findings.of_followed("contribution", token=LAST).sum(dim=1)
     claims.append(
         Claim("attention adds more to the answer's logit at the prompt's last token than the FFN (sum over layers)",
               findings.phase, interval(sums[:, 0] - sums[:, 1]))
@@ -97,13 +99,6 @@ def _within(findings: Findings) -> list[Claim]:
 def _effect(effect: Measure, more: str, less: str, place: str) -> Tensor:
     difference = effect.at(component=more, place=place) - effect.at(component=less, place=place)
     return difference.mean(dim=1)
-
-
-def _written(findings: Findings) -> Tensor:
-    """What attention and FFN of all layers add to the logit of the answer that is followed, shape [N, 2]."""
-    added = {name: findings.measures["contribution"].at(token=LAST, answer=name).sum(dim=1) for name in (TRUE, NEW)}
-    rows = [added[name][i] for i, name in enumerate(findings.answers)]
-    return rows[0].new_tensor([row.tolist() for row in rows])
 
 
 def _towards_new(measures: Mapping[str, Measure]) -> Tensor:

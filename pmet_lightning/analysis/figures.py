@@ -10,7 +10,7 @@ from matplotlib import rc_context
 
 from pmet_lightning.analysis.components import ATTN, COMPONENTS, FFN, LAST, SUBJECT, TOKENS
 from pmet_lightning.analysis.facts import NEW, TRUE
-from pmet_lightning.analysis.measures import summarise
+from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, summarise
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import PLACES, RESTORED
 from pmet_lightning.page import BLUE, GREEN, ORANGE, PURPLE, STYLE, panels, write_svg
@@ -37,6 +37,10 @@ def figures(phases: Sequence[Findings]) -> dict[str, Figure]:
         drawn = {"similarity": _similarity(phases), "lens": _lens(phases), "contribution": _contribution(phases)}
         if "effect" in phases[0].measures:
             drawn["tracing"] = _tracing(phases)
+        if (count := len(phases[0].questions)) < LEAST_FACTS:
+            for figure in drawn.values():
+                text = f"Facts: {count}. No intervals: {TOO_FEW} how others would differ"
+                figure.suptitle(text, x=0.01, ha="left", fontsize="medium")
     return drawn
 
 
@@ -52,13 +56,14 @@ def write_figures(drawn: Mapping[str, Figure], folder: Path) -> None:
 
 
 def _line(ax: Axes, values_NL: Tensor, label: str, name: str, phase: str) -> None:
-    """Mean over facts by layer, with its 95 % interval; nothing where no fact has such a number."""
+    """Mean over facts by layer, with its 95 % interval if they are enough; nothing where no fact has such a number."""
     if values_NL.isnan().all():
         return
-    mean, low, high, _ = (column.tolist() for column in summarise(values_NL))
+    mean, low, high, count = (column.tolist() for column in summarise(values_NL))
     layers = range(len(mean))
     ax.plot(layers, mean, _LINES[phase], color=_COLOURS[name], label=label)
-    ax.fill_between(layers, low, high, color=_COLOURS[name], alpha=0.15, lw=0)
+    if min(count) >= LEAST_FACTS:
+        ax.fill_between(layers, low, high, color=_COLOURS[name], alpha=0.15, lw=0)
 
 
 def _finish(figure: Figure, axes: Sequence[Axes]) -> Figure:
@@ -107,10 +112,8 @@ def _contribution(phases: Sequence[Findings]) -> Figure:
     for ax, token in zip(axes, TOKENS, strict=True):
         ax.axhline(0, color=STYLE["xtick.color"], lw=0.8)
         for findings in phases:
-            added = findings.measures["contribution"]
-            answer = max(set(findings.answers), key=findings.answers.count)
             for component in COMPONENTS:
-                values = added.at(token=token, component=component, answer=answer)
+                values = findings.of_followed("contribution", token=token, component=component)
                 _line(ax, values, _label(component, findings, phases), component, findings.phase)
         ax.set_title(f"added to the answer's logit, {_TITLES[token]}")
     return _finish(figure, axes)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pmet_lightning.analysis.measures import interval, resampled_means
+from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, interval, resampled_means
 
 HALF = 0.5  # of the peak: a layer with so much of it belongs to the range
 _SURE, _LIKELY = 0.95, 0.5  # shares of resamples
@@ -43,6 +43,8 @@ class Proposal:
     @property
     def verdict(self) -> str:
         """How sure it is that tracing other facts of this kind gives these layers, in words."""
+        if self.effect["count"] < LEAST_FACTS:
+            return TOO_FEW
         if self.effect["low"] <= 0:
             return "no evidence: the effect at the peak does not differ from zero"
         if self.same_layers >= _SURE:

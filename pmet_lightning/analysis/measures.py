@@ -15,6 +15,9 @@ from torch import Tensor
 
 from pmet_lightning.bootstrap import RESAMPLES, interval_of, picks_of
 
+LEAST_FACTS = 10  # with fewer, bootstrap intervals are too narrow; with one they have no width
+TOO_FEW = "too few facts to say"
+
 
 @dataclass(frozen=True)
 class Measure:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pmet_lightning.analysis.claims import Claim
 from pmet_lightning.analysis.components import ANSWERS, COMPONENTS, LAST, SUBJECT
+from pmet_lightning.analysis.measures import LEAST_FACTS
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
 from pmet_lightning.files import write_csv, write_json
@@ -113,14 +114,13 @@ def _clean(findings: Findings) -> float:
 def _columns(findings: Findings) -> dict[str, list[float]]:
     """Means by layer."""
     measures, columns = findings.measures, {}
-    answer = max(set(findings.answers), key=findings.answers.count)
     for token in (SUBJECT, LAST):
-        columns[f"lens:{token}"] = measures["lens"].at(token=token, answer=answer)
+        columns[f"lens:{token}"] = findings.of_followed("lens", token=token)
         for component in COMPONENTS:
             place = {"token": token, "component": component}
             columns[f"cosine:{token}{component}"] = measures["cosine"].at(**place)
             columns[f"overlap:{token}{component}"] = measures["overlap"].at(**place)
-            columns[f"added to logit:{token}{component}"] = measures["contribution"].at(**place, answer=answer)
+            columns[f"added to logit:{token}{component}"] = findings.of_followed("contribution", **place)
             if "effect" in measures:
                 traced = measures["effect"].at(component=component, place=_PLACES[token])
                 columns[f"indirect effect:{token}{component}"] = traced
@@ -132,16 +132,22 @@ def _proposal_lines(findings: Findings) -> list[str]:
     if proposal is None:
         return []
     effect, lead = proposal.effect, proposal.lead
-    line = (
-        f"{findings.phase}: layers proposed {proposal.layers}: {proposal.verdict}. Of {effect['count']} facts "
-        f"resampled, {100 * proposal.same_layers:.0f} % of the draws give the same layers and "
-        f"{100 * proposal.same_peak:.0f} % the same peak, layer {proposal.peak} (effect {_shown(effect)} "
-        f"of {_clean(findings) - float(findings.p[:, 2].mean()):.3f} that the noise took"
-    )
+    line = f"{findings.phase}: layers proposed {proposal.layers}: {proposal.verdict}. "
+    if effect["count"] < LEAST_FACTS:
+        line += f"Of {effect['count']} the peak is layer {proposal.peak}"
+    else:
+        line += (
+            f"Of {effect['count']} facts resampled, {100 * proposal.same_layers:.0f} % of the draws give the same "
+            f"layers and {100 * proposal.same_peak:.0f} % the same peak, layer {proposal.peak}"
+        )
+    took = _clean(findings) - float(findings.p[:, 2].mean())
+    line += f" (effect {_shown(effect)} of {took:.3f} that the noise took"
     if lead is not None:
         line += f"; {_shown(lead)} above the next layer"
     return [line + ")"]
 
 
 def _shown(found: Mapping[str, float]) -> str:
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    """A mean and, if there are enough facts for one, its interval."""
+    interval = f" [{found['low']:.3f}, {found['high']:.3f}]" if found["count"] >= LEAST_FACTS else ""
+    return f"{found['mean']:.3f}{interval}"

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,11 @@ class Findings:
             {name: measure.of(facts) for name, measure in self.measures.items()},
             self.p[list(facts)],
         )
+
+    def of_followed(self, name: str, **places: Any) -> Tensor:
+        """A measure at some places, of the answer that is followed: of each fact its own."""
+        by_answer = {answer: self.measures[name].at(answer=answer, **places) for answer in self.answers}
+        return torch.stack([by_answer[answer][i] for i, answer in enumerate(self.answers)])
 
     def proposal(self) -> Proposal | None:
         """The layers to edit; ``None`` without causal tracing."""
