@@ -31,7 +31,8 @@ from pmet_lightning.trainer import EDIT_RUN, EditTrainer
 
 log = logging.getLogger(__name__)
 
-Facts = str | Path | Mapping[str, Any] | Edit | Iterable[Mapping[str, Any] | Edit]
+# A file or several, or a hub data set; one fact, or several.
+Facts = str | Path | Sequence[str | Path] | Mapping[str, Any] | Edit | Iterable[Mapping[str, Any] | Edit]
 
 
 class Editor:
@@ -162,18 +163,28 @@ class Editor:
             self._trainer([self._drift], None, True).validate(self._module, data, verbose=False)
         return dict(self._module.results.get("test", {}))
 
-    def ask(self, prompts: Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
+    def ask(self, prompts: str | Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
         """What the model, as it is now, says next after each prompt, greedily.
 
         Args:
-            prompts: Finished texts.
+            prompts: Finished texts, or a single one.
             new_tokens: Most tokens of an answer.
+
+        Raises:
+            ValueError: If a prompt has no token; the message names it.
         """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for number, row in enumerate(self._module.encoder.encode_all(prompts)):
+            if not row.ids:
+                raise ValueError(
+                    f"prompts[{number}] is {prompts[number]!r}, which has no token; expected a text that the model can "
+                    "go on with"
+                )
         with as_guest(self.model, self._device):
             return greedy_texts(
                 self.model,
                 self._module.encoder,
-                [prompts] if isinstance(prompts, str) else list(prompts),
+                prompts,
                 tokens_per_batch=self._module.tokens_per_batch,
                 device=self._device,
                 new_tokens=new_tokens,
@@ -186,7 +197,8 @@ class Editor:
 
         Args:
             facts: Records as in a file (COUNTERFACT, zsRE or flat ones: ``prompt`` with ``{}``, ``subject``,
-                ``target_new``), :class:`~pmet_lightning.Edit` objects, or what --data.path takes.
+                ``target_new``), :class:`~pmet_lightning.Edit` objects, or what --data.path takes: a file or a hub data
+                set, or a list or tuple of several.
             evaluate: Whether their questions are asked before and after.
             run_dir: A new folder for all that a run of the command line leaves; ``None`` leaves nothing.
 
@@ -270,8 +282,8 @@ class Editor:
 
     def _data(self, facts: Facts) -> EditDataModule:
         """The facts, read and checked."""
-        if isinstance(facts, (str, Path)) or (isinstance(facts, list) and facts and isinstance(facts[0], str)):
-            paths = [str(path) for path in facts] if isinstance(facts, list) else str(facts)
+        paths = _paths_of(facts)
+        if paths is not None:
             data = EditDataModule(**{**self._data_settings, "path": paths})
             data.borrow(self.tokenizer)
         else:
@@ -323,6 +335,15 @@ class Editor:
                 "else has changed the model, whose second moments and patch would no longer belong to it; make a new "
                 "Editor for the model as it is now"
             )
+
+
+def _paths_of(facts: Facts) -> str | list[str] | None:
+    """Names of files or data sets, as --data.path takes them; ``None`` where the facts are given themselves."""
+    if isinstance(facts, (str, Path)):
+        return str(facts)
+    if isinstance(facts, (list, tuple)) and facts and all(isinstance(fact, (str, Path)) for fact in facts):
+        return [str(path) for path in facts]
+    return None
 
 
 def _given(**values: Any) -> dict[str, Any]:

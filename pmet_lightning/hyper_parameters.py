@@ -7,25 +7,32 @@ from typing import Any
 
 import lightning as L
 
+from pmet_lightning.drift import Drift
 from pmet_lightning.editable import EditableModel
 from pmet_lightning.finetuning import FineTuning
 from pmet_lightning.module import TargetOptimizer
 from pmet_lightning.progress import all_edits, find_callback
 from pmet_lightning.spread import WeightSpread
+from pmet_lightning.stats import SecondMoments
 
+_SAMPLED = ("context_count", "context_length", "seed")  # settings of contexts that are not given
 Value = bool | int | float | str
 
 
 def hyper_parameters(trainer: L.Trainer, module: EditableModel) -> dict[str, Value]:
-    """What decides the result of a run, one plain value each."""
+    """What decides the result of a run, one plain value each; what is null is left out."""
     data = getattr(trainer, "datamodule", None)
+    spread, moments = find_callback(trainer, WeightSpread), find_callback(trainer, SecondMoments)
+    drift = find_callback(trainer, Drift)
     found: dict[str, Any] = {
         "model.model_name": module.model_name,
         "model.layers": module.layers,
         "model.dtype": str(next(module.model.parameters()).dtype).removeprefix("torch."),
+        "model.keep_float32": module.keep_float32,
+        "model.chat": module.chat,
+        "model.patch": module.patch,
         **_optimizer(module),
-        "data.path": getattr(data, "path", None),
-        "data.edit_batch": getattr(data, "edit_batch", None),
+        **{f"data.{name}": getattr(data, name, None) for name in ("path", "skip", "limit", "shuffle", "edit_batch")},
         "data.edits": len(all_edits(trainer)) or None,
     }
     if isinstance(module, TargetOptimizer):
@@ -33,10 +40,13 @@ def hyper_parameters(trainer: L.Trainer, module: EditableModel) -> dict[str, Val
     if isinstance(module, FineTuning):
         names = ("epochs", "batch", "loss_tolerance", "max_change", "seed")
         found |= {f"model.{name}": getattr(module, name) for name in names}
-    spread = find_callback(trainer, WeightSpread)
     if spread is not None:
         found |= {f"spread.{name}": getattr(spread, name) for name in ("lam", "rule", "null_space", "protect_past")}
         found["spread.write"] = "+".join(spread.sites)
+    if moments is not None:
+        found |= _moments(moments)
+    if drift is not None and drift.limited:
+        found |= {f"drift.{name}": getattr(drift, name) for name in ("max_perplexity", "max_growth", "on_limit")}
     return {name: _plain(value) for name, value in found.items() if value is not None}
 
 
@@ -66,7 +76,22 @@ def _targets(module: TargetOptimizer) -> dict[str, Any]:
         "model.loss_tolerance": rules.loss_tolerance,
         "model.stop_at_argmax": rules.argmax_rule,
         "model.contexts": len(module.contexts),
-        "model.seed": module.seed,
+        **({} if module.given_contexts else {f"model.{name}": getattr(module, name) for name in _SAMPLED}),
+    }
+
+
+def _moments(moments: SecondMoments) -> dict[str, Any]:
+    """Where the second moments come from: made elsewhere, or collected from a corpus."""
+    if moments.given is not None:
+        return {"moments.given": moments.given}
+    settings = moments.settings
+    return {
+        "moments.corpus": settings.corpus,
+        "moments.corpus_subset": settings.subset,
+        "moments.samples": str(settings.samples or "auto"),  # a column of the table is of one kind
+        "moments.tolerance": settings.tolerance if settings.samples is None else None,
+        "moments.length": settings.length,
+        "moments.seed": settings.seed,
     }
 
 

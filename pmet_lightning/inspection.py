@@ -5,6 +5,7 @@ What the tags mean is listed in docs/tensorboard.md.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,8 @@ from pmet_lightning.tags import DETAILS, EDIT_BATCHES, FIGURES, SCORES, TEXTS
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+log = logging.getLogger(__name__)
+
 _MAIN = {name: name for name in METRICS} | {"perplexity": "text_perplexity", "kl": "text_kl"}  # first group's names
 _PHASES = ("before", "targets", "spread", "ledger", "after")  # that an edit batch takes its time in
 
@@ -60,6 +63,7 @@ class Inspection(L.Callback):
         self._said: list[str] = []  # about the first edits of the edit batch, before it
         self._shown: set[str] = set()  # phases whose scores have been logged
         self._begun = False
+        self._warned = False  # of a number that is not finite
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the scores before the first and after the last edit."""
@@ -81,6 +85,7 @@ class Inspection(L.Callback):
             for summary in session(settings, _final_tags())[:2]:
                 writer._get_file_writer().add_summary(summary)
             writer.add_custom_scalars(layout())
+        _save(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
@@ -104,28 +109,33 @@ class Inspection(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Log what the edit batch has left."""
+        """Log what the edit batch has left, and have it read while the run goes on."""
         seconds, self._seconds = self._seconds, dict(self.recorder.clock.seconds)
-        written = self.recorder.last
-        if written is None or not trainer.is_global_zero or not trainer.loggers:
-            return
-        assert isinstance(pl_module, TargetOptimizer)
+        if self.recorder.last is not None and trainer.is_global_zero and trainer.loggers:
+            assert isinstance(pl_module, TargetOptimizer)
+            self._log_batch(trainer, pl_module, self.recorder.last, seconds)
+            self.recorder.clock.end("report")
+            self._seconds = dict(self.recorder.clock.seconds)
+        _save(trainer)
+
+    def _log_batch(
+        self, trainer: L.Trainer, pl_module: TargetOptimizer, written: WrittenBatch, seconds: Mapping[str, float]
+    ) -> None:
+        """Numbers, histograms and texts of an edit batch; ``seconds`` are those of each phase before it."""
         report = written.report
         number, rules = report.edit_batch, pl_module.rules
         points = batch_points(report, rules.clamp) | _rates(len(report.edits), seconds, self._seconds)
         points |= {f"{EDIT_BATCHES}/at_once_{name}": written.scores[name] for name in METRICS if name in written.scores}
         for layer in report.layers:
             points |= layer_points(layer)
-        _log(trainer, points, number)
+        self._log(trainer, points, number)
         for place, values in write_points(report):
-            _log(trainer, values, place)
+            self._log(trainer, values, place)
         if is_shown(number):
             for step, values in enumerate(step_points(report.targets, rules), start=number * rules.steps):
-                _log(trainer, values, step)
+                self._log(trainer, values, step)
             for writer in _writers(trainer):
                 self._show(writer, written)
-        self.recorder.clock.end("report")
-        self._seconds = dict(self.recorder.clock.seconds)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what the end alone knows: the scores of a stream, the figures of the report, that all went well."""
@@ -156,7 +166,20 @@ class Inspection(L.Callback):
         points = {
             f"{SCORES}/{_MAIN[name]}" if name in _MAIN else f"{DETAILS}/{name}": value for name, value in values.items()
         }
-        _log(trainer, points, 0 if phase == "before" else self._edits(trainer))
+        self._log(trainer, points, 0 if phase == "before" else self._edits(trainer))
+
+    def _log(self, trainer: L.Trainer, points: Mapping[str, float], step: int) -> None:
+        known = {name: value for name, value in points.items() if math.isfinite(value)}
+        for logger in trainer.loggers:
+            logger.log_metrics(known, step)
+        if len(known) < len(points) and not self._warned and trainer.is_global_zero:
+            self._warned = True
+            lacking = ", ".join(f"{name} ({value})" for name, value in points.items() if name not in known)
+            log.warning(
+                "not finite, and so left out of what TensorBoard and metrics.csv show: %s at step %d (said once)",
+                lacking,
+                step,
+            )
 
     def _edits(self, trainer: L.Trainer) -> int:
         """How many edits are in the weights; a baseline writes all at once."""
@@ -184,10 +207,10 @@ def _rates(edits: int, before: Mapping[str, float], now: Mapping[str, float]) ->
     }
 
 
-def _log(trainer: L.Trainer, points: Mapping[str, float], step: int) -> None:
-    known = {name: value for name, value in points.items() if math.isfinite(value)}
+def _save(trainer: L.Trainer) -> None:
+    """Have the loggers write what they hold back: Lightning does so every so many training steps, not edit batches."""
     for logger in trainer.loggers:
-        logger.log_metrics(known, step)
+        logger.save()
 
 
 def _has_board(trainer: L.Trainer) -> bool:

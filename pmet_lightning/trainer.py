@@ -31,6 +31,7 @@ _INTENDED = (
     r".*FSDP2-wrapped module .* returned a view tensor.*",
 )
 
+_FLUSH_SECONDS = 5  # until TensorBoard can read what was logged
 
 # The patch is the result; one epoch is one pass over the edits; all edits are judged before.
 EDIT_RUN: dict[str, Any] = {
@@ -61,7 +62,7 @@ class EditTrainer(L.Trainer):
         kwargs["use_distributed_sampler"] = False  # the data module deals out the edits itself
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = [
-                TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False),
+                TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False, flush_secs=_FLUSH_SECONDS),
                 CSVLogger(str(folder), name="", version=_free_version(folder) if resume else ""),
             ]
         self.run_dir, self.recorder = folder, RunRecorder(folder, resume)

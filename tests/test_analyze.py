@@ -93,6 +93,12 @@ def test_known_facts_are_read(tmp_path):
     assert (fact.true, fact.new) == ("Basque", "Lima")
 
 
+def test_a_known_fact_without_a_prompt_names_its_format(tmp_path):
+    (tmp_path / "facts.json").write_text(json.dumps([{"subject": "Ann", "attribute": "Oz"}]))
+    with pytest.raises(RecordError, match=r"facts\.json, record 0: no field 'prompt'.* Expected known_facts records"):
+        read_facts(str(tmp_path / "facts.json"))
+
+
 def test_real_known_facts_are_read(shared):
     facts = read_facts(str(shared / "data" / "known_facts_300.json"))
     assert len(facts) == 300

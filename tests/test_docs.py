@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -9,26 +11,87 @@ from importlib import import_module
 
 import pytest
 from jsonargparse import auto_cli, capture_parser
+from lightning.pytorch.cli import LightningArgumentParser
 
-from pmet_lightning.analysis.verb import analyze
+from pmet_lightning import EditDataModule, Editor
+from pmet_lightning.architectures import ARCHITECTURES
 from pmet_lightning.cli import FILE_VERBS, TRAINER_VERBS
 from pmet_lightning.editor_settings import section_parser
+from pmet_lightning.finetuning import FineTuning
+from pmet_lightning.lightning_cli import add_shared_sections
+from pmet_lightning.trainer import EditTrainer
 from tests.conftest import ROOT
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "pmet_lightning").rglob("*.py"))
+TEXTS = PAGES | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+VERBS = (*TRAINER_VERBS, *FILE_VERBS)
 
 
 @pytest.fixture(scope="module")
 def options():
-    analysis = capture_parser(lambda: auto_cli(analyze, args=[], as_positional=False))
-    return {action.dest for parser in (section_parser(), analysis) for action in parser._actions}
+    """The options of each verb."""
+    edit, baseline = section_parser(), LightningArgumentParser(exit_on_error=False)
+    baseline.add_lightning_class_args(FineTuning, "model")
+    baseline.add_lightning_class_args(EditDataModule, "data")
+    add_shared_sections(baseline)
+    found = {}
+    for parser in (edit, baseline):
+        parser.add_lightning_class_args(EditTrainer, "trainer")
+        dests = {action.dest for action in parser._actions} | {"config", "print_config"}
+        found |= dict.fromkeys(["finetune"] if parser is baseline else ["fit", "validate", "test", "stats"], dests)
+    found["stats"] = found["stats"] | {"list"}
+    for verb, module in FILE_VERBS.items():
+        function = getattr(import_module(module), verb)
+        parser = capture_parser(lambda function=function: auto_cli(function, args=[], as_positional=False))
+        found[verb] = {action.dest for action in parser._actions}
+    assert set(found) == set(VERBS)
+    return found
 
 
-@pytest.mark.parametrize("page", PAGES)
+def settings_in(text: str) -> set[str]:
+    """Options in a text, of nested ones the first two parts: an optimizer's own settings are not the parser's."""
+    return set(re.findall(r"(?<![\w-])--(\w+(?:\.\w+)?)", text))
+
+
+def commands(page: str) -> list[tuple[str, str]]:
+    """Verbs and what stands behind them: in lines of code, and in words set as code that begin with a verb."""
+    text, verbs = page.replace("\\\n", " "), "|".join(VERBS)
+    blocks = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.split(" #")[0] for block in blocks for line in block.splitlines()]
+    found = [re.search(rf"-m pmet_lightning ({verbs})\b(.*)", line) for line in lines]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
+    found += [re.search(rf"(?:^|-m pmet_lightning )({verbs})(?= --| *$)(.*)", span) for span in spans]
+    return [(match[1], match[2]) for match in found if match]
+
+
+@pytest.mark.parametrize("page", TEXTS)
 def test_every_setting_on_a_page_exists(page, options):
-    named = re.findall(r"--((?:model|data|moments|spread|drift|tracing)\.\w+)", PAGES[page])
-    assert {name for name in named if name not in options} == set()
+    everywhere = set().union(*options.values())
+    assert {name for name in settings_in(TEXTS[page]) if "." in name} - {"section.name"} <= everywhere
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_setting_is_one_of_the_verb_that_it_stands_with(page, options):
+    for verb, rest in commands(TEXTS[page]):
+        assert settings_in(rest) <= options[verb], (verb, rest)
+    for line in TEXTS[page].splitlines():
+        named = {verb for verb, rest in commands(line) if not rest}  # one with options has them beside it
+        if len(named) == 1:
+            assert {name for name in settings_in(line) if "." in name} <= options[named.pop()], line
+
+
+def test_commands_are_found(options):
+    code = "python -m pmet_lightning fit --data.path x \\\n  --a.b 1 # --c"
+    text = f"a `fit --model.clamp 1`, `stats` b\n```sh\n{code}\n```"
+    found = commands(text)
+    assert [(verb, settings_in(rest)) for verb, rest in found] == [
+        ("fit", {"data.path", "a.b"}), ("fit", {"model.clamp"}), ("stats", set())
+    ]  # fmt: skip
+    assert sum(len(commands(page)) for page in TEXTS.values()) > 30
+    assert "spread.lam" in options["fit"]
+    assert not {"spread.lam", "moments.corpus"} & options["finetune"]
+    assert "data.least" in options["analyze"] - options["fit"]
 
 
 def test_the_analyses_on_the_page_do_not_share_a_folder():
@@ -49,16 +112,65 @@ def test_every_file_on_a_page_exists(page):
         assert (ROOT / name).is_file(), name
 
 
+def definitions() -> set[str]:
+    """Names of all functions and classes of modules, and of what is in a class as Class.name."""
+    found = set()
+    for tree in (ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "pmet_lightning").rglob("*.py")):
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                found.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
 def test_every_equation_is_where_the_page_says():
     names = re.findall(r"^\|[^|]+\| `([\w.]+)` \|$", PAGES["method.md"], re.MULTILINE)
     assert len(names) >= 15
-    for name in names:
-        for part in name.split("."):
-            assert re.search(rf"(def|class) {part}\b", SOURCE), name
+    assert set(names) <= definitions()
+    assert {"TargetLoop._iterate", "share"} <= definitions()
+    assert not {"TargetLoop.share", "_iterate"} & definitions()
+
+
+def test_the_list_of_families_is_that_of_the_program():
+    table = PAGES["models.md"].split("## Families")[1].split("##")[0]
+    rows = re.findall(r"^\| [^|]+ \| (`.+`) \|$", table, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row) if name != "model_type"]
+    assert sorted(named) == sorted(ARCHITECTURES)
+
+
+def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch, capsys):
+    """Its Python from the first line to the last, in an empty folder and home."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", PAGES["tutorial.md"], re.MULTILINE | re.DOTALL))
+    names: dict = {}
+    exec(code, names)
+    before, *report, after = capsys.readouterr().out.splitlines()
+    assert "golf" in before
+    assert report[0] == "1 edits written in 1 edit batch"
+    assert "water polo" in after
+    assert (tmp_path / "edited" / "config.json").is_file()
+    assert (tmp_path / "patch.safetensors").is_file()
+    assert "golf" in names["editor"].ask("Clara Prilforth became a champion of")[0], "the last call was taken back"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_on_a_page_is_python_with_settings_that_exist(page, options):
+    """Blocks that need a model of the reader's own cannot be run; their calls of the editor are looked at."""
+    named = {dest.removeprefix("model.") for dest in options["fit"] if dest.startswith("model.")}
+    named |= set(inspect.signature(Editor.__init__).parameters)
+    for block in re.findall(r"^```python\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL):
+        for call in (node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id == "Editor":
+                assert {keyword.arg for keyword in call.keywords} <= named
+            elif isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "editor":
+                method = getattr(Editor, call.func.attr)
+                assert {keyword.arg for keyword in call.keywords} <= set(inspect.signature(method).parameters)
 
 
 def test_what_is_generated_and_documented_exists():
-    for owner, members in re.findall(r"autoclass:: ([\w.]+)\n(?:   :members: (.+)\n)?", PAGES["api.md"]):
+    for owner, members in re.findall(r"auto(?:class|function):: ([\w.]+)\n(?:   :members: (.+)\n)?", PAGES["api.md"]):
         path, _, name = owner.rpartition(".")
         found = getattr(import_module(path or "pmet_lightning"), name)
         assert all(hasattr(found, member) for member in members.split(", ") if member), owner

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from pmet_lightning import Edit, EditDataModule, read_edits
-from pmet_lightning.edits import RecordError
+from pmet_lightning.edits import RecordError, as_edits, stream_edits
 from pmet_lightning.edits.records import template_of
 
 FLAT = {"prompt": "The capital of {} is", "subject": "Freedonia", "target_new": "Sylvania City"}
@@ -113,6 +113,46 @@ BAD = {
     "two places": ("a.json", [{**FLAT, "prompt": "{} and {}"}], "expected exactly one"),
     "no answers": ("a.json", [{**ZSRE, "answers": []}], "'answers' is"),
     "not an object": ("a.json", ["text"], "expected an object"),
+    "a question that is no text": (
+        "a.json",
+        [{**COUNTERFACT, "neighborhood_prompts": ["x", {"prompt": "y"}]}],
+        r"record 0: the field 'neighborhood_prompts' holds \{'prompt': 'y'\} \(dict\), expected a text or a list",
+    ),
+    "a paraphrase that is no text": ("a.json", [{**FLAT, "rephrase_prompt": [True]}], r"'rephrase_prompt' holds True"),
+    "questions without an old object": (
+        "a.json",
+        [{**COUNTERFACT, "requested_rewrite": {**FLAT}}],
+        "'neighborhood_prompts' holds 2 .*'target_true' no",
+    ),
+    "a group of texts": (
+        "a.json",
+        [FLAT, {**FLAT, "portability": {"R": ["text"]}}],
+        r"record 1: the field 'portability\.R' holds 'text' \(str\), expected KnowEdit's groups",
+    ),
+    "no groups": ("a.json", [{**FLAT, "locality": ["text"]}], r"the field 'locality' holds \['text'\] \(list\)"),
+    "a group without answers": ("a.json", [{**FLAT, "locality": {"R": [{"prompt": "x"}]}}], r"'locality\.R' holds"),
+    "one answer to three questions": (
+        "a.json",
+        [{**FLAT, "locality_prompt": ["x", "y", "z"], "locality_ground_truth": "w"}],
+        "record 0: 'locality_prompt' holds 3 questions and 'locality_ground_truth' 1 answer, expected an answer to",
+    ),
+    "no answers to questions": ("a.json", [{**FLAT, "locality_prompt": ["x", "y"]}], "2 questions and .* no answers"),
+    "no answer to a zsRE question": ("a.json", [{**ZSRE, "loc_ans": None}], "'loc' holds 1 question and 'loc_ans' no"),
+    "no answer to a chain": (
+        "a.json",
+        [{"requested_rewrite": [FLAT], "questions": ["x"]}],
+        "'questions' holds 1 question and 'new_a",
+    ),
+    "a relation that is no name": (
+        "a.json",
+        [{**COUNTERFACT, "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "relation_id": ["P1"]}}],
+        "'relation_id' is \\['P1'\\], expected a name",
+    ),
+    "a known fact": (
+        "a.json",
+        [{"subject": "x", "attribute": "y", "template": "z"}],
+        "no field 'prompt'.* known_facts' field",
+    ),
     "contradiction": ("a.json", [FLAT, {**FLAT, "target_new": "Elsewhere"}], r"record 1 contradicts .*record 0"),
     "ending": ("a.xyz", "text", "unknown ending"),
     "not a table": ("a.parquet", "text", "cannot be read as parquet"),
@@ -126,6 +166,51 @@ def test_bad_files(name, tmp_path):
     with pytest.raises(RecordError, match=message) as caught:
         read_edits(path)
     assert file in str(caught.value)
+
+
+def test_a_question_may_stand_without_a_list(tmp_path):
+    record = {**COUNTERFACT, "neighborhood_prompts": "The capital of Ruritania is", "generation_prompts": "Freedonia"}
+    (edit,) = read_edits(write(tmp_path, "a.json", [record]))
+    assert [p.prompt for p in edit.probes if p.kind == "specificity"] == ["The capital of Ruritania is"]
+    assert edit.generation_prompts == ("Freedonia",)
+
+
+def test_names_may_be_numbers_in_some_records(tmp_path):
+    """Arrow takes no column of both."""
+    rewrite = COUNTERFACT["requested_rewrite"]
+    records = [
+        {**COUNTERFACT, "case_id": number, "requested_rewrite": {
+            **rewrite, "relation_id": name, "subject": f"Land {number}", "target_new": {"str": "Zenda", "id": name}}}
+        for number, name in enumerate((7, "P7", 0))
+    ]  # fmt: skip
+    data = EditDataModule(write(tmp_path, "a.json", records), tokenizer="atlas")
+    data.setup("fit")
+    (batch,) = data.val_dataloader()
+    assert [(e.relation, e.target_id) for e in batch.edits] == [("7", "7"), ("P7", "P7"), ("0", "0")]
+
+
+@pytest.mark.parametrize(
+    ("record", "names"),
+    [
+        ({**FLAT, "rephrase_prompts": ["x"]}, ("rephrase_prompts", "rephrase_prompt")),
+        ({**COUNTERFACT, "neighbourhood_prompt": "x", "paraphrase_prompts": []}, None),
+        ({key: value for key, value in COUNTERFACT.items() if key != "neighborhood_prompts"}
+         | {"neighbourhood_prompts": ["x"]}, ("neighbourhood_prompts", "neighborhood_prompts")),
+        ({**FLAT, "target_true": "x", "source": "y", "rephrase": "z"}, None),
+    ],
+)  # fmt: skip
+def test_a_field_with_nearly_a_known_name_is_noticed_once(tmp_path, caplog, record, names):
+    records = [record, {**record, "note": 1}]
+    expected = [] if names is None else [f"ignored: the field {names[0]!r} (there is {names[1]!r}); rename, if that is"]
+    for read in (
+        lambda: read_edits(write(tmp_path, "a.json", records)),
+        lambda: as_edits(records),
+        lambda: list(stream_edits(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, records))))),
+    ):
+        caplog.clear()
+        read()
+        assert len(caplog.messages) == len(expected)
+        assert all(text in message for text, message in zip(expected, caplog.messages, strict=True))
 
 
 def test_missing_file(tmp_path):
@@ -179,6 +264,7 @@ def test_a_subject_without_a_token_names_its_record(tmp_path, monkeypatch):
 def test_generation_prompts_in_the_place_of_paraphrases_are_noticed(shared, name, warned, caplog):
     read_edits(str(shared / "data" / f"{name}.json"))
     assert ("openings for free text" in caplog.text) == warned
+    assert "ignored" not in caplog.text
 
 
 def test_knowedit_records_bring_portability_with_aliases(shared):

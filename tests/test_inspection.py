@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import csv
+import heapq
 import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_END_INFO_TAG, SESSION_START_INFO_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard import SummaryWriter
 
 from pmet_lightning.architectures import Sites, add_to_weight, architecture_of
 from pmet_lightning.arrival import Arrival
-from pmet_lightning.cli import main
+from pmet_lightning.cli import edit_cli, main
 from pmet_lightning.edits import parse_record
+from pmet_lightning.inspection import Inspection
 from pmet_lightning.inspection_points import is_shown
 from pmet_lightning.language_model import load_config, load_model, load_tokenizer
 from pmet_lightning.metrics import METRICS
 from pmet_lightning.parallel import Team
+from pmet_lightning.recorder import RunRecorder
 from pmet_lightning.resources import locate
 from pmet_lightning.solve import condition_bound
 from tests.conftest import ROOT
@@ -32,7 +39,13 @@ from tests.plain import plain_record
 from tests.test_method import moments_for, tiny_module
 from tests.tiny import RECORDS, save_tiny
 
-STEPS, CLAMP, LAYERS = 5, 0.6, (1, 2)
+STEPS, CLAMP, LAYERS, MOST_IN_FLIGHT = 5, 0.6, (1, 2), 3
+# Weights of all parts of the loss, limits: with them, everything is shown.
+EVERYTHING = (
+    "--model.kl_factor", "0.1", "--model.norm_factor", "0.02", "--model.optimizer.init_args.lr", "0.05",
+    "--model.loss_tolerance", "7.9", "--model.micro_batch", str(MOST_IN_FLIGHT), "--drift.max_growth", "1e9",
+    "--drift.max_perplexity", "1e9",
+)  # fmt: skip
 SIZES = (4, 3)  # edits of each edit batch
 DOCS = (ROOT / "docs" / "tensorboard.md").read_text(encoding="utf-8")
 
@@ -48,28 +61,29 @@ def inputs(tmp_path_factory):
     return save_tiny("gptj", base / "model"), base
 
 
-def fit(inputs, folder: Path, *arguments: str, records: str = "records.json", verb: str = "fit") -> Path:
+def options(inputs, folder: Path, *arguments: str, records: str = "records.json", verb: str = "fit") -> list[str]:
+    """What comes behind the verb."""
     model, base = inputs
     config = "pmet.yaml" if verb == "fit" else "finetune.yaml"
     moments = ["--moments.corpus", str(base / "corpus.txt"), "--moments.folder", str(base / "moments")]
     own = ["--model.steps", str(STEPS), "--model.clamp", str(CLAMP), "--spread.lam", "2", *moments]
-    main([
-        verb, "--config", config, "--trainer.run_dir", str(folder), "--trainer.accelerator", "cpu",
+    return [
+        "--config", config, "--trainer.run_dir", str(folder), "--trainer.accelerator", "cpu",
         "--trainer.enable_progress_bar", "false", "--model.model_name", model, "--model.layers", json.dumps(LAYERS),
         "--data.path", str(base / records), "--data.edit_batch", str(SIZES[0]), "--drift.text",
         str(base / "corpus.txt"), *(own if verb == "fit" else []), *arguments,
-    ])  # fmt: skip
+    ]  # fmt: skip
+
+
+def fit(inputs, folder: Path, *arguments: str, verb: str = "fit", **kwargs) -> Path:
+    main([verb, *options(inputs, folder, *arguments, verb=verb, **kwargs)])
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(inputs, tmp_path_factory):
-    """A run with everything that is shown: weights of all parts of the loss, limits, two edit batches."""
-    return fit(
-        inputs, tmp_path_factory.mktemp("run") / "out", "--model.kl_factor", "0.1", "--model.norm_factor", "0.02",
-        "--model.optimizer.init_args.lr", "0.05", "--model.loss_tolerance", "7.9", "--model.micro_batch", "3",
-        "--drift.max_growth", "1e9", "--drift.max_perplexity", "1e9",
-    )  # fmt: skip
+    """A run with everything that is shown, in two edit batches."""
+    return fit(inputs, tmp_path_factory.mktemp("run") / "out", *EVERYTHING)
 
 
 def events_of(folder: Path) -> EventAccumulator:
@@ -85,6 +99,10 @@ def events(run):
 
 @pytest.fixture(scope="module")
 def ledger(run):
+    return ledger_of(run)
+
+
+def ledger_of(run: Path) -> list[list[dict]]:
     """Lines of the edits of each edit batch."""
     lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     return [[line for line in lines if line["edit_batch"] == number] for number in range(len(SIZES))]
@@ -98,16 +116,22 @@ def steps(events: EventAccumulator, tag: str) -> list[int]:
     return [point.step for point in events.Scalars(tag)]
 
 
-def promised(scores: dict) -> dict[str, str]:
-    """Every tag of the table in docs/tensorboard.md, and what its step is."""
+def promised(scores: dict, written=("ffn",), optimised=("attn", "ffn")) -> dict[str, str]:
+    """Every tag of the table in docs/tensorboard.md, and what its step is.
+
+    Args:
+        scores: Of the run.
+        written: Sites that it writes.
+        optimised: Sites that have a delta.
+    """
     main_scores = {*METRICS, "perplexity", "kl"}
     names = {
         "metric": METRICS,
         "part": ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt"),
         "level": ("q10", "q50", "q90"),
-        "site": ("ffn",),
-        "optimised": ("attn", "ffn"),
-        "place": [f"ffn_layer_{layer}" for layer in LAYERS],
+        "site": written,
+        "optimised": optimised,
+        "place": [f"{site}_layer_{layer}" for site in written for layer in LAYERS],
         "figure": ("loss_curves", "steps", "residual", "norms", "relations", "forgetting"),
         "detail": [name for name in scores["after"] if name not in main_scores],
         "live": ("loss", "nll", "kl", "norm", "p", "p_prompt", "active"),
@@ -123,7 +147,10 @@ def promised(scores: dict) -> dict[str, str]:
 
 
 def test_every_promised_tag_and_no_other(run, events):
-    tags = promised(json.loads((run / "scores.json").read_text()))
+    check_tags(events, promised(json.loads((run / "scores.json").read_text())))
+
+
+def check_tags(events: EventAccumulator, tags: dict[str, str]) -> None:
     shown = events.Tags()
     texts = {tag.removesuffix("/text_summary") for tag in shown["tensors"]} - {"custom_scalars__config__"}
     assert set(tags) == {*shown["scalars"], *shown["images"], *shown["histograms"], *texts}
@@ -132,23 +159,66 @@ def test_every_promised_tag_and_no_other(run, events):
     assert texts == {"answers"}
 
 
+def looks(lines: list[dict]) -> int:
+    """Steps until the last of the edits of an edit batch has stopped, when as many as fly are taken up in turn.
+
+    On a CPU each step is looked at.
+    """
+    rounds = -(-len(lines) // MOST_IN_FLIGHT)
+    free_from = [0] * -(-len(lines) // rounds)
+    for line in lines:
+        heapq.heapreplace(free_from, free_from[0] + line["steps"])
+    return max(free_from)
+
+
 def test_every_tag_is_finite_and_has_its_points(run, events, ledger):
+    check_points(events, promised(json.loads((run / "scores.json").read_text())), ledger, run)
+
+
+@pytest.mark.parametrize(
+    ("option", "sites"),
+    [
+        (("--spread.write", "attn+ffn"), {"written": ("attn", "ffn")}),
+        (("--model.optimise", "hidden"), {"optimised": ("hidden",)}),
+    ],
+    ids=["attn+ffn written", "hidden optimised"],
+)
+def test_the_family_shows_its_own(inputs, tmp_path, option, sites):
+    choice = ("--data.skip", "0", "--data.limit", str(sum(SIZES)), "--data.shuffle", "3")
+    folder = fit(inputs, tmp_path / "out", *EVERYTHING, *choice, *option)
+    found, tags = events_of(folder), promised(json.loads((folder / "scores.json").read_text()), **sites)
+    check_tags(found, tags)
+    check_points(found, tags, ledger_of(folder), folder)
+    start = plugin_data(found, SESSION_START_INFO_TAG).session_start_info.hparams
+    assert [start[f"data.{name}"].number_value for name in ("skip", "limit", "shuffle")] == [0, sum(SIZES), 3]
+
+
+def check_points(events: EventAccumulator, tags: dict[str, str], ledger: list[list[dict]], run: Path) -> None:
     taken = [max(line["steps"] for line in lines) for lines in ledger]
     places = {
         "batch": [0, 1],
         "edits": [0, sum(SIZES)],
         "step": [number * STEPS + step for number, most in enumerate(taken) for step in range(most)],
         "write": list(range(2 * len(LAYERS))),
+        "look": list(range(sum(map(looks, ledger)))),
     }
     scores = json.loads((run / "scores.json").read_text())
-    for tag, kind in promised(scores).items():
+    for tag, kind in tags.items():
         if tag in events.Tags()["scalars"]:
             assert all(map(math.isfinite, values(events, tag))), tag
             once = kind == "edits" and tag.split("/")[1].removeprefix("text_") not in scores["before"]
-            wanted = range(len(steps(events, "9_live/loss"))) if kind == "look" else places[kind][once:]
-            assert steps(events, tag) == list(wanted), tag
+            assert steps(events, tag) == places[kind][once:], tag
+    assert sum(values(events, "9_live/active")) == sum(line["steps"] for lines in ledger for line in lines)
+    for tag in events.Tags()["images"]:
+        assert [point.step for point in events.Images(tag)] == [sum(SIZES)], tag
     for tag in events.Tags()["histograms"]:
         assert [point.step for point in events.Histograms(tag)] == [0, 1]
+        for point, lines in zip(events.Histograms(tag), ledger, strict=True):
+            found = point.histogram_value
+            numbers = [found.min, found.max, found.sum, found.sum_squares, *found.bucket_limit, *found.bucket]
+            assert all(map(math.isfinite, numbers)), tag
+            each = found.num if "/target_" in tag else len(lines)  # entries of vectors, or a number for every edit
+            assert found.num == sum(found.bucket) == each, tag
     assert [point.step for point in events.Tensors("answers/text_summary")] == [0, 1]
 
 
@@ -271,6 +341,15 @@ def test_settings_and_scores_in_the_hparams_tab(run, events):
     assert start["spread.rule"].string_value == "sqrt"
     assert start["data.edit_batch"].number_value == SIZES[0]
     assert start["model.lr"].number_value == 0.05
+    assert (start["model.dtype"].string_value, start["model.chat"].bool_value) == ("float32", False)
+    assert start["model.keep_float32"].bool_value is False
+    assert [start[f"model.context_{name}"].number_value for name in ("count", "length")] == [3, 6]
+    assert start["moments.corpus"].string_value.endswith("corpus.txt")
+    assert start["moments.samples"].string_value == "auto"
+    assert start["moments.length"].number_value == 128
+    assert start["data.skip"].number_value == 0
+    assert not {"data.limit", "data.shuffle"} & set(start), "null is left out"
+    assert start["drift.max_growth"].number_value == 1e9
     experiment = plugin_data(events, EXPERIMENT_TAG).experiment
     assert {info.name for info in experiment.hparam_infos} == set(start)
     metrics = [info.name.tag for info in experiment.metric_infos]
@@ -315,12 +394,68 @@ def test_a_stream_is_shown_to_its_end_and_goes_on(inputs, tmp_path):
     assert [point.step for point in second.Tensors("answers/text_summary")] == [1, 2]
 
 
-def test_the_baseline_is_shown_too(inputs, tmp_path):
-    arguments = ["--model.layers", "[2]", "--model.epochs", "3", "--data.edit_batch", "null"]
+def test_the_baseline_is_shown_too(inputs, ledger, tmp_path):
+    """Its first epoch is before its first step: P(o*) is what the other run's ledger has for the unedited model."""
+    arguments = ["--model.layers", "[2]", "--model.epochs", "3", "--data.edit_batch", "null", "--data.limit", "4"]
     found = events_of(fit(inputs, tmp_path / "out", *arguments, verb="finetune"))
-    assert steps(found, "2_finetuning/loss") == [0, 1, 2]
-    assert steps(found, "1_scores/efficacy") == [0, 7]
+    assert {tag for tag in found.Tags()["scalars"] if tag[0] == "2"} == {"2_finetuning/loss", "2_finetuning/p"}
+    assert steps(found, "2_finetuning/loss") == steps(found, "2_finetuning/p") == [0, 1, 2]
+    clean = np.array([line["p_prompt_before"] for line in ledger[0]])
+    assert values(found, "2_finetuning/p")[0] == pytest.approx(clean.mean(), rel=1e-4)
+    assert values(found, "2_finetuning/loss")[0] == pytest.approx(-np.log(clean).mean(), rel=1e-4)
+    assert values(found, "2_finetuning/p")[-1] > values(found, "2_finetuning/p")[0]
+    assert steps(found, "1_scores/efficacy") == [0, 4]
     assert plugin_data(found, SESSION_START_INFO_TAG).session_start_info.hparams["model.epochs"].number_value == 3
+
+
+class Watcher(L.Callback):
+    """Reads the run folder as somebody does who looks at it between two edit batches."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            self.events = events_of(trainer.run_dir)
+            self.rows = list(csv.DictReader((trainer.run_dir / "metrics.csv").open()))
+
+
+def test_a_run_can_be_watched_while_it_goes_on(inputs, tmp_path):
+    cli = edit_cli(options(inputs, tmp_path / "out"), run=False)
+    watcher = Watcher()
+    cli.trainer.callbacks.append(watcher)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    found = watcher.events
+    assert steps(found, "1_scores/score") == [0]
+    assert steps(found, "3_edit_batches/steps") == [0]
+    assert steps(found, "4_writes/growth_ffn") == [0, 1]
+    assert [point.step for point in found.Tensors("answers/text_summary")] == [0]
+    looks = steps(found, "9_live/loss")
+    assert looks == list(range(len(looks)))
+    for tag in ("9_live/loss", "2_targets/loss", "3_edit_batches/steps", "1_scores/score"):
+        kept = [(float(row[tag]), int(row["step"])) for row in watcher.rows if row.get(tag)]
+        assert [value for value, _ in kept] == pytest.approx(values(found, tag), rel=1e-5)
+        assert [step for _, step in kept] == steps(found, tag)
+    assert len(steps(events_of(tmp_path / "out"), "9_live/loss")) > len(looks)
+    board = next(logger for logger in cli.trainer.loggers if isinstance(logger, TensorBoardLogger))
+    assert SummaryWriter(str(tmp_path / "other"), **board._kwargs).flush_secs == 5
+
+
+class Kept:
+    """A logger that keeps what it is given."""
+
+    def __init__(self):
+        self.points = {}
+
+    def log_metrics(self, points, step):
+        self.points[step] = points
+
+
+def test_numbers_that_are_not_finite_are_left_out_with_a_word(caplog):
+    logger, inspection = Kept(), Inspection(RunRecorder(Path("none")))
+    trainer = SimpleNamespace(loggers=[logger], is_global_zero=True)
+    for step in range(3):
+        inspection._log(trainer, {"a": 1.0, "b": math.nan if step else 2.0, "c": math.inf if step else 3.0}, step)
+    assert logger.points == {0: {"a": 1.0, "b": 2.0, "c": 3.0}, 1: {"a": 1.0}, 2: {"a": 1.0}}
+    assert len(caplog.messages) == 1
+    assert re.search(r"not finite.*: b \(nan\), c \(inf\) at step 1", caplog.text)
 
 
 def test_of_thousands_of_edit_batches_few_keep_curves():

@@ -340,7 +340,13 @@ def test_two_editors_at_once(make):
 def test_facts_in_every_form(make, tmp_path):
     write_json(tmp_path / "facts.json", FACTS[:2])
     path = tmp_path / "facts.json"
-    forms = [FACTS[:2], read_edits(str(path)), path, [str(path)], (fact for fact in FACTS[:2])]
+    write_json(tmp_path / "one.json", FACTS[:1])
+    write_json(tmp_path / "two.json", FACTS[1:2])
+    both = tmp_path / "one.json", tmp_path / "two.json"
+    forms = [
+        FACTS[:2], tuple(FACTS[:2]), read_edits(str(path)), path, [str(path)], [path], list(both), both,
+        (str(both[0]), both[1]), (fact for fact in FACTS[:2]),
+    ]  # fmt: skip
     editor, model = make()
     found = []
     for form in forms:
@@ -352,6 +358,15 @@ def test_facts_in_every_form(make, tmp_path):
     assert editor.edits_written == 1
 
 
+def test_questions_in_every_form(make):
+    editor, _ = make()
+    question = FACTS[0]["prompt"].replace("{}", FACTS[0]["subject"])
+    assert editor.ask(question) == editor.ask([question]) == editor.ask((question,))
+    assert editor.ask([]) == []
+    with pytest.raises(ValueError, match=r"prompts\[1\] is '', which has no token; expected a text"):
+        editor.ask([question, ""])
+
+
 BAD_FACTS = {
     "a field": ([*FACTS[:3], {"prompt": "{} is", "subject": "A"}], r"facts\[3\]: no field 'target'"),
     "a template": ([FACTS[0], {**FACTS[1], "prompt": "{} and {}"}], r"facts\[1\]: .* has 2 '\{\}'"),
@@ -360,6 +375,7 @@ BAD_FACTS = {
     "a contradiction": (
         [FACTS[0], {**FACTS[0], "target_new": "Basque"}], r"facts\[1\] contradicts facts\[0\]: .*'English' and 'Basque'"
     ),
+    "a path among facts": ([FACTS[0], "facts.json"], r"facts\[1\]: expected an object with named fields, got str"),
     "none": ([], "nothing to edit"),
 }  # fmt: skip
 

@@ -91,7 +91,7 @@ def _options(parser: Any) -> list[Option]:
 
 def _trainer_options() -> list[Option]:
     """The trainer's own options, of which its docstring tells."""
-    block = (inspect.getdoc(EditTrainer) or "").split("Args:\n")[1]
+    block = (inspect.getdoc(EditTrainer) or "").split("Args:\n")[1].split("\n\nRaises:")[0]
     said = {name: " ".join(text.split()) for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", block, re.M)}
     known = inspect.signature(EditTrainer).parameters
     return [

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.edits import parse_record
+from pmet_lightning.edits import RecordError, parse_record
 from pmet_lightning.edits.readers import read_records
 from pmet_lightning.edits.records import parse_records, template_of
 from pmet_lightning.language_model import label_logits
@@ -86,6 +86,11 @@ def _known_fact(record: Mapping[str, Any], number: int, origin: str) -> Fact:
     """ROME's ``known_facts``; the template may lack words that the prompt has, so that the prompt counts."""
     case_id = str(record.get("known_id", number))
     prompt = record.get("prompt") or record.get("template")
+    if not prompt:
+        raise RecordError(
+            f"{origin}: no field 'prompt'; found {', '.join(map(repr, record))}. Expected known_facts records "
+            "(subject, attribute, prompt), since there is an 'attribute'"
+        )
     # An edit with the true answer as its target has all that a known fact needs, and its checks.
     edit = parse_record({**record, "prompt": prompt, "target_new": record["attribute"]}, number, origin)
     return Fact(case_id, template_of(edit.prompt, edit.subject, origin), edit.subject, edit.target, None)

@@ -18,7 +18,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.edits.records import Edit, RecordError, check_no_contradictions, parse_records
+from pmet_lightning.edits.fields import RecordError, misspelt
+from pmet_lightning.edits.records import Edit, check_no_contradictions, parse_records
 from pmet_lightning.resources import locate
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,10 @@ def read_edits(
         FileNotFoundError: If there is no such file or data set.
         RecordError: If the file is empty or broken, or a record taken from it is unusable.
     """
-    edits = []
+    edits, warned = [], set[str]()
     for number, origin, record in read_records(path, split=split, skip=skip, limit=limit, shuffle=shuffle):
         edits += parse_records(record, number, origin)
+        _warn_of_names(record, origin, warned)
     check_no_contradictions(edits)
     _warn_of_generation_prompts(edits, path if isinstance(path, str) else ", ".join(path))
     return edits
@@ -112,13 +114,14 @@ def as_edits(facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts") -> 
     Raises:
         RecordError: If there is none, or one is unusable.
     """
-    edits = []
+    edits, warned = [], set[str]()
     for number, fact in enumerate(facts):
         origin = f"{name}[{number}]"
         if isinstance(fact, Edit):
             edits.append(replace(fact, origin=f"{origin} ({fact.origin})" if fact.origin else origin))
         else:
             edits += parse_records(fact, number, origin)
+            _warn_of_names(fact, origin, warned)
     if not edits:
         raise RecordError(f"{name}: nothing to edit, expected at least one record")
     check_no_contradictions(edits)
@@ -146,8 +149,11 @@ def stream_edits(
     records = chain.from_iterable(
         _streamed_records(locate(name), name, split, wait if name == paths[-1] else 0.0) for name in paths
     )
+    warned = set[str]()
     for number, (origin, record) in islice(enumerate(records), skip, None if limit is None else skip + limit):
-        yield from parse_records(record, number, origin)
+        edits = parse_records(record, number, origin)
+        _warn_of_names(record, origin, warned)
+        yield from edits
 
 
 def _streamed_records(found: str, name: str, split: str, wait: float) -> Iterator[tuple[str, Any]]:
@@ -171,6 +177,24 @@ def _growing_lines(path: Path, wait: float) -> Iterator[bytes]:
             if not line:
                 return
             yield line
+
+
+def _warn_of_names(record: Any, origin: str, warned: set[str]) -> None:
+    """Say once for a file that a field is ignored whose name is nearly a known one.
+
+    Args:
+        record: One of the file's.
+        origin: File and record, for the message.
+        warned: Files of which it was said.
+    """
+    file = re.split(r", record \d|\[\d", origin)[0]
+    names = {} if file in warned else misspelt(record)
+    if names:
+        warned.add(file)
+        log.warning(
+            "%s: ignored: %s; rename, if that is meant", origin,
+            ", ".join(f"the field {name!r} (there is {near!r})" for name, near in names.items()),
+        )  # fmt: skip
 
 
 def _warn_of_generation_prompts(edits: Sequence[Edit], path: str) -> None:

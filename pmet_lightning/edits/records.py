@@ -9,11 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from pmet_lightning.edits.fields import RecordError, checked_texts, items, name_in, text, texts
+
 ProbeKind = Literal["efficacy", "generalisation", "specificity", "portability", "multihop"]
-
-
-class RecordError(ValueError):
-    """A record that cannot become an edit: says where, what was found and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,12 @@ def parse_records(record: Any, number: int, origin: str) -> list[Edit]:
         edits.append(parse_record(part, number, f"{origin}, rewrite {i}"))
     if not edits:
         raise RecordError(f"{origin}: 'requested_rewrite' is empty, expected at least one rewrite")
-    answer, aliases = record.get("new_answer"), tuple(_as_list(record.get("new_answer_alias")))
+    answer, questions = record.get("new_answer"), texts(record, "questions", origin)
+    if questions and not answer:
+        raise _unanswered("questions", len(questions), "new_answer", 0, origin)
     if answer:
-        hops = [Probe("multihop", q, str(answer), aliases=aliases) for q in _as_list(record.get("questions"))]
+        answer, aliases = text(record, "new_answer", origin), tuple(texts(record, "new_answer_alias", origin))
+        hops = [Probe("multihop", question, answer, aliases=aliases) for question in questions]
         edits[-1] = replace(edits[-1], probes=(*edits[-1].probes, *hops))
     return edits
 
@@ -145,24 +146,25 @@ def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Ed
     rewrite = fields["requested_rewrite"]
     if not isinstance(rewrite, Mapping):
         raise RecordError(f"{origin}: 'requested_rewrite' is {type(rewrite).__name__}, expected an object")
-    target = _text(rewrite, "target_new", origin)
-    old = _text(rewrite, "target_true", origin) if rewrite.get("target_true") else None
-    subject = _text(rewrite, "subject", origin)
-    prompt = template_of(_text(rewrite, "prompt", origin), subject, origin)
-    probes = _rewrite_probes(prompt, subject, target, old, _as_list(fields.get("paraphrase_prompts")))
-    if old is not None:
-        probes += [Probe("specificity", text, old, target) for text in fields.get("neighborhood_prompts") or []]
-    new = rewrite["target_new"]
+    target = text(rewrite, "target_new", origin)
+    old = text(rewrite, "target_true", origin) if rewrite.get("target_true") else None
+    subject = text(rewrite, "subject", origin)
+    prompt = template_of(text(rewrite, "prompt", origin), subject, origin)
+    probes = _rewrite_probes(prompt, subject, target, old, texts(fields, "paraphrase_prompts", origin))
+    neighbours = texts(fields, "neighborhood_prompts", origin)
+    if neighbours and old is None:
+        raise _unanswered("neighborhood_prompts", len(neighbours), "target_true", 0, origin)
+    probes += [Probe("specificity", question, str(old), target) for question in neighbours]
     return Edit(
-        str(fields.get("case_id", number)),
+        name_in(fields, "case_id", origin) or str(number),
         prompt,
         subject,
         target,
         old,
-        relation=rewrite.get("relation_id"),
-        target_id=new.get("id") if isinstance(new, Mapping) else None,
+        relation=name_in(rewrite, "relation_id", origin),
+        target_id=name_in(rewrite["target_new"], "id", origin),
         probes=tuple(probes),
-        generation_prompts=tuple(_as_list(fields.get("generation_prompts"))),
+        generation_prompts=tuple(texts(fields, "generation_prompts", origin)),
         origin=origin,
     )
 
@@ -171,74 +173,85 @@ def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
     answers = fields.get("answers")
     if not isinstance(answers, list) or not answers:
         raise RecordError(f"{origin}: 'answers' is {answers!r}, expected a list whose first entry is the target")
-    target = _text({"answers[0]": answers[0]}, "answers[0]", origin)
-    subject = _text(fields, "subject", origin)
-    prompt = template_of(_text(fields, "src", origin), subject, origin)
-    probes = _rewrite_probes(prompt, subject, target, None, _as_list(fields.get("rephrase")))
-    if fields.get("loc") and fields.get("loc_ans"):
-        question = str(fields["loc"])
-        question = question if question.endswith("?") else question + "?"
-        probes.append(Probe("specificity", question, str(fields["loc_ans"])))
-    return Edit(str(fields.get("case_id", number)), prompt, subject, target, probes=tuple(probes), origin=origin)
+    target = text({"answers[0]": answers[0]}, "answers[0]", origin)
+    subject = text(fields, "subject", origin)
+    prompt = template_of(text(fields, "src", origin), subject, origin)
+    probes = _rewrite_probes(prompt, subject, target, None, texts(fields, "rephrase", origin))
+    for question, answer in _answered(fields, "loc", "loc_ans", origin):
+        probes.append(Probe("specificity", question if question.endswith("?") else question + "?", answer))
+    case_id = name_in(fields, "case_id", origin) or str(number)
+    return Edit(case_id, prompt, subject, target, probes=tuple(probes), origin=origin)
 
 
 def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
-    subject = _text(fields, "subject", origin)
-    prompt = template_of(_text(fields, "prompt", origin), subject, origin)
-    target = _text(fields, "target_new" if "target_new" in fields else "target", origin)
-    old = _text(fields, "ground_truth", origin) if fields.get("ground_truth") else None
-    probes = _rewrite_probes(prompt, subject, target, old, _as_list(fields.get("rephrase_prompt")))
-    answers = _as_list(fields.get("locality_ground_truth"))
-    for text, answer in zip(_as_list(fields.get("locality_prompt")), answers, strict=False):
-        probes.append(Probe("specificity", text, answer, target if answer == old else None))
-    probes += _knowedit_probes("portability", fields.get("portability"))
-    probes += _knowedit_probes("specificity", fields.get("locality"))
-    relation = str(fields["relation"]) if fields.get("relation") else None
-    case_id = str(fields.get("case_id", number))
+    subject = text(fields, "subject", origin)
+    prompt = template_of(text(fields, "prompt", origin), subject, origin)
+    target = text(fields, "target_new" if "target_new" in fields else "target", origin)
+    old = text(fields, "ground_truth", origin) if fields.get("ground_truth") else None
+    probes = _rewrite_probes(prompt, subject, target, old, texts(fields, "rephrase_prompt", origin))
+    for question, answer in _answered(fields, "locality_prompt", "locality_ground_truth", origin):
+        probes.append(Probe("specificity", question, answer, target if answer == old else None))
+    probes += _knowedit_probes("portability", fields, "portability", origin)
+    probes += _knowedit_probes("specificity", fields, "locality", origin)
+    relation = name_in(fields, "relation", origin) or None
+    case_id = name_in(fields, "case_id", origin) or str(number)
     return Edit(case_id, prompt, subject, target, old, relation, probes=tuple(probes), origin=origin)
 
 
-def _knowedit_probes(kind: ProbeKind, groups: Any) -> list[Probe]:
+def _answered(fields: Mapping[str, Any], asked: str, given: str, origin: str) -> list[tuple[str, str]]:
+    """Questions of one field with their answers in another; blank questions, or blank answers, ask nothing.
+
+    Raises:
+        RecordError: If there are more of the one than of the other.
+    """
+    questions, answers = items(fields.get(asked)), items(fields.get(given))
+    if len(questions) != len(answers) and texts(fields, asked, origin):
+        raise _unanswered(asked, len(questions), given, len(answers), origin)
+    found = []
+    for question, answer in zip(questions, answers, strict=False):
+        both = [*checked_texts([question], repr(asked), origin), *checked_texts([answer], repr(given), origin)]
+        found += [(both[0], both[1])] if len(both) == 2 else []
+    return found
+
+
+def _unanswered(asked: str, questions: int, given: str, answers: int, origin: str) -> RecordError:
+    return RecordError(
+        f"{origin}: {asked!r} holds {questions} question{'s' * (questions != 1)} and {given!r} {answers or 'no'} "
+        f"answer{'s' * (answers != 1)}, expected an answer to each; add what is missing, or leave the questions out"
+    )
+
+
+def _knowedit_probes(kind: ProbeKind, fields: Mapping[str, Any], name: str, origin: str) -> list[Probe]:
     """Questions of KnowEdit: groups of prompts, each with the forms that an answer may have."""
+    groups = fields.get(name) or {}
     if not isinstance(groups, Mapping):
-        return []
+        raise _no_groups(name, groups, origin)
     probes = []
-    for question in (q for group in groups.values() if isinstance(group, list) for q in group):
-        forms = [form for answer in _items(question.get("ground_truth")) for form in _as_list(answer)]
-        if forms and str(question.get("prompt", "")).strip():
-            probes.append(Probe(kind, str(question["prompt"]), forms[0], aliases=tuple(forms[1:])))
+    for group, questions in groups.items():
+        place = f"{name}.{group}"
+        if not isinstance(questions, (list, tuple, type(None))):
+            raise _no_groups(place, questions, origin)
+        for question in items(questions):
+            if not isinstance(question, Mapping) or not {"prompt", "ground_truth"} <= set(question):
+                raise _no_groups(place, question, origin)
+            answers = items(question["ground_truth"])
+            forms = [form for answer in answers for form in checked_texts(answer, f"'{place}' (ground_truth)", origin)]
+            asked = checked_texts(question["prompt"], f"'{place}' (prompt)", origin)
+            if forms and asked:
+                probes.append(Probe(kind, asked[0], forms[0], aliases=tuple(forms[1:])))
     return probes
 
 
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _no_groups(name: str, found: Any, origin: str) -> RecordError:
+    return RecordError(
+        f"{origin}: the field {name!r} holds {found!r} ({type(found).__name__}), expected KnowEdit's groups, such as "
+        '{"Reasoning": [{"prompt": "...", "ground_truth": "..."}]}; write each question so, or leave the field out'
+    )
 
 
 def _rewrite_probes(prompt: str, subject: str, target: str, old: str | None, paraphrases: Sequence[str]) -> list[Probe]:
     probes = [Probe("efficacy", prompt.replace("{}", subject, 1), target, old)]
-    return probes + [Probe("generalisation", text, target, old) for text in paraphrases]
-
-
-def _as_list(value: Any) -> list[str]:
-    """Texts of a field that holds one, several or none; blank ones ask nothing."""
-    return [str(item) for item in _items(value) if str(item).strip()]
-
-
-def _text(fields: Mapping[str, Any], name: str, origin: str) -> str:
-    """A text field that is there and not blank; ``{"str": …}`` counts as text."""
-    if name not in fields:
-        raise RecordError(
-            f"{origin}: no field {name!r}; found {', '.join(map(repr, fields)) or 'nothing'}. Expected "
-            "COUNTERFACT records (requested_rewrite), zsRE records (src, subject, answers) or flat ones "
-            "(prompt, subject, target_new)."
-        )
-    value = fields[name]
-    value = value.get("str") if isinstance(value, Mapping) else value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # a CSV column of years reads as numbers
-    if not isinstance(value, str) or not value.strip():
-        raise RecordError(f"{origin}: the field {name!r} is {value!r}, expected a text that is not empty")
-    return value
+    return probes + [Probe("generalisation", paraphrase, target, old) for paraphrase in paraphrases]
 
 
 def template_of(prompt: str, subject: str, origin: str) -> str:

@@ -1,0 +1,129 @@
+"""Fields of a record, each checked: a text, several texts, a name; and names that are probably misspelt."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+# Fields that records of each format have, read or not; those of a rewrite stand in COUNTERFACT's and MQuAKE's.
+_REWRITE = ("prompt", "subject", "target_new", "target_true", "relation_id", "question", "question_id")
+_COUNTERFACT = (
+    "case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts", "generation_prompts",
+    "attribute_prompts", "pararel_idx",
+)  # fmt: skip
+_MQUAKE = ("questions", "new_answer", "new_answer_alias", "answer", "answer_alias", "new_single_hops", "single_hops")
+_ZSRE = ("case_id", "src", "subject", "answers", "rephrase", "loc", "loc_ans", "alt", "pred", "cond")
+_FLAT = (
+    "case_id", "prompt", "subject", "target_new", "target", "ground_truth", "rephrase_prompt", "rephrase", "relation",
+    "locality_prompt", "locality_ground_truth", "portability", "locality",
+)  # fmt: skip
+_CLOSE = 0.8  # difflib's ratio: 'rephrase_prompts' is this near to 'rephrase_prompt', 'target_true' not to 'target_new'
+
+
+class RecordError(ValueError):
+    """A record that cannot become an edit: says where, what was found and what was expected."""
+
+
+def items(value: Any) -> list[Any]:
+    """What a field holds that may hold one thing, several or none."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def texts(fields: Mapping[str, Any], name: str, origin: str) -> list[str]:
+    """Texts of a field that holds one, several or none; blank ones ask nothing.
+
+    Raises:
+        RecordError: If something in it is no text.
+    """
+    return checked_texts(fields.get(name), repr(name), origin)
+
+
+def checked_texts(value: Any, name: str, origin: str) -> list[str]:
+    """One text or several, as they stand in a field.
+
+    Args:
+        value: What the field holds.
+        name: What messages call it.
+        origin: File and record, for messages.
+
+    Raises:
+        RecordError: If something in it is no text.
+    """
+    found = []
+    for item in items(value):
+        text = _plain(item)
+        if item is not None and not isinstance(text, str):
+            raise RecordError(
+                f"{origin}: the field {name} holds {item!r} ({type(item).__name__}), expected a text or a list of "
+                "texts; write each as a string"
+            )
+        found += [text] if text and text.strip() else []
+    return found
+
+
+def text(fields: Mapping[str, Any], name: str, origin: str) -> str:
+    """A text field that is there and not blank; ``{"str": …}`` counts as text.
+
+    Raises:
+        RecordError: If it is missing, blank or no text.
+    """
+    if name not in fields:
+        hint = " This one has known_facts' field 'attribute': those are for analyze, and name no new object."
+        raise RecordError(
+            f"{origin}: no field {name!r}; found {', '.join(map(repr, fields)) or 'nothing'}. Expected "
+            "COUNTERFACT records (requested_rewrite), zsRE records (src, subject, answers) or flat ones "
+            f"(prompt, subject, target_new).{hint if 'attribute' in fields else ''}"
+        )
+    value = fields[name]
+    value = _plain(value.get("str") if isinstance(value, Mapping) else value)
+    if not isinstance(value, str) or not value.strip():
+        raise RecordError(f"{origin}: the field {name!r} is {value!r}, expected a text that is not empty")
+    return value
+
+
+def name_in(fields: Any, name: str, origin: str) -> str | None:
+    """A name, which may be written as a number; ``None`` where there is none.
+
+    Raises:
+        RecordError: If it is neither.
+    """
+    value = fields.get(name) if isinstance(fields, Mapping) else None
+    if value is None:
+        return None
+    found = _plain(value)
+    if not isinstance(found, str):
+        raise RecordError(
+            f"{origin}: the field {name!r} is {value!r}, expected a name (a text or a number); write it as a string"
+        )
+    return found
+
+
+def misspelt(record: Any) -> dict[str, str]:
+    """Names of fields that are not known, but nearly, and what was probably meant.
+
+    Args:
+        record: Of any format.
+    """
+    if not isinstance(record, Mapping):
+        return {}
+    if "requested_rewrite" in record:
+        found = _nearly(record, (*_COUNTERFACT, *_MQUAKE))
+        for rewrite in items(record["requested_rewrite"]):
+            found |= _nearly(rewrite, _REWRITE) if isinstance(rewrite, Mapping) else {}
+        return found
+    return _nearly(record, _ZSRE if "src" in record else _FLAT)
+
+
+def _nearly(fields: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, str]:
+    absent = [name for name in known if name not in fields]
+    found: dict[str, str] = {}
+    for name in fields:
+        near = difflib.get_close_matches(str(name).lower(), absent, 1, _CLOSE) if name not in known else []
+        found |= {str(name): near[0]} if near else {}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A number as text: a CSV column of years reads as numbers."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
