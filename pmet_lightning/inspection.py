@@ -111,12 +111,15 @@ class Inspection(L.Callback):
     ) -> None:
         """Log what the edit batch has left, and have it read while the run goes on."""
         seconds, self._seconds = self._seconds, dict(self.recorder.clock.seconds)
-        if self.recorder.last is not None and trainer.is_global_zero and trainer.loggers:
-            assert isinstance(pl_module, TargetOptimizer)
-            self._log_batch(trainer, pl_module, self.recorder.last, seconds)
-            self.recorder.clock.end("report")
-            self._seconds = dict(self.recorder.clock.seconds)
+        written = self.recorder.last
+        if written is None or not trainer.is_global_zero or not trainer.loggers:
+            _save(trainer)  # of a baseline, its epochs
+            return
+        assert isinstance(pl_module, TargetOptimizer)
+        self._log_batch(trainer, pl_module, written, seconds)
         _save(trainer)
+        self.recorder.clock.end("report")
+        self._seconds = dict(self.recorder.clock.seconds)
 
     def _log_batch(
         self, trainer: L.Trainer, pl_module: TargetOptimizer, written: WrittenBatch, seconds: Mapping[str, float]
