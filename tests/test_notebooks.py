@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 
 import nbformat
 import pytest
@@ -13,7 +12,6 @@ from notebooks.execute import executed
 from tests.conftest import ROOT
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-MOST_SECONDS = 180  # for a notebook on two cores
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -124,10 +122,7 @@ def test_stored_outputs_are_plain(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_they_run_and_show_what_is_stored(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    start = time.monotonic()
     notebook = executed(path, tmp_path)
-    seconds = time.monotonic() - start
     for new, stored in zip(outputs(notebook), outputs(nbformat.read(path, as_version=4)), strict=True):
         assert len(new) == len(stored)
         assert [differences(*pair) for pair in zip(new, stored, strict=True)] == [[]] * len(stored)
-    assert seconds < MOST_SECONDS, f"{path.stem} took {seconds:.0f} s"
