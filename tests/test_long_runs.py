@@ -362,7 +362,7 @@ def test_past_sums_are_there_once_and_once_before(inputs, tmp_path, monkeypatch)
     monkeypatch.setattr(spread_module, "measure", measuring)
     fit(inputs, tmp_path / "run", "--spread.protect_past", "true", "--drift.max_growth", "1e9")
     assert len(kept) == 3
-    stored = load_file(tmp_path / "run" / "past.safetensors")
+    stored = load_file(tmp_path / "run" / "past-3.safetensors")
     assert {tensor.shape for tensor in stored.values()} == {(128 * 129 // 2,)}
 
 
