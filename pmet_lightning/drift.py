@@ -140,15 +140,17 @@ class Drift(L.Callback):
     @torch.no_grad()
     def _measure(self, module: EditableModel, rows: Sequence[TokenRow]) -> tuple[float, float | None]:
         """Perplexity over all tokens, and KL at the end of each row, over the rows of all processes."""
-        nll, kl = (MeanMetric().set_dtype(torch.float64).to(module.device) for _ in range(2))
-        ends_RV = torch.empty(len(rows), _vocabulary(module))
+        # In this order: a metric that is moved computes in float32 again.
+        nll, kl = (MeanMetric().to(module.device).set_dtype(torch.float64) for _ in range(2))
+        head_VF = module.model.get_output_embeddings().weight  # type: ignore[operator]
+        ends_RV = torch.empty(len(rows), len(head_VF), dtype=torch.promote_types(head_VF.dtype, torch.float32))
         for indices in by_token_budget([len(row.ids) for row in rows], _budget(module)):
             batch = pad_rows([rows[i] for i in indices], module.encoder.pad_id).to(module.device)
             logits = label_logits(module.model, batch)
             lengths = torch.tensor([len(rows[i].labels) for i in indices], device=module.device)
             nll.update(target_scores(logits, batch.label_ids).nll.double(), weight=lengths.double())
             last = logits[torch.arange(len(indices)), lengths - 1]
-            ends_RV[indices] = last.float().log_softmax(-1).cpu()
+            ends_RV[indices] = last.to(ends_RV.dtype).log_softmax(-1).cpu()
         perplexity = float(nll.compute().exp())
         if self._clean is None:
             self._clean = ends_RV if module.phase == "before" else None

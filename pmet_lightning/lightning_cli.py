@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -34,7 +34,22 @@ def add_editing_sections(parser: LightningArgumentParser) -> None:
 
 
 class FineTuningCLI(LightningCLI):
-    """Lightning's CLI for the baseline, which needs neither second moments nor a spread."""
+    """Lightning's CLI for the baseline, which needs neither second moments nor a spread.
+
+    Args:
+        verb: The only one that is meant: to read the signatures that all have takes as long for each of them.
+        arguments: Of Lightning's CLI.
+    """
+
+    VERBS: ClassVar[dict[str, set[str]]] = {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def __init__(self, verb: str, *arguments: Any, **named: Any) -> None:
+        self._verb = verb
+        super().__init__(*arguments, **named)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning asks the instance
+        """The verb, and which of the trainer's arguments are no options."""
+        return {self._verb: self.VERBS[self._verb]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As :func:`add_shared_sections`."""
@@ -44,16 +59,13 @@ class FineTuningCLI(LightningCLI):
 class EditCLI(FineTuningCLI):
     """The same with the callbacks of editing as sections of their own."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Verbs that need model, data and devices."""
-        hidden = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-        return {
-            "fit": hidden,
-            "validate": hidden,
-            "test": hidden,
-            "stats": {"model", "datamodule"},
-        }
+    HIDDEN: ClassVar = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+    VERBS: ClassVar[dict[str, set[str]]] = {
+        "fit": HIDDEN,
+        "validate": HIDDEN,
+        "test": HIDDEN,
+        "stats": {"model", "datamodule"},
+    }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As :func:`add_editing_sections`."""
@@ -79,7 +91,9 @@ def build(arguments: Sequence[str], run: bool) -> LightningCLI:
     if arguments[:1] == ["finetune"]:
         kind, module = FineTuningCLI, FineTuning
         arguments[:1] = ["fit"] if run else []
+    verb = arguments[0] if run else "fit"
     return kind(
+        verb,
         module,
         EditDataModule,
         trainer_class=EditTrainer,
@@ -87,7 +101,7 @@ def build(arguments: Sequence[str], run: bool) -> LightningCLI:
         save_config_kwargs={"overwrite": True},  # the trainer has made sure that no other run is there
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"allow_abbrev": False, **{verb: {"allow_abbrev": False} for verb in kind.subcommands()}},
+        parser_kwargs={"allow_abbrev": False, verb: {"allow_abbrev": False}},
         args=arguments,
         run=run,
     )

@@ -97,6 +97,9 @@ def svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser has fonts for what matplotlib lacks
+        # What is drawn later, for TensorBoard too, need not be laid out again.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawing = buffer.getvalue()
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing[drawing.index("<svg") :])  # the same in every figure

@@ -206,18 +206,20 @@ def test_a_record_seen_twice_counts_once():
     assert float(once.compute()["fluency"]) == pytest.approx(100 * sum(draw) / 9)
 
 
-def validated(folder: Path, devices: int, *arguments: str) -> dict[str, float]:
+def validated(folder: Path, devices: int, batch: int) -> dict[str, float]:
     """The figures of validate on some processes, from the logger's file."""
-    strategy = ["--trainer.strategy", "ddp"] if devices > 1 else []
-    run = subprocess.run(
-        [
-            sys.executable, "-m", "pmet_lightning", "validate", "--config", "pmet.yaml", "--trainer.accelerator", "cpu",
-            "--trainer.run_dir", str(folder), "--trainer.devices", str(devices), *strategy, "--data.limit", "5",
-            "--trainer.enable_progress_bar", "false", "--drift.rows", "5", *arguments,
-        ],
-        capture_output=True, text=True, check=False, cwd=folder.parent,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
+    arguments = [
+        "validate", "--config", "pmet.yaml", "--trainer.accelerator", "cpu", "--trainer.run_dir", str(folder),
+        "--trainer.devices", str(devices), "--trainer.strategy", "ddp" if devices > 1 else "auto",
+        "--data.limit", "5", "--data.evaluation_batch", str(batch), "--trainer.enable_progress_bar", "false",
+        "--drift.rows", "5",
+    ]  # fmt: skip
+    if devices == 1:
+        main(arguments)
+    else:
+        command = [sys.executable, "-m", "pmet_lightning", *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parent)
+        assert run.returncode == 0, run.stderr[-2000:]
     lines = (folder / "metrics.csv").read_text().splitlines()
     pairs = zip(lines[0].split(","), lines[1].split(","), strict=True)
     return {name: float(value) for name, value in pairs if value and name not in ("epoch", "step")}
@@ -225,9 +227,7 @@ def validated(folder: Path, devices: int, *arguments: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("batch", [2, 5])  # three evaluation batches for two processes, and one for two
 def test_one_and_two_processes_agree(tmp_path, batch):
-    arguments = ("--data.evaluation_batch", str(batch))
-    one = validated(tmp_path / "one", 1, *arguments)
-    two = validated(tmp_path / "two", 2, *arguments)
+    one, two = (validated(tmp_path / str(devices), devices, batch) for devices in (1, 2))
     assert one["count"] == two["count"] == 5
     assert one == pytest.approx(two, abs=1e-3)
     assert len(one) > 20

@@ -57,7 +57,7 @@ def test_target_vectors(golden_run, arch, name):
             assert relative(value, run.expected_target(i, site)) <= tolerance, (i, site)
 
 
-@pytest.mark.parametrize("name", ["pmet_ffn_float64", "pmet_ffn_easy_float64"])
+@pytest.mark.parametrize("name", [pytest.param("pmet_ffn_float64", marks=pytest.mark.slow), "pmet_ffn_easy_float64"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_plain_targets_of_the_benchmarks(shared, arch, name):
     """What ours is timed against is the reference's method too, and stops where it does."""

@@ -89,7 +89,7 @@ def test_the_same_ledger_and_scores(shape, alone, together):
             assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-8), name
     one, several = (json.loads((folder / shape / "scores.json").read_text()) for folder in (alone, together))
     for phase in ("before", "after"):
-        assert several[phase] == pytest.approx(one[phase], rel=1e-5, abs=1e-6)
+        assert several[phase] == pytest.approx(one[phase], rel=1e-8, abs=1e-10)
     assert (
         len(one.get("edit_batches", []))
         == len(several.get("edit_batches", []))

@@ -84,13 +84,11 @@ def test_the_same_weights(family, whole, sharded):
         assert float((several[name] - tensor).norm() / tensor.norm()) < TOLERANCE[family], name
 
 
-def test_the_documented_strategy_shards_over_all_processes(whole, sharded):
+def test_the_documented_strategy_is_the_one_that_ran(sharded):
     """As it stands in multi-gpu.yaml, without a size; the callback of the run sees that no weight stays whole."""
-    config = yaml.safe_load((sharded / "documented" / "config.yaml").read_text())
-    assert config["trainer"]["strategy"]["class_path"] == "lightning.pytorch.strategies.ModelParallelStrategy"
-    one, several = (load_file(folder / "patch.safetensors") for folder in (whole / "gpt2", sharded / "documented"))
-    for name, tensor in one.items():
-        assert float((several[name] - tensor).norm() / tensor.norm()) < TOLERANCE["gpt2"], name
+    strategy = yaml.safe_load((sharded / "gpt2" / "config.yaml").read_text())["trainer"]["strategy"]
+    assert strategy["class_path"] == "lightning.pytorch.strategies.ModelParallelStrategy"
+    assert set(strategy["init_args"].values()) & {2, 3} == set()
 
 
 def test_the_older_strategy_is_refused():
