@@ -72,7 +72,7 @@ def comparison(tmp_path_factory):
     """Three methods, two seeds, one and three edits."""
     folder = tmp_path_factory.mktemp("comparison")
     config = folder / "small.yaml"
-    moments = {"moments.samples": 60, "moments.folder": str(folder / "moments"), "spread.lam": 20}
+    moments = {"moments.samples": 60, "moments.folder": str(folder / "moments"), "spread.lam": 20, "model.steps": 8}
     config.write_text(json.dumps({
         "out": str(folder / "out"), "edits": [1, 3], "seeds": [0, 1], "least": 2,
         "options": FAST,
@@ -166,11 +166,14 @@ def other_options(folder: Path) -> Path:
 
 def test_too_few_records_are_an_error(comparison):
     settings = json.loads((comparison / "small.yaml").read_text())
-    settings |= {"edits": [201], "out": str(comparison / "few"), "seeds": [0]}
+    records = comparison / "two.json"
+    records.write_text(json.dumps(json.loads(Path(locate("atlas-records")).read_text())[:2]))
+    settings |= {"edits": [3], "out": str(comparison / "few"), "seeds": [0]}
+    settings["options"] |= {"data.path": str(records)}
     settings["methods"] = {"fine-tuning": settings["methods"]["fine-tuning"]}
     path = comparison / "few.yaml"
     path.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="the data has 200"):
+    with pytest.raises(ValueError, match="the data has 2;"):
         main(["compare", "--config", str(path)])
 
 
