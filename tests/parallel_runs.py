@@ -75,6 +75,9 @@ if __name__ == "__main__":
     paths = Path(here), name, Path(records_path), Path(corpus_path)
     if what == "stats":
         collect(paths[0], name, paths[3], int(os.environ["WORLD_SIZE"]))
+    elif what == "nodes":
+        nodes = ["--trainer.devices", "1", "--trainer.strategy", "ddp", "--trainer.num_nodes", "2"]
+        fit(*paths, 2, "--data.edit_batch", "3", *nodes)
     elif what.startswith("dies"):
         fit_until_one_dies(what.removeprefix("dies"), *paths)
     else:

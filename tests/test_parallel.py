@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,24 @@ def test_devices_of_unequal_memory_make_the_same_passes(inputs, alone, tmp_path)
     for layer in (1, 2):
         one, two = (load_file(next(f.glob(f"moments/*/ffn-{layer}.safetensors")))["lower"] for f in (alone, tmp_path))
         assert float((two - one).norm() / one.norm()) < 1e-7  # kept in float32
+
+
+@pytest.mark.slow
+def test_two_nodes(inputs, alone, tmp_path):
+    """Each started for itself, with one process; they meet at an address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    run = ["-m", "tests.parallel_runs", "nodes", str(tmp_path / "run"), *map(str, inputs)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *meeting]
+    with ThreadPoolExecutor(2) as pool:
+        nodes = list(pool.map(started, ([*launcher, f"--node_rank={node}", *run] for node in (0, 1))))
+    assert [node.returncode for node in nodes] == [0, 0], nodes[0].stderr[-4000:] + nodes[1].stderr[-4000:]
+    assert len(lines(tmp_path / "run")) == 7
+    one, several = (load_file(folder / "patch.safetensors") for folder in (alone / "batches", tmp_path / "run"))
+    for name, tensor in one.items():
+        assert float((several[name] - tensor).norm() / tensor.norm()) < 1e-8, name
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(torch.float32, 4), (torch.float64, 8)])
