@@ -320,6 +320,7 @@ class TargetOptimizer(EditableModel):
                     "model": fingerprint(self.model),
                     "tokenizer": self.encoder.fingerprint(),
                     "contexts": self.contexts,
+                    "architecture": vars(self.sites.architecture),
                     "layer": self.target_layer,
                     "sites": self.sites_optimised,
                     "rules": vars(self.rules),

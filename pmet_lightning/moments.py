@@ -109,12 +109,10 @@ def save_products(path: Path, products: Mapping[Place, Tensor]) -> None:
         save_file({f"{site}-{layer}": packed for (site, layer), packed in products.items()}, temporary)
 
 
-def load_products(path: Path, device: torch.device | None = None) -> dict[Place, Tensor]:
+def load_products(path: Path) -> dict[Place, Tensor]:
     """What :func:`save_products` has stored, packed as it is and on the CPU.
 
-    Args:
-        path: The file.
-        device: Not used: a matrix goes to the model's device when it is worked with, and they are too many for it.
+    A matrix goes to the model's device when it is worked with; they are too many for it.
     """
     found: dict[Place, Tensor] = {}
     for name, packed in load_file(path).items():

@@ -276,7 +276,7 @@ class RunRecorder(L.Callback):
         spread.keep_norms(module)
         manifest = apply_patch(module.model, module.sites, self._patch_path, module.base_fingerprint)
         if spread.protect_past and trainer.is_global_zero:
-            spread.past = load_products(self._past_path(manifest["edit_batches"]), module.device)
+            spread.past = load_products(self._past_path(manifest["edit_batches"]))
 
     def _take_scores(self, module: EditableModel, found: Summary) -> None:
         """The scores of a stream: of each edit right before and right after its edit batch was written."""

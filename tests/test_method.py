@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from pmet_lightning import Edit, TargetOptimizer, keys, prefix
 from pmet_lightning import module as module_of_targets
-from pmet_lightning.architectures import Sites, architecture_of, in_features
+from pmet_lightning.architectures import ARCHITECTURES, Sites, architecture_of, in_features
 from pmet_lightning.edits import parse_record
 from pmet_lightning.edits.records import Probe
 from pmet_lightning.language_model import load_config, load_model, load_tokenizer
@@ -238,7 +239,9 @@ def test_targets_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
     assert all(torch.equal(deltas[n], deltas_again[n]) for n in deltas)
     run(folder, tmp_path, targets_folder=store, clamp=1.5)  # another setting is another target
     run(folder, tmp_path, targets_folder=store, contexts=CONTEXTS[:1])
-    assert calls == [0, len(RECORDS), len(RECORDS)]
+    elsewhere = replace(ARCHITECTURES["gpt2"], attn="mlp.c_proj")  # nothing but a place that differs
+    run(folder, tmp_path, targets_folder=store, architecture=elsewhere)
+    assert calls == [0, *[len(RECORDS)] * 3]
 
 
 def test_contexts_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
