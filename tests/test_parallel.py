@@ -110,6 +110,7 @@ def test_one_of_each_file(alone, together):
         assert (state["status"], state["edits_written"]) == ("finished", SHAPES[shape][0])
 
 
+@pytest.mark.slow
 def test_devices_of_unequal_memory_make_the_same_passes(inputs, alone, tmp_path):
     """The one with the least room says how many; else sums of different layers would be added up."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]

@@ -16,7 +16,7 @@ from pmet_lightning.cli import main
 def test_the_target_becomes_more_probable(shared, tmp_path, name, count, caplog):
     main([
         "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu",
-        "--trainer.enable_progress_bar", "false",
+        "--trainer.enable_progress_bar", "false", "--model.steps", "10",
         "--model.model_name", str(shared / "data/models/stories260K"), "--model.layers", "[1,2,3]",
         "--data.path", str(shared / "data" / name), "--data.limit", str(count),
         "--moments.folder", str(tmp_path / "moments"),
