@@ -456,6 +456,7 @@ def stats_arguments(folder, corpus, out, processes: int) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_nothing(folder, corpus, tmp_path):
     found = {}
     for processes in (1, 2):

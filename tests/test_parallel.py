@@ -150,7 +150,8 @@ def test_what_is_less_is_sent(dtype, itemsize):
     assert [sums_are_less(count, keys, wanted) for count in (1, even, even + 1)] == [False, False, True]
 
 
-@pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_dies_ends_the_run_and_it_goes_on(rank, inputs, alone, tmp_path):
     """An error instead of a hang; what was written is there, and the run ends as one that nothing befell."""
     command = [sys.executable, "-m", "tests.parallel_runs", f"dies{rank}", str(tmp_path / "run"), *map(str, inputs)]
