@@ -142,7 +142,7 @@ class Drift(L.Callback):
         """Perplexity over all tokens, and KL at the end of each row, over the rows of all processes."""
         # In this order: a metric that is moved computes in float32 again.
         nll, kl = (MeanMetric().to(module.device).set_dtype(torch.float64) for _ in range(2))
-        head_VF = module.model.get_output_embeddings().weight  # type: ignore[operator]
+        head_VF = _head(module)
         ends_RV = torch.empty(len(rows), len(head_VF), dtype=torch.promote_types(head_VF.dtype, torch.float32))
         for indices in by_token_budget([len(row.ids) for row in rows], _budget(module)):
             batch = pad_rows([rows[i] for i in indices], module.encoder.pad_id).to(module.device)
@@ -171,10 +171,12 @@ def _advice(edits: Sequence[Edit], taken_back: bool) -> str:
     )
 
 
-def _vocabulary(module: EditableModel) -> int:
-    return int(module.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+def _head(module: EditableModel) -> Tensor:
+    """Weight of the vocabulary head, shape [V, F]."""
+    weight: Tensor = module.model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight
 
 
 def _budget(module: EditableModel) -> int:
     """Tokens of one forward pass whose logits, which are needed at all positions, take half a GiB at most."""
-    return max(1, min(module.tokens_per_batch, _MOST_LOGITS // _vocabulary(module)))
+    return max(1, min(module.tokens_per_batch, _MOST_LOGITS // len(_head(module))))

@@ -41,7 +41,8 @@ class FineTuningCLI(LightningCLI):
         arguments: Of Lightning's CLI.
     """
 
-    VERBS: ClassVar[dict[str, set[str]]] = {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+    HIDDEN: ClassVar[set[str]] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+    VERBS: ClassVar[dict[str, set[str]]] = {"fit": HIDDEN}
 
     def __init__(self, verb: str, *arguments: Any, **named: Any) -> None:
         self._verb = verb
@@ -59,11 +60,8 @@ class FineTuningCLI(LightningCLI):
 class EditCLI(FineTuningCLI):
     """The same with the callbacks of editing as sections of their own."""
 
-    HIDDEN: ClassVar = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
     VERBS: ClassVar[dict[str, set[str]]] = {
-        "fit": HIDDEN,
-        "validate": HIDDEN,
-        "test": HIDDEN,
+        **dict.fromkeys(("fit", "validate", "test"), FineTuningCLI.HIDDEN),
         "stats": {"model", "datamodule"},
     }
 
@@ -91,7 +89,9 @@ def build(arguments: Sequence[str], run: bool) -> LightningCLI:
     if arguments[:1] == ["finetune"]:
         kind, module = FineTuningCLI, FineTuning
         arguments[:1] = ["fit"] if run else []
-    verb = arguments[0] if run else "fit"
+    verb = "".join(arguments[:1]) if run else "fit"
+    if verb not in kind.VERBS:
+        raise ValueError(f"unknown verb {verb!r}, expected one of {', '.join([*kind.VERBS, 'finetune'])}")
     return kind(
         verb,
         module,

@@ -111,6 +111,12 @@ def test_validate_is_evaluate(base, tmp_path, make, caplog):
     assert editor.evaluate(FACTS) == editor.evaluate(path) == cli.model.results["test"]
 
 
+@pytest.mark.parametrize("arguments", [[], ["predict"], ["--config", "pmet.yaml"]], ids=str)
+def test_a_verb_that_is_none_is_named(arguments):
+    with pytest.raises(ValueError, match=r"unknown verb '.*', expected one of fit, validate, test, stats, finetune"):
+        edit_cli(arguments)
+
+
 def test_no_setting_has_a_default_of_its_own(base, tmp_path, monkeypatch):
     """An editor without settings is the command line without options."""
     monkeypatch.chdir(tmp_path)
