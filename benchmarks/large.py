@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from plain import plain_target
-from targets import CONTEXTS, InTrainer
+from targets import CONTEXTS, NO_STOP, InTrainer
 
 from pmet_lightning import TargetOptimizer
 from pmet_lightning.architectures import in_features
@@ -85,9 +85,9 @@ def module_of(shape: str, device: torch.device, dtype: torch.dtype) -> TargetOpt
         clamp=SETTINGS["clamp"],
         kl_factor=0.0625,
         norm_factor=0.1,
-        loss_tolerance=0.0,  # no edit stops early
         contexts=CONTEXTS,
         optimizer=lambda params: torch.optim.Adam(params, lr=SETTINGS["lr"]),
+        **NO_STOP,
     )
     module.borrow(model, tokenizer)
     module.setup("fit")
@@ -102,10 +102,10 @@ def module_of(shape: str, device: torch.device, dtype: torch.dtype) -> TargetOpt
 def plain(module: TargetOptimizer, edits: list[Edit]) -> None:
     """Targets, one edit after the other."""
     attn, ffn = (module.sites.module(site, module.target_layer) for site in ("attn", "ffn"))
-    factors = {"nll": 1.0, "kl": 0.0625, "norm": 0.1}
+    how = {**SETTINGS, **NO_STOP, "nll": 1.0, "kl": 0.0625, "norm": 0.1}
     with module.device:
         for edit in edits:
-            plain_target(module.model, module.tokenizer, attn, ffn, edit, CONTEXTS, **SETTINGS, **factors)
+            plain_target(module.model, module.tokenizer, attn, ffn, edit, CONTEXTS, **how)
 
 
 def keys(module: TargetOptimizer, edits: list[Edit]) -> None:

@@ -52,6 +52,8 @@ def plain_target(
     nll: float,
     kl: float,
     norm: float,
+    loss_tolerance: float = 0.05,
+    stop_at_argmax: bool = True,
 ) -> tuple[Tensor, int]:
     """v* of one edit as the reference stores it (clean output + δm), shape [F], and the number of iterations.
 
@@ -68,6 +70,8 @@ def plain_target(
         nll: f_nll.
         kl: f_kl.
         norm: f_wd.
+        loss_tolerance: An edit whose loss is below stops.
+        stop_at_argmax: Whether a target that is the argmax weighs less, and stops the edit if the meaning holds.
     """
     rows, places, labels = rows_of(tokenizer, edit, contexts)
     width, device = max(map(len, rows)), next(model.parameters()).device
@@ -100,9 +104,9 @@ def plain_target(
             divergence = kl * nn.functional.kl_div(clean_p, meaning, log_target=True, reduction="sum")
             penalty = norm * sum(deltas[m].norm() / clean[m].norm() ** 2 for m in deltas)
             loss = weight * likelihood + divergence + penalty
-            if loss < 0.05:
+            if loss < loss_tolerance:
                 break
-            settled = bool((log_p.argmax(-1) == wanted).all())
+            settled = stop_at_argmax and bool((log_p.argmax(-1) == wanted).all())
             weight = 0.1 * nll if settled else nll
             if (settled and divergence <= 0.01) or step == steps - 1:
                 break

@@ -45,6 +45,8 @@ PARALLEL = {"atlas", "gptj"}  # the FFN does not see what the attention of its l
 MATRIX = 2048  # rows of the product that measures the machine
 CONTEXTS = ["The clock was closed for a week. {}", "Because it was late, the boat stayed. {}", "I like it. {}"]
 SETTINGS = {"steps": 10, "lr": 0.1, "clamp": 3.0}
+# No rule may stop an edit early: equal work on both sides.
+NO_STOP = {"loss_tolerance": 0.0, "stop_at_argmax": False}
 TOLERANCE = 1e-4
 
 
@@ -65,7 +67,6 @@ class Bench:
     """One model, and both ways to find targets on it."""
 
     def __init__(self, shape: str, base: str, dtype: str) -> None:
-        # No rule may stop an edit early: equal work on both sides.
         self.module = TargetOptimizer(
             model_folder(shape, base),
             layers=[LAYER[shape]],
@@ -74,9 +75,9 @@ class Bench:
             kl_factor=0.0625,
             norm_factor=0.1,
             target_value="stored",
-            loss_tolerance=0.0,
             contexts=CONTEXTS,
             dtype=dtype,
+            **NO_STOP,
             optimizer=lambda params: torch.optim.Adam(params, lr=SETTINGS["lr"]),
         )
         self.module.setup("fit")
@@ -91,7 +92,10 @@ class Bench:
 
     def ours(self, edits: list[Edit]) -> list[torch.Tensor]:
         """All edits together."""
-        return [target.values["ffn"] for target in self.module.optimise(edits)]
+        targets = self.module.optimise(edits)
+        if any(target.record["steps"] != SETTINGS["steps"] for target in targets):
+            raise AssertionError("an edit has stopped early, so its time says nothing")
+        return [target.values["ffn"] for target in targets]
 
     def plain(self, edits: list[Edit]) -> list[torch.Tensor]:
         """One edit after the other."""
@@ -100,7 +104,11 @@ class Bench:
         modules = sites.module("attn", layer), sites.module("ffn", layer)
         factors = {"nll": 1.0, "kl": 0.0625, "norm": 0.1}
         tokenizer = self.module.tokenizer
-        return [plain_target(self.theirs, tokenizer, *modules, e, CONTEXTS, **SETTINGS, **factors)[0] for e in edits]
+        how = {**SETTINGS, **NO_STOP, **factors}
+        found = [plain_target(self.theirs, tokenizer, *modules, edit, CONTEXTS, **how) for edit in edits]
+        if any(steps != SETTINGS["steps"] for _, steps in found):
+            raise AssertionError("an edit has stopped early, so its time says nothing")
+        return [value for value, _ in found]
 
 
 def floor(bench: Bench, edits: list[Edit], parallel: bool) -> float:
