@@ -1,0 +1,67 @@
+"""How near to the rate of a large matrix product the layers of the shipped model come by themselves.
+
+    python benchmarks/bound.py [--rows 268] [--tokens 5] [--repeat 15]
+
+Value and gradient of the layers above L of Atlas, as transformers writes them and as torch.compile fuses them, without
+anything that the target optimisation adds: no deltas, padding, tokens before the subject, vocabulary head, loss or
+Adam. Their share of the rate bounds what ``benchmarks/targets.py`` can reach of its floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+
+import torch
+import transformers
+from targets import LAYER, matrix_rate
+from torch import Tensor
+
+from pmet_lightning.resources import locate
+
+
+def main() -> None:
+    """Time both, in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=268, help="67 edits of four rows")
+    parser.add_argument("--tokens", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=15)
+    options = parser.parse_args()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(locate("atlas")).eval().requires_grad_(False)
+    layers = model.transformer.h[LAYER["atlas"] + 1 :]
+    positions = torch.arange(options.tokens).expand(options.rows, -1)
+    entering = torch.randn(options.rows, options.tokens, model.config.n_embd)
+
+    def stack(hidden: Tensor) -> Tensor:
+        for layer in layers:
+            output = layer(hidden, position_ids=positions)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def run(way: object) -> Tensor:
+        hidden = entering.clone().requires_grad_()
+        return torch.autograd.grad(way(hidden).sum(), hidden)[0]  # type: ignore[operator]
+
+    ways = {"as they are": stack, "compiled": torch.compile(stack)}
+    start = time.perf_counter()
+    torch.testing.assert_close(run(ways["compiled"]), run(stack), rtol=1e-4, atol=1e-4)
+    compiling = time.perf_counter() - start
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.repeat):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            run(way)
+            times[name].append(time.perf_counter() - start)
+    weights = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
+    needed = 2 * 2 * weights * options.rows * options.tokens / matrix_rate("float32", 5)
+    for name, seconds in times.items():
+        taken = statistics.median(seconds)
+        sys.stdout.write(f"{len(layers)} layers {name}: {taken * 1e3:.0f} ms, {needed / taken:.0%} of the floor\n")
+    sys.stdout.write(f"compiling took {compiling:.0f} s\n")
+
+
+if __name__ == "__main__":
+    main()
