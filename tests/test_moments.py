@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -35,7 +35,6 @@ from pmet_lightning.moments import (
 )
 from pmet_lightning.resources import locate
 from pmet_lightning.solve import factorise, solve_with_factor
-from tests.conftest import ROOT
 from tests.harness import quiet_trainer
 from tests.test_method import tiny_module
 from tests.tiny import save_tiny
@@ -372,40 +371,39 @@ def test_an_interrupted_collection_goes_on(folder, corpus, tmp_path, monkeypatch
     assert interrupted == len(calls) - interrupted + 1, "only the block that failed was summed anew"
 
 
+def collect_slowly(folder, corpus, out, is_ready):
+    """A collection with time to be killed in; for a process of its own."""
+    torch.set_num_threads(1)
+    collection.BLOCK, add = 1, MomentSums.add
+
+    def slow(self, rows):
+        time.sleep(0.02)
+        add(self, rows)
+
+    MomentSums.add = slow
+    is_ready.set()
+    collect(folder, corpus, out)
+
+
 def test_a_killed_process_goes_on(folder, corpus, tmp_path, monkeypatch):
     """SIGKILL at random moments, as often as it takes."""
     whole = collect(folder, corpus, tmp_path / "whole", monkeypatch, block=1)
-    script = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from pmet_lightning.moments import MomentSums\n"
-        "from tests.test_moments import collect, collection\n"
-        "collection.BLOCK, add = 1, MomentSums.add\n"
-        "def slow(self, rows):\n"
-        "    time.sleep(0.02)\n"
-        "    add(self, rows)\n"
-        "MomentSums.add = slow\n"
-        "Path(sys.argv[3], 'ready').parent.mkdir(exist_ok=True)\n"
-        "Path(sys.argv[3], 'ready').touch()\n"
-        "collect(sys.argv[1], sys.argv[2], Path(sys.argv[3]))\n"
-    )
+    # Imports take longer than the collection: one process that has used no thread makes them, and is forked.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
     out, kills, rng = tmp_path / "out", 0, random.Random(0)
     while True:
-        (out / "ready").unlink(missing_ok=True)
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, folder, str(corpus), str(out)],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while not (out / "ready").exists() and process.poll() is None:
-            time.sleep(0.01)
-        try:
-            code = process.wait(rng.uniform(1.0, 2.0) if kills < 2 else 120)
+        is_ready = processes.Event()
+        process = processes.Process(target=collect_slowly, args=(folder, corpus, out, is_ready))
+        process.start()
+        assert is_ready.wait(120)
+        process.join(rng.uniform(1.0, 2.0) if kills < 2 else 120)
+        if process.exitcode is not None:
             break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert code == 0
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0
     assert kills > 0
     assert torch.equal(everything(collect(folder, corpus, out)), everything(whole))
 
