@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from pmet_lightning.files import write_json
+
+if TYPE_CHECKING:
+    from pmet_lightning.data import EditDataModule
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +72,15 @@ def compare(
         options: Options that all runs share, such as data.path.
 
     Raises:
-        ValueError: If there is nothing to compare, or a folder holds runs with other settings.
+        ValueError: If there is nothing to compare, too few records, or a folder that holds runs with other settings.
     """
     if not (methods and edits and seeds):
         raise ValueError("--methods, --edits and --seeds: expected at least one of each")
     folder = Path(out).expanduser()
     runs = list(_planned(methods, edits, seeds, least))
+    for name, method in methods.items():
+        largest = max((run for run in runs if run.method == name), key=lambda run: run.skip + run.edits)
+        _check(largest, method, options or {}, folder)
     for number, run in enumerate(runs, start=1):
         log.info("run %d of %d: %s, %d edits, seed %d", number, len(runs), run.method, run.edits, run.seed)
         _run(run, methods[run.method], options or {}, folder)
@@ -92,9 +98,8 @@ def _planned(methods: Mapping[str, Method], edits: Sequence[int], seeds: Sequenc
                     yield Run(method, count, seed, part * count)
 
 
-def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> None:
-    """Run it unless its folder says that it is finished; what a run left unfinished is removed."""
-    place = folder / run.name
+def _settings(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What differs in a run from the configuration of its method."""
     settings = {
         **common,
         **method.options,
@@ -105,6 +110,38 @@ def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> N
     }
     if method.verb == "fit":
         settings.setdefault("model.targets_folder", str(folder / "targets"))
+    return settings
+
+
+def _check(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> None:
+    """Read the settings and records of the run that needs most records: hours of others may come before it.
+
+    Raises:
+        ValueError: If there are too few.
+    """
+    from pmet_lightning.cli import edit_cli  # the command line knows this module
+
+    if _finished(folder / run.name):
+        return
+    arguments = _arguments(method, _settings(run, method, common, folder), folder / run.name)
+    data: EditDataModule = edit_cli(arguments if method.verb == "finetune" else arguments[1:], run=False).datamodule
+    data.setup("fit")
+    if not data.stream:  # whose end is known when it was read
+        _check_count(run, len(data.edits))
+
+
+def _check_count(run: Run, found: int) -> None:
+    if found < run.edits:
+        raise ValueError(
+            f"{run.edits} edits were asked for from record {run.skip} on, and the data has {found}; give more records "
+            "(data.path may be a list), or set smaller --edits"
+        )
+
+
+def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> None:
+    """Run it unless its folder says that it is finished; what a run left unfinished is removed."""
+    place = folder / run.name
+    settings = _settings(run, method, common, folder)
     wanted = {"verb": method.verb, "config": method.config, "settings": settings}
     if _finished(place):
         if json.loads((place / "run.json").read_text(encoding="utf-8")) != wanted:
@@ -112,12 +149,7 @@ def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> N
         return
     if place.exists():
         shutil.rmtree(place)
-    found = len(quiet_run(method, settings, place)["edits"])
-    if found < run.edits:
-        raise ValueError(
-            f"{run.edits} edits were asked for from record {run.skip} on, and the data has {found}; give more records "
-            "(data.path may be a list), or set smaller --edits"
-        )
+    _check_count(run, len(quiet_run(method, settings, place)["edits"]))
     write_json(place / "run.json", wanted)
 
 
@@ -134,9 +166,14 @@ def quiet_run(method: Method, options: Mapping[str, Any], folder: Path) -> dict[
     """
     from pmet_lightning.cli import edit_cli  # the command line knows this module
 
-    quiet = {"trainer.run_dir": str(folder), "trainer.logger": False, "trainer.enable_progress_bar": False}
-    edit_cli([method.verb, "--config", method.config, *options_of({**options, **quiet})])
+    edit_cli(_arguments(method, options, folder))
     return report_of(folder)
+
+
+def _arguments(method: Method, options: Mapping[str, Any], folder: Path) -> list[str]:
+    """Of the command line."""
+    quiet = {"trainer.run_dir": str(folder), "trainer.logger": False, "trainer.enable_progress_bar": False}
+    return [method.verb, "--config", method.config, *options_of({**options, **quiet})]
 
 
 def report_of(folder: Path) -> dict[str, Any]:

@@ -168,13 +168,27 @@ def test_too_few_records_are_an_error(comparison):
     settings = json.loads((comparison / "small.yaml").read_text())
     records = comparison / "two.json"
     records.write_text(json.dumps(json.loads(Path(locate("atlas-records")).read_text())[:2]))
-    settings |= {"edits": [3], "out": str(comparison / "few"), "seeds": [0]}
+    settings |= {"edits": [1, 3], "out": str(comparison / "few"), "seeds": [0]}
     settings["options"] |= {"data.path": str(records)}
     settings["methods"] = {"fine-tuning": settings["methods"]["fine-tuning"]}
     path = comparison / "few.yaml"
     path.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="the data has 2;"):
         main(["compare", "--config", str(path)])
+    assert not (comparison / "few").exists(), "told before the first run"
+
+
+def test_a_setting_that_no_method_knows_is_an_error_before_the_first_run(comparison, capsys):
+    settings = json.loads((comparison / "small.yaml").read_text())
+    settings["out"] = str(comparison / "misspelt")
+    *_, last = settings["methods"].values()
+    last["options"] = {"spread.lamda": 3}
+    path = comparison / "misspelt.yaml"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", str(path)])
+    assert "lamda" in capsys.readouterr().err
+    assert not (comparison / "misspelt").exists()
 
 
 def test_a_plot_is_the_same_file_every_time(tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -31,7 +32,8 @@ def recalled(
     right = [False] * len(rows)
     # Sorted by length, a batch holds hardly any padding.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    for start in range(0, len(order), batch_size):
+    # Of ten thousand records this takes minutes; a bar is shown where somebody may look at it.
+    for start in Tqdm(range(0, len(order), batch_size), desc="Recall", leave=False, disable=None):
         batch = order[start : start + batch_size]
         texts = [torch.tensor(rows[i][0] + rows[i][1]) for i in batch]
         # Right padding: under causal attention the padded positions change nothing before them.
