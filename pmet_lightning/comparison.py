@@ -8,14 +8,11 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from pmet_lightning.files import write_json
-
-if TYPE_CHECKING:
-    from pmet_lightning.data import EditDataModule
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +121,7 @@ def _check(run: Run, method: Method, common: Mapping[str, Any], folder: Path) ->
     if _finished(folder / run.name):
         return
     arguments = _arguments(method, _settings(run, method, common, folder), folder / run.name)
-    data: EditDataModule = edit_cli(arguments if method.verb == "finetune" else arguments[1:], run=False).datamodule
+    data = edit_cli(arguments if method.verb == "finetune" else arguments[1:], run=False).datamodule
     data.setup("fit")
     if not data.stream:  # whose end is known when it was read
         _check_count(run, len(data.edits))
