@@ -2,9 +2,9 @@
 
     python benchmarks/bound.py [--rows 268] [--tokens 5] [--repeat 15]
 
-Value and gradient of the layers above L of Atlas, as transformers writes them and as torch.compile fuses them, without
+Value and gradient of the layers above L of Atlas, as the package loads them and as torch.compile fuses them, without
 anything that the target optimisation adds: no deltas, padding, tokens before the subject, vocabulary head, loss or
-Adam. Their share of the rate bounds what ``benchmarks/targets.py`` can reach of its floor.
+Adam. Their share of the rate says how much of its floor ``benchmarks/targets.py`` might reach at such a size.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import argparse
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
 import transformers
 from targets import LAYER, matrix_rate
 from torch import Tensor
 
-from pmet_lightning.resources import locate
+from pmet_lightning.language_model import load_model
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=15)
     options = parser.parse_args()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(locate("atlas")).eval().requires_grad_(False)
+    model: Any = load_model("atlas")
     layers = model.transformer.h[LAYER["atlas"] + 1 :]
     positions = torch.arange(options.tokens).expand(options.rows, -1)
     entering = torch.randn(options.rows, options.tokens, model.config.n_embd)

@@ -93,8 +93,7 @@ class Bench:
     def ours(self, edits: list[Edit]) -> list[torch.Tensor]:
         """All edits together."""
         targets = self.module.optimise(edits)
-        if any(target.record["steps"] != SETTINGS["steps"] for target in targets):
-            raise AssertionError("an edit has stopped early, so its time says nothing")
+        check_steps([target.record["steps"] for target in targets])
         return [target.values["ffn"] for target in targets]
 
     def plain(self, edits: list[Edit]) -> list[torch.Tensor]:
@@ -106,9 +105,14 @@ class Bench:
         tokenizer = self.module.tokenizer
         how = {**SETTINGS, **NO_STOP, **factors}
         found = [plain_target(self.theirs, tokenizer, *modules, edit, CONTEXTS, **how) for edit in edits]
-        if any(steps != SETTINGS["steps"] for _, steps in found):
-            raise AssertionError("an edit has stopped early, so its time says nothing")
+        check_steps([steps for _, steps in found])
         return [value for value, _ in found]
+
+
+def check_steps(taken: list[int]) -> None:
+    """Equal work on both sides."""
+    if set(taken) != {SETTINGS["steps"]}:
+        raise AssertionError("an edit has stopped early, so its time says nothing")
 
 
 def floor(bench: Bench, edits: list[Edit], parallel: bool) -> float:

@@ -73,14 +73,14 @@ def compare(
     """
     if not (methods and edits and seeds):
         raise ValueError("--methods, --edits and --seeds: expected at least one of each")
-    folder = Path(out).expanduser()
+    folder, common = Path(out).expanduser(), options or {}
     runs = list(_planned(methods, edits, seeds, least))
     for name, method in methods.items():
         largest = max((run for run in runs if run.method == name), key=lambda run: run.skip + run.edits)
-        _check(largest, method, options or {}, folder)
+        _check(largest, method, common, folder)
     for number, run in enumerate(runs, start=1):
         log.info("run %d of %d: %s, %d edits, seed %d", number, len(runs), run.method, run.edits, run.seed)
-        _run(run, methods[run.method], options or {}, folder)
+        _run(run, methods[run.method], common, folder)
     from pmet_lightning.comparison_results import write_results  # seconds of imports, which --help does not wait for
 
     write_results(methods, runs, folder)
@@ -121,7 +121,7 @@ def _check(run: Run, method: Method, common: Mapping[str, Any], folder: Path) ->
     if _finished(folder / run.name):
         return
     arguments = _arguments(method, _settings(run, method, common, folder), folder / run.name)
-    data = edit_cli(arguments if method.verb == "finetune" else arguments[1:], run=False).datamodule
+    data = edit_cli(arguments, run=False).datamodule
     data.setup("fit")
     if not data.stream:  # whose end is known when it was read
         _check_count(run, len(data.edits))

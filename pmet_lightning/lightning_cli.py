@@ -80,16 +80,23 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 def build(arguments: Sequence[str], run: bool) -> LightningCLI:
-    """Build the CLI of a verb, whose configurations are paths, and run the verb if ``run`` is true."""
+    """Build the CLI of a verb, whose configurations are paths, and run the verb if ``run`` is true.
+
+    Args:
+        arguments: Of the command line; if nothing is run, the verb may be left out, and fit is meant.
+        run: Whether the verb is run.
+    """
     # Configuration names are completed first, so the arguments cannot be left to sys.argv.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     arguments = list(arguments)
+    if not run and arguments[:1] not in (["fit"], ["finetune"]):
+        arguments.insert(0, "fit")
     kind: type[FineTuningCLI] = EditCLI
     module: type[EditableModel] = TargetOptimizer
     if arguments[:1] == ["finetune"]:
         kind, module = FineTuningCLI, FineTuning
-        arguments[:1] = ["fit"] if run else []
-    verb = "".join(arguments[:1]) if run else "fit"
+        arguments[0] = "fit"
+    verb = "".join(arguments[:1])
     if verb not in kind.VERBS:
         raise ValueError(f"unknown verb {verb!r}, expected one of {', '.join([*kind.VERBS, 'finetune'])}")
     return kind(
@@ -102,6 +109,6 @@ def build(arguments: Sequence[str], run: bool) -> LightningCLI:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         parser_kwargs={"allow_abbrev": False, verb: {"allow_abbrev": False}},
-        args=arguments,
+        args=arguments if run else arguments[1:],
         run=run,
     )

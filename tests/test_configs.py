@@ -46,8 +46,8 @@ def test_the_methods_of_the_comparison_build_their_objects(tmp_path, monkeypatch
     assert {"PMET", "MEMIT", "null space", "fine-tuning", "even spread"} <= set(written["methods"])
     for given in written["methods"].values():
         method = Method(**given)
-        verb = ["finetune"] if method.verb == "finetune" else []
-        cli = edit_cli([*verb, "--config", method.config, *options_of(written["options"] | method.options)], run=False)
+        options = options_of(written["options"] | method.options)
+        cli = edit_cli([method.verb, "--config", method.config, *options], run=False)
         assert cli.datamodule.path == ["atlas-records", "atlas-spare"]
 
 
