@@ -277,10 +277,19 @@ def _moved_to_the_end(cache: Any, mask_RP: Tensor, ends_R: Tensor) -> Any:
             moved = kept.flatten(0, 1).index_select(0, index.flatten().to(kept.device)).unflatten(0, (rows, count))
             # Of padding nothing may be left: even no weight times NaN is NaN.
             setattr(layer, name, moved.transpose(1, 2).masked_fill_(padding.to(kept.device), 0))
+        # A sliding window counts the columns it has seen, and transformers makes its mask from that count.
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = count
     return cache
 
 
 def _is_plain(layer: Any, rows: int) -> bool:
-    """Whether a layer of a cache holds [R, heads, tokens, F / heads]."""
-    kept = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    return all(isinstance(t, Tensor) and t.dim() == 4 and t.shape[0] == rows for t in kept)
+    """Whether a layer of a cache holds nothing but keys and values [R, heads, tokens, F / heads] and their count.
+
+    By type: other layers (quantised, static, indexed, of a state-space model) are kinds of these with more to keep.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return False
+    return all(isinstance(t, Tensor) and t.dim() == 4 and t.shape[0] == rows for t in (layer.keys, layer.values))

@@ -36,12 +36,13 @@ def loaded(tmp_path_factory):
 
     made: dict = {}
 
-    def get(family: str):
-        if family not in made:
-            folder = save_tiny(family, tmp_path_factory.mktemp(family))
+    def get(family: str, window: int | None = None):
+        if (family, window) not in made:
+            folder = save_tiny(family, tmp_path_factory.mktemp(family), window=window)
             model = load_model(folder, "float32")
-            made[family] = model, Sites.of(model, architecture_of(load_config(folder))), load_tokenizer(folder)
-        return made[family]
+            sites = Sites.of(model, architecture_of(load_config(folder)))
+            made[family, window] = model, sites, load_tokenizer(folder)
+        return made[family, window]
 
     return get
 

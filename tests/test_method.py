@@ -23,13 +23,17 @@ from pmet_lightning.targets import PARTS, mean_curves
 from pmet_lightning.tokens import PromptEncoder
 from tests.harness import edit
 from tests.plain import plain_spread, plain_target
-from tests.tiny import CONFIGS, CONTEXTS, RECORDS, save_tiny
+from tests.tiny import CONFIGS, CONTEXTS, RECORDS, WINDOWED, save_tiny
 
 # GPT-J's attention is computed in float32 even in a float64 model, and so is Llama's norm.
 EXACT = {"gpt2": 1e-9}
 # Where a window holds nothing but padding, eager attention gives NaN in float64: its mask overflows the softmax, which
 # is taken in float32.
-SLIDING = ("cohere2", "gemma2", "gemma3", "gemma3_text", "mistral", "olmo3", "gpt_neo")
+SLIDING = (*WINDOWED, "gpt_neo")
+# A window that is shorter than the rows, one between the shortest and the longest of them, one that holds all.
+WINDOWS = [
+    (family, window) for family in sorted(CONFIGS) for window in ((None, 20, 512) if family in WINDOWED else (None,))
+]
 SETTINGS = {
     "layers": [1, 2], "steps": 8, "clamp": 2.0, "kl_factor": 0.5, "norm_factor": 0.2, "target_value": "stored",
 }  # fmt: skip
@@ -39,10 +43,11 @@ SETTINGS = {
 def folder_of(tmp_path_factory):
     made: dict[str, str] = {"atlas": locate("atlas")}
 
-    def get(family: str) -> str:
-        if family not in made:
-            made[family] = save_tiny(family, tmp_path_factory.mktemp(family))
-        return made[family]
+    def get(family: str, window: int | None = None) -> str:
+        name = family if window is None else f"{family}-{window}"
+        if name not in made:
+            made[name] = save_tiny(family, tmp_path_factory.mktemp(name), window=window)
+        return made[name]
 
     return get
 
@@ -81,9 +86,9 @@ def certainty(model, tokenizer, asked: Edit) -> float:
     return score.magnitude
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_equals_the_plain_twin(family, folder_of, tmp_path):
-    folder, dtype = folder_of(family), "float32" if family in SLIDING else "float64"
+@pytest.mark.parametrize(("family", "window"), WINDOWS)
+def test_equals_the_plain_twin(family, window, folder_of, tmp_path):
+    folder, dtype = folder_of(family, window), "float32" if family in SLIDING else "float64"
     tolerance = EXACT.get(family, 1e-5 if dtype == "float64" else 1e-3)
     values, deltas, reports = run(folder, tmp_path, RECORDS[:4], dtype=dtype)
     model = load_model(folder, dtype, "eager")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -11,10 +13,10 @@ from pmet_lightning.edits.requests import target_rows
 from pmet_lightning.entry import Entry
 from pmet_lightning.language_model import label_logits
 from pmet_lightning.metrics import score_probes
-from pmet_lightning.prefix import joined, split_at_subject
+from pmet_lightning.prefix import joined, read, split_at_subject, without_last
 from pmet_lightning.sites import record_and_add
 from pmet_lightning.tokens import PromptEncoder, pad_rows
-from tests.tiny import CONFIGS, CONTEXTS, RECORDS
+from tests.tiny import CONFIGS, CONTEXTS, RECORDS, WINDOWED
 
 # An FFN beside the attention does not see what that brings from the subject's token.
 PARALLEL = {"cohere", "cohere2", "falcon", "falcon-new", "gpt_neox", "gptj", "phi", "stablelm-parallel"}
@@ -83,6 +85,108 @@ def test_rows_leave_and_enter(family, loaded):
             found = label_logits(model, both.select(left), together.select(left))
             real = rows.label_ids[index[left]] >= 0
             assert float((found[real] - expected[index[left]][real]).abs().max()) < 1e-5 * max(1.0, scale)
+
+
+def random_rows(tokenizer, seed: int, edits: int = 6):
+    """Target rows of prompts, subjects and contexts of any length, as many of each edit."""
+    dice = random.Random(seed)
+    words = [
+        "the",
+        "old",
+        "clock",
+        "of",
+        "Norway",
+        "was",
+        "closed",
+        "in",
+        "spring",
+        "because",
+        "nobody",
+        "came",
+        "to",
+        "see",
+        "Quillon",
+        "Motors",
+        "play",
+    ]
+
+    def text(most: int) -> str:
+        return " ".join(dice.choices(words, k=dice.randint(0, most)))
+
+    contexts = [f"{text(30)}. {{}}" for _ in range(3)]
+    records = [
+        {
+            "prompt": f"{text(25)} {{}} {text(6)} is".strip(),
+            "subject": f"Ada{i} {text(3)}x",
+            "target_new": "New Zealand",
+        }
+        for i in range(edits)
+    ]
+    encoder = PromptEncoder(tokenizer)
+    parsed = [edit for i, record in enumerate(records) for edit in parse_records(record, i, "")]
+    rows = [row for edit in parsed for row in target_rows(edit, contexts, encoder)]
+    return pad_rows(rows, encoder.pad_id), len(contexts) + 2
+
+
+def assert_counted(prefix):
+    """Every layer has seen as many columns as the prefix has, and keeps those that its window can reach."""
+    seen = prefix.mask_RP.shape[1]
+    for layer in prefix.cache.layers:
+        most = layer.sliding_window - 1 if layer.is_sliding else seen
+        assert layer.get_seq_length() == seen
+        assert layer.keys.shape[-2] == layer.values.shape[-2] == min(seen, most)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [12, 40, 512])
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_shorter_and_longer_than_the_rows(family, window, loaded):
+    """Random rows enter in parts and leave again; what remains gives what whole rows give."""
+    model, _, tokenizer = loaded(family, window)
+    for seed in range(3):
+        dice = random.Random(seed)
+        rows, per_edit = random_rows(tokenizer, seed)
+        expected, real = label_logits(model, rows), rows.label_ids >= 0
+        numbers = torch.tensor(dice.sample(range(len(rows)), len(rows))).sort().values.unflatten(0, (-1, per_edit))
+        cut = sorted(dice.sample(range(1, len(numbers)), 2))
+        parts = [part.flatten() for part in numbers.tensor_split(cut)]
+        prefix, tails = split_at_subject(model, rows.select(parts[0]), per_edit)
+        for part in parts[1:]:
+            other, more = split_at_subject(model, rows.select(part), per_edit)
+            assert_counted(other)
+            prefix, tails = joined([prefix, other]), tails.join(more)
+            assert_counted(prefix)
+        left = torch.tensor(sorted(dice.sample(range(len(rows)), len(rows) // 2)))
+        prefix, tails = prefix.select(left), tails.select(left)
+        assert_counted(prefix)
+        found = label_logits(model, tails, prefix)
+        scale = max(1.0, float(expected.abs().max()))
+        assert float((found[real[left]] - expected[left][real[left]]).abs().max()) < 1e-5 * scale
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [12, 40, 512])
+@pytest.mark.parametrize("family", WINDOWED)
+def test_prompts_that_were_read_are_counted(family, window, loaded):
+    """What stands before the labels of rows of several lengths, and the same without its last token."""
+    model, _, tokenizer = loaded(family, window)
+    rows, _ = random_rows(tokenizer, 3)
+    logits, prefix = read(model, rows)
+    torch.testing.assert_close(logits, label_logits(model, rows), rtol=1e-4, atol=1e-4)
+    assert_counted(prefix)
+    shortened = without_last(prefix)
+    if shortened is not None:
+        assert_counted(shortened)
+    assert (shortened is None) == (prefix.mask_RP.shape[1] >= window)
+
+
+@pytest.mark.parametrize("kind", ["QuantoQuantizedLayer", "StaticLayer", "StaticSlidingWindowLayer"])
+def test_layers_with_more_to_keep_are_not_plain(kind):
+    from transformers import cache_utils
+
+    layer = object.__new__(getattr(cache_utils, kind))
+    layer.keys = layer.values = torch.zeros(2, 1, 3, 4)
+    assert not module._is_plain(layer, 2)
 
 
 def test_equal_beginnings_are_run_once(loaded, monkeypatch):

@@ -103,7 +103,11 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     ),
     "phi": lambda **kw: PhiConfig(**_PHI, **kw),
     "phi3": lambda **kw: Phi3Config(**_LLAMA, **kw),
+    "phi3-window": lambda **kw: Phi3Config(**_LLAMA, sliding_window=12, **kw),
     "qwen2": lambda **kw: Qwen2Config(**_LLAMA, **kw),
+    "qwen2-window": lambda **kw: Qwen2Config(
+        **_LLAMA, use_sliding_window=True, sliding_window=12, max_window_layers=2, **kw
+    ),
     "qwen3": lambda **kw: Qwen3Config(**_LLAMA, head_dim=8, **kw),
     "smollm3": lambda **kw: SmolLM3Config(**_LLAMA, **kw),
     "stablelm": lambda **kw: StableLmConfig(**_LLAMA, **kw),
@@ -111,13 +115,19 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def save_tiny(family: str, folder: Path, seed: int = 0) -> str:
-    """A random model of a family in a folder of its own."""
+# Families whose layers may look back through a window; real ones are of 512 tokens and more.
+WINDOWED = ("cohere2", "gemma2", "gemma3", "gemma3_text", "mistral", "olmo3", "phi3-window", "qwen2-window")
+
+
+def save_tiny(family: str, folder: Path, seed: int = 0, window: int | None = None) -> str:
+    """A random model of a family in a folder of its own; ``window``: another length of its sliding window."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(locate("atlas"))
     config = CONFIGS[family](
         vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=False
     )
+    if window is not None:
+        config.get_text_config().sliding_window = window
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
