@@ -90,25 +90,7 @@ def test_rows_leave_and_enter(family, loaded):
 def random_rows(tokenizer, seed: int, edits: int = 6):
     """Target rows of prompts, subjects and contexts of any length, as many of each edit."""
     dice = random.Random(seed)
-    words = [
-        "the",
-        "old",
-        "clock",
-        "of",
-        "Norway",
-        "was",
-        "closed",
-        "in",
-        "spring",
-        "because",
-        "nobody",
-        "came",
-        "to",
-        "see",
-        "Quillon",
-        "Motors",
-        "play",
-    ]
+    words = CONTEXTS[0].split()[:-1] + LONG.split()[:-1]
 
     def text(most: int) -> str:
         return " ".join(dice.choices(words, k=dice.randint(0, most)))
