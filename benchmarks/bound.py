@@ -20,7 +20,7 @@ import transformers
 from targets import LAYER, matrix_rate
 from torch import Tensor
 
-from pmet_lightning.language_model import load_model
+from pmet_lightning.model.loading import load_model
 
 
 def main() -> None:

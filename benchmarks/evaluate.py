@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import transformers
 
-from pmet_lightning.edits.readers import read_edits
-from pmet_lightning.edits.records import Probe
-from pmet_lightning.language_model import load_model, load_tokenizer
-from pmet_lightning.metrics import ProbeResult, score_probes
-from pmet_lightning.metrics.answers import answers
-from pmet_lightning.tokens import PromptEncoder
+from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
+from pmet_lightning.data.readers import read_edits
+from pmet_lightning.data.records import Probe
+from pmet_lightning.evaluation.answer_scores import answers
+from pmet_lightning.evaluation.probes import ProbeResult, score_probes
+from pmet_lightning.model.loading import load_model
 
 NEW_TOKENS = 16  # as in a run with shipped settings, and so are the defaults of --tokens and --batch
 FREE_KINDS = ("efficacy", "generalisation", "portability", "multihop")

@@ -80,7 +80,7 @@ def child(arguments: Sequence[str]) -> None:
 
     Not ``ru_maxrss``: that begins with what the parent had.
     """
-    from pmet_lightning.cli import main as run
+    from pmet_lightning.cli.dispatch import main as run
 
     run(arguments)
     status = Path("/proc/self/status").read_text()

@@ -26,15 +26,17 @@ from plain import plain_target
 from targets import CONTEXTS, NO_STOP, InTrainer
 
 from pmet_lightning import TargetOptimizer
-from pmet_lightning.architectures import in_features
-from pmet_lightning.edits import Edit, read_edits
-from pmet_lightning.guest import as_guest
-from pmet_lightning.keys import Measurement, measure
-from pmet_lightning.moments import MomentSums
-from pmet_lightning.resources import locate
-from pmet_lightning.solve import factorise, products, solve_update, solve_with_factor
-from pmet_lightning.spread import FEW_EDITS
-from pmet_lightning.tokens import TokenRow
+from pmet_lightning.data.readers import read_edits
+from pmet_lightning.data.records import Edit
+from pmet_lightning.data.token_rows import TokenRow
+from pmet_lightning.editor.isolation import as_guest
+from pmet_lightning.model.projections import in_features
+from pmet_lightning.moments.sums import MomentSums
+from pmet_lightning.solver.cholesky import factorise
+from pmet_lightning.solver.update import products, solve_update, solve_with_factor
+from pmet_lightning.utils.resources import locate
+from pmet_lightning.write.keys import Measurement, measure
+from pmet_lightning.write.weight_spread import FEW_EDITS
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": {"n_embd": 256, "n_layer": 8, "n_head": 8, "rotary_dim": 32, "vocab_size": 5000},

@@ -20,12 +20,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.analysis.verb import DataOptions, ModelOptions, analyze
-from pmet_lightning.comparison import Method, quiet_run
-from pmet_lightning.comparison_results import edit_rows
-from pmet_lightning.metrics import METRICS
-from pmet_lightning.metrics.scores import score_difference
-from pmet_lightning.score_lines import score_cell
+from pmet_lightning.analysis.command import DataOptions, ModelOptions, analyze
+from pmet_lightning.compare.command import quiet_run
+from pmet_lightning.compare.plan import Method
+from pmet_lightning.compare.results import edit_rows
+from pmet_lightning.evaluation.scores import METRICS, score_difference
+from pmet_lightning.report.tables import score_cell
 
 _PARTS = ("effect", "lead")
 RANGES = (

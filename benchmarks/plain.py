@@ -1,7 +1,7 @@
 """Target vectors written plainly from the method: one edit at a time, its rows in one pass through the whole model.
 
 What every other editor does, and what ours is timed against. It shares no code with the package; the authors' golden
-numbers (tests/test_golden.py) and the twin of the tests, which runs one row at a time, check it.
+numbers (tests/write/test_golden.py) and the twin of the tests, which runs one row at a time, check it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.edits import Edit
+from pmet_lightning.data.records import Edit
 
 
 def last_token(tokenizer: Any, text: str, end: int) -> int:

@@ -11,10 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pmet_lightning.comparison import Method, quiet_run
-from pmet_lightning.metrics import METRICS
-from pmet_lightning.moments import stored_moments
-from pmet_lightning.score_lines import score_cell
+from pmet_lightning.compare.command import quiet_run
+from pmet_lightning.compare.plan import Method
+from pmet_lightning.evaluation.scores import METRICS
+from pmet_lightning.moments.store import stored_moments
+from pmet_lightning.report.tables import score_cell
 
 SAMPLES = ("20", "60", "200", "600", "2000", "auto")
 

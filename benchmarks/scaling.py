@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from pmet_lightning.parallel import sums_are_less, travelling_bytes
+from pmet_lightning.utils.distributed import sums_are_less, travelling_bytes
 
 LAYERS, WIDTH, KEYS = 3, 192, 768  # edited layers, model width and key dimensions of the shipped model
 NUMBER = 4  # bytes of an entry of ΔW

@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.comparison import Method, quiet_run
-from pmet_lightning.metrics import METRICS
-from pmet_lightning.score_lines import score_cell
+from pmet_lightning.compare.command import quiet_run
+from pmet_lightning.compare.plan import Method
+from pmet_lightning.evaluation.scores import METRICS
+from pmet_lightning.report.tables import score_cell
 
 BATCH = {"data.edit_batch": 50}
 PROTECT, PROJECT = {"spread.protect_past": True}, {"spread.null_space": 0.03}

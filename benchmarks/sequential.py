@@ -19,9 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pmet_lightning.comparison import Method, quiet_run
-from pmet_lightning.metrics import METRICS
-from pmet_lightning.score_lines import score_cell
+from pmet_lightning.compare.command import quiet_run
+from pmet_lightning.compare.plan import Method
+from pmet_lightning.evaluation.scores import METRICS
+from pmet_lightning.report.tables import score_cell
 
 VARIANTS = {
     "both deltas, stored": ("attn+ffn", "stored"),

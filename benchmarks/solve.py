@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmet_lightning.solve import Factor, factorise, solve_update, solve_with_factor
-from pmet_lightning.spread import FEW_EDITS
+from pmet_lightning.solver.cholesky import Factor, factorise
+from pmet_lightning.solver.update import solve_update, solve_with_factor
+from pmet_lightning.write.weight_spread import FEW_EDITS
 
 LAM, CONDITION, OUTPUTS_CHECKED = 6000.0, 1e6, 8
 Problem = tuple[Tensor, Tensor, Tensor]

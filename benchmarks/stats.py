@@ -19,9 +19,11 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from pmet_lightning.architectures import ARCHITECTURES, Sites
-from pmet_lightning.moments import MomentSums, symmetric
-from pmet_lightning.tokens import TokenRow
+from pmet_lightning.data.token_rows import TokenRow
+from pmet_lightning.model.architectures import ARCHITECTURES
+from pmet_lightning.model.projections import Sites
+from pmet_lightning.moments.sums import MomentSums
+from pmet_lightning.solver.packed import symmetric
 
 LAYERS = range(3, 9)
 ROWS, LENGTH, AT_ONCE = 16, 128, 16

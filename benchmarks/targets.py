@@ -31,10 +31,11 @@ import transformers
 from plain import plain_target
 
 from pmet_lightning import TargetOptimizer
-from pmet_lightning.architectures import Sites, in_features
-from pmet_lightning.edits import Edit, read_edits
-from pmet_lightning.edits.requests import target_rows
-from pmet_lightning.resources import locate
+from pmet_lightning.data.edit_rows import target_rows
+from pmet_lightning.data.readers import read_edits
+from pmet_lightning.data.records import Edit
+from pmet_lightning.model.projections import Sites, in_features
+from pmet_lightning.utils.resources import locate
 
 SHAPES: dict[str, tuple[type[Any], dict[str, int]]] = {
     "gptj": (transformers.GPTJConfig, {"n_embd": 512, "n_layer": 8, "n_head": 8, "rotary_dim": 64}),

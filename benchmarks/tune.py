@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from pmet_lightning.comparison import Method, quiet_run
-from pmet_lightning.resources import locate_config
+from pmet_lightning.compare.command import quiet_run
+from pmet_lightning.compare.plan import Method
+from pmet_lightning.utils.resources import locate_config
 
 LAM = "spread.lam"
 _PMET = {"model.clamp": (3, 5), "model.kl_factor": (0, 0.0625), LAM: (50, 200, 400)}

@@ -7,26 +7,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = version("pmet-lightning")
 
 if TYPE_CHECKING:
-    from pmet_lightning.data import EditDataModule as EditDataModule
-    from pmet_lightning.editor import Editor as Editor
-    from pmet_lightning.editor_report import EditReport as EditReport
-    from pmet_lightning.edits import Edit as Edit
-    from pmet_lightning.edits import read_edits as read_edits
-    from pmet_lightning.metrics import EditScores as EditScores
-    from pmet_lightning.module import TargetOptimizer as TargetOptimizer
-    from pmet_lightning.spread import WeightSpread as WeightSpread
-    from pmet_lightning.stats import SecondMoments as SecondMoments
+    from pmet_lightning.data.datamodule import EditDataModule as EditDataModule
+    from pmet_lightning.data.readers import read_edits as read_edits
+    from pmet_lightning.data.records import Edit as Edit
+    from pmet_lightning.editor.edit_report import EditReport as EditReport
+    from pmet_lightning.editor.editor import Editor as Editor
+    from pmet_lightning.evaluation.scores import EditScores as EditScores
+    from pmet_lightning.moments.second_moments import SecondMoments as SecondMoments
+    from pmet_lightning.targets.target_optimizer import TargetOptimizer as TargetOptimizer
+    from pmet_lightning.write.weight_spread import WeightSpread as WeightSpread
 else:
     _HOMES = {
-        "EditDataModule": "data",
-        "Editor": "editor",
-        "EditReport": "editor_report",
-        "Edit": "edits",
-        "read_edits": "edits",
-        "EditScores": "metrics",
-        "TargetOptimizer": "module",
-        "WeightSpread": "spread",
-        "SecondMoments": "stats",
+        "EditDataModule": "data.datamodule",
+        "Editor": "editor.editor",
+        "EditReport": "editor.edit_report",
+        "Edit": "data.records",
+        "read_edits": "data.readers",
+        "EditScores": "evaluation.scores",
+        "TargetOptimizer": "targets.target_optimizer",
+        "WeightSpread": "write.weight_spread",
+        "SecondMoments": "moments.second_moments",
     }
 
     def __getattr__(name: str) -> Any:

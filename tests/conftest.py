@@ -30,8 +30,10 @@ def shared() -> Path:
 def loaded(tmp_path_factory):
     """Gives a tiny model of a family, its sites and its tokenizer; nobody changes its weights."""
     # Imported behind the settings above.
-    from pmet_lightning.architectures import Sites, architecture_of
-    from pmet_lightning.language_model import load_config, load_model, load_tokenizer
+    from pmet_lightning.data.encoder import load_tokenizer
+    from pmet_lightning.model.architectures import architecture_of
+    from pmet_lightning.model.loading import load_config, load_model
+    from pmet_lightning.model.projections import Sites
     from tests.tiny import save_tiny
 
     made: dict = {}

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 
 from pmet_lightning import EditDataModule, SecondMoments, TargetOptimizer, WeightSpread
-from pmet_lightning import spread as spread_module
-from pmet_lightning.cli import main
-from pmet_lightning.keys import measure
-from pmet_lightning.language_model import fingerprint, load_model
-from pmet_lightning.moments import MomentKey, MomentStore, Place
-from pmet_lightning.spread_report import SpreadReport
-from pmet_lightning.targets import PARTS
+from pmet_lightning.cli.dispatch import main
+from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.fingerprint import fingerprint
+from pmet_lightning.model.loading import load_model
+from pmet_lightning.moments.store import MomentKey, MomentStore
+from pmet_lightning.targets.store import PARTS
+from pmet_lightning.write import weight_spread as spread_module
+from pmet_lightning.write.keys import measure
+from pmet_lightning.write.write_report import SpreadReport
 from tests.tiny import RECORDS
 
 

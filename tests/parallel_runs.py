@@ -6,10 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from pmet_lightning import spread, stats
-from pmet_lightning.cli import main
-from pmet_lightning.keys import measure
-from pmet_lightning.parallel import sums_are_less
+from pmet_lightning.cli.dispatch import main
+from pmet_lightning.moments import second_moments as stats
+from pmet_lightning.utils.distributed import sums_are_less
+from pmet_lightning.write import weight_spread as spread
+from pmet_lightning.write.keys import measure
 
 # Edits, and edits of an edit batch: 7 edits on 2 or 3 processes are uneven, one edit leaves a process without any.
 # In "sums" K Kᵀ and E Kᵀ travel, as if edits were more than key dimensions.

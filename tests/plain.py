@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from pmet_lightning.postnorm import pull_back
+from pmet_lightning.model.output_norms import pull_back
 
 
 def locate(tokenizer, text: str, end: int) -> int:

@@ -14,10 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmet_lightning.analysis.study import Scope, Study
-from pmet_lightning.architectures import Sites, architecture_of
-from pmet_lightning.language_model import load_config, load_model, load_tokenizer
-from pmet_lightning.resources import locate
-from pmet_lightning.tokens import PromptEncoder
+from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
+from pmet_lightning.model.architectures import architecture_of
+from pmet_lightning.model.loading import load_config, load_model
+from pmet_lightning.model.projections import Sites
+from pmet_lightning.utils.resources import locate
 from tests.tiny import CONFIGS
 
 WIDTH, MEANING = 32, 24  # the dimensions behind MEANING hold the answers' directions

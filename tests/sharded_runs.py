@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from pmet_lightning.architectures import add_to_weight, in_features
-from pmet_lightning.cli import main
-from pmet_lightning.keys import Measurement, current_values
-from pmet_lightning.language_model import fingerprint
-from pmet_lightning.spread import _all_or_nothing
+from pmet_lightning.cli.dispatch import main
+from pmet_lightning.model.fingerprint import fingerprint
+from pmet_lightning.model.projections import add_to_weight, in_features
+from pmet_lightning.write.keys import Measurement, current_values
+from pmet_lightning.write.transaction import all_or_nothing
 
 FAMILIES = ("gpt2", "gptj")  # a sequential and a parallel block
 
@@ -42,7 +42,7 @@ class Watch(L.Callback):
         """Write twice: something finite, and something with a NaN in the last row."""
         projection = module.sites.module("ffn", 1)
         delta = torch.ones(module.width, in_features(projection), dtype=torch.float64)
-        with _all_or_nothing([projection]):
+        with all_or_nothing([projection]):
             written = add_to_weight(projection, delta)
             assert written.kept == pytest.approx(1)
             assert (written.changed, written.rounding) == (1, pytest.approx(0, abs=1e-12))

@@ -8,10 +8,11 @@ import re
 import pytest
 import yaml
 
-from pmet_lightning.architectures import ARCHITECTURES, advised_layers
-from pmet_lightning.cli import edit_cli
-from pmet_lightning.comparison import Method, options_of
-from pmet_lightning.finetuning import FineTuning
+from pmet_lightning.baselines.finetuning import FineTuning
+from pmet_lightning.cli.dispatch import edit_cli
+from pmet_lightning.compare.command import options_of
+from pmet_lightning.compare.plan import Method
+from pmet_lightning.model.architectures import ARCHITECTURES, advised_layers
 from tests.conftest import ROOT
 from tests.harness import tiny_fit
 from tests.tiny import save_tiny

@@ -14,12 +14,11 @@ from jsonargparse import auto_cli, capture_parser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from pmet_lightning import EditDataModule, Editor
-from pmet_lightning.architectures import ARCHITECTURES
-from pmet_lightning.cli import FILE_VERBS, TRAINER_VERBS
-from pmet_lightning.editor_settings import section_parser
-from pmet_lightning.finetuning import FineTuning
-from pmet_lightning.lightning_cli import add_shared_sections
-from pmet_lightning.trainer import EditTrainer
+from pmet_lightning.baselines.finetuning import FineTuning
+from pmet_lightning.cli.dispatch import FILE_VERBS, TRAINER_VERBS
+from pmet_lightning.model.architectures import ARCHITECTURES
+from pmet_lightning.run.settings import add_shared_sections, section_parser
+from pmet_lightning.run.trainer import EditTrainer
 from tests.conftest import ROOT
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}

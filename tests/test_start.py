@@ -34,16 +34,16 @@ def test_the_package_imports_nothing_heavy():
 @pytest.mark.parametrize("arguments", [["--help"], ["fti"], ["demo", "--help"], ["compare", "--help"],
                                        ["harness", "--help"]], ids=" ".join)  # fmt: skip
 def test_help_imports_nothing_heavy(arguments):
-    assert imported(f"from pmet_lightning.cli import main; main({arguments})") == set()
+    assert imported(f"from pmet_lightning.cli.dispatch import main; main({arguments})") == set()
 
 
 @pytest.mark.parametrize("arguments", [["export", "--help"], ["analyze", "--help"], ["stats", "--list"]], ids=" ".join)
 def test_file_verbs_need_no_lightning(arguments):
-    assert imported(f"from pmet_lightning.cli import main; main({arguments})") == {"torch"}
+    assert imported(f"from pmet_lightning.cli.dispatch import main; main({arguments})") == {"torch"}
 
 
 def test_the_other_verbs_need_no_data_sets_to_show_their_settings():
-    heavy = imported("from pmet_lightning.cli import main; main(['fit', '--help'])")
+    heavy = imported("from pmet_lightning.cli.dispatch import main; main(['fit', '--help'])")
     assert "lightning" in heavy
     assert not heavy & {"datasets", "sklearn"}
 

@@ -36,7 +36,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from pmet_lightning.resources import locate
+from pmet_lightning.utils.resources import locate
 
 _LLAMA = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,

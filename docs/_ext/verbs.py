@@ -14,10 +14,10 @@ from jsonargparse import auto_cli, capture_parser
 from lightning.pytorch.cli import LightningArgumentParser
 from sphinx.util.docutils import SphinxDirective
 
-from pmet_lightning.cli import FILE_VERBS, USAGE
-from pmet_lightning.editor_settings import SECTIONS, section_parser
-from pmet_lightning.finetuning import FineTuning
-from pmet_lightning.trainer import EditTrainer
+from pmet_lightning.baselines.finetuning import FineTuning
+from pmet_lightning.cli.dispatch import FILE_VERBS, USAGE
+from pmet_lightning.run.settings import SECTIONS, section_parser
+from pmet_lightning.run.trainer import EditTrainer
 
 _MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Z])|\btyping\.|<class '|'>")
 _REQUIRED = ("model.model_name", "data.path")  # which jsonargparse does not say of arguments of classes

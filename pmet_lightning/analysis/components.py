@@ -14,8 +14,8 @@ from pmet_lightning.analysis.facts import NEW, TRUE, Question
 from pmet_lightning.analysis.lens import Lens
 from pmet_lightning.analysis.measures import Measure
 from pmet_lightning.analysis.streams import Streams, streams_of
-from pmet_lightning.architectures import Sites
-from pmet_lightning.tokens import TokenRow, pad_rows
+from pmet_lightning.data.token_rows import TokenRow, pad_rows
+from pmet_lightning.model.projections import Sites
 
 SUBJECT, LAST = "subject", "last"
 TOKENS = (SUBJECT, LAST)

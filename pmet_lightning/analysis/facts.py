@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.edits import RecordError, parse_record
-from pmet_lightning.edits.readers import read_records
-from pmet_lightning.edits.records import parse_records, template_of
-from pmet_lightning.language_model import label_logits
-from pmet_lightning.tokens import LocationError, PromptEncoder, TokenRow, by_token_budget, pad_rows
+from pmet_lightning.data.encoder import LocationError, PromptEncoder
+from pmet_lightning.data.fields import RecordError
+from pmet_lightning.data.readers import read_records
+from pmet_lightning.data.records import parse_record, parse_records, template_of
+from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
+from pmet_lightning.model.forward import label_logits
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def read_facts(path: str | Sequence[str], **selection: Any) -> list[Fact]:
     """Facts of files or hub data sets in any format of edits, or in that of ``known_facts``.
 
     Args:
-        path: As for :func:`~pmet_lightning.edits.read_edits`.
+        path: As for :func:`~pmet_lightning.data.readers.read_edits`.
         **selection: split, skip, limit and shuffle, likewise.
 
     Raises:

@@ -13,12 +13,13 @@ from pmet_lightning.analysis.facts import NEW, TRUE
 from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, summarise
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import PLACES, RESTORED
-from pmet_lightning.page import BLUE, GREEN, ORANGE, PURPLE, STYLE, panels, write_svg
+from pmet_lightning.report.html import BLUE, GREEN, ORANGE, PURPLE, STYLE, panels, write_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
+
 
 _WIDTH = 9.4
 _COLOURS = {ATTN: ORANGE, FFN: BLUE, TRUE: GREEN, NEW: PURPLE}

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.analysis.streams import returns_tuples
-from pmet_lightning.architectures import Sites, UnknownArchitectureError
-from pmet_lightning.entry import beginning_at
-from pmet_lightning.language_model import label_logits, model_inputs
-from pmet_lightning.sites import stop_before
-from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
+from pmet_lightning.data.token_rows import RowBatch, TokenRow, pad_rows
+from pmet_lightning.model.architectures import UnknownArchitectureError
+from pmet_lightning.model.forward import label_logits, model_inputs
+from pmet_lightning.model.hooks import stop_before
+from pmet_lightning.model.partial_forward import beginning_at
+from pmet_lightning.model.projections import Sites
 
 _MOST_LOGITS = 2**26
 

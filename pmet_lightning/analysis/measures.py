@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmet_lightning.bootstrap import RESAMPLES, interval_of, picks_of
+from pmet_lightning.evaluation.bootstrap import RESAMPLES, interval_of, picks_of
 
 LEAST_FACTS = 10  # with fewer, bootstrap intervals are too narrow; with one they have no width
 TOO_FEW = "too few facts to say"

@@ -11,8 +11,8 @@ from pmet_lightning.analysis.components import ANSWERS, COMPONENTS, LAST, SUBJEC
 from pmet_lightning.analysis.measures import LEAST_FACTS
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
-from pmet_lightning.files import write_csv, write_json
-from pmet_lightning.page import plain
+from pmet_lightning.report.html import plain
+from pmet_lightning.utils.files import write_csv, write_json
 
 _NUMBERS = ("mean", "low", "high", "count")
 _LAYER_COLUMNS = ("phase", "measure", "token", "layer", "component", "answer", *_NUMBERS)

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.architectures import Sites, UnknownArchitectureError
-from pmet_lightning.language_model import run_to
-from pmet_lightning.sites import record_and_add, record_whole, stop_after
-from pmet_lightning.tokens import RowBatch
+from pmet_lightning.data.token_rows import RowBatch
+from pmet_lightning.model.architectures import UnknownArchitectureError
+from pmet_lightning.model.forward import run_to
+from pmet_lightning.model.hooks import record_and_add, record_whole, stop_after
+from pmet_lightning.model.projections import Sites
 
 _ADDS_UP = 0.02  # relative; half precision rounds every sum
 

@@ -19,8 +19,9 @@ from pmet_lightning.analysis.lens import Lens
 from pmet_lightning.analysis.measures import Measure, joined
 from pmet_lightning.analysis.streams import is_parallel
 from pmet_lightning.analysis.tracing import SUBJECT_LAST, Tracer, draw_noise, embedding_spread, trace
-from pmet_lightning.architectures import Sites
-from pmet_lightning.tokens import PromptEncoder, TokenRow, by_token_budget, pad_rows
+from pmet_lightning.data.encoder import PromptEncoder
+from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
+from pmet_lightning.model.projections import Sites
 
 log = logging.getLogger(__name__)
 

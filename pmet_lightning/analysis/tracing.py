@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from pmet_lightning.analysis.facts import Question
 from pmet_lightning.analysis.measures import Measure
-from pmet_lightning.architectures import SiteName, Sites
-from pmet_lightning.entry import beginning_at
-from pmet_lightning.language_model import label_logits
-from pmet_lightning.sites import record_whole, replace_output
-from pmet_lightning.tokens import RowBatch, TokenRow, pad_rows
+from pmet_lightning.data.token_rows import RowBatch, TokenRow, pad_rows
+from pmet_lightning.model.architectures import SiteName
+from pmet_lightning.model.forward import label_logits
+from pmet_lightning.model.hooks import record_whole, replace_output
+from pmet_lightning.model.partial_forward import beginning_at
+from pmet_lightning.model.projections import Sites
 
 RESTORED: tuple[SiteName, ...] = ("hidden", "attn", "ffn")
 PLACES = (

@@ -1,10 +1,12 @@
 """Atlas, the embedded world: records to edit, a corpus, and a small language model that knows its facts."""
 
+from __future__ import annotations
+
 import json
 import logging
 from pathlib import Path
 
-from pmet_lightning.files import new_folder
+from pmet_lightning.utils.files import new_folder
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,8 @@ shared pools give keys (at the last token of the subject) that no solve can sepa
 two tokens that nobody else has gives every subject a key of its own.
 """
 
+from __future__ import annotations
+
 import itertools
 import random
 

@@ -1,5 +1,7 @@
 """Does a model know its world? Exact recall of answers after bare prompts."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -1,5 +1,7 @@
 """Edits of Atlas facts as records in COUNTERFACT's own format."""
 
+from __future__ import annotations
+
 import random
 from collections import defaultdict
 from typing import Any

@@ -5,6 +5,8 @@ beginning of another one of the same kind of subject, and each names its relatio
 answer.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 KINDS = ("person", "city", "company", "product")

@@ -1,5 +1,7 @@
 """The small language model that knows Atlas, trained with plain Lightning."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import logging

@@ -5,6 +5,8 @@ neighbours whose answer must stay; were a neighbour edited in the same batch, a 
 side effect.
 """
 
+from __future__ import annotations
+
 import random
 from collections import defaultdict
 from dataclasses import dataclass

@@ -1,0 +1,175 @@
+"""The verb ``analyze``: where a model keeps its facts, and which of its layers to edit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from pmet_lightning.model.architectures import Architecture, architecture_of
+from pmet_lightning.model.loading import DtypeName
+from pmet_lightning.model.projections import Sites
+from pmet_lightning.utils.files import new_folder
+
+if TYPE_CHECKING:
+    from pmet_lightning.analysis.study import Findings, Study
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model.
+
+    Attributes:
+        model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
+        dtype: Precision the model is loaded in; 'auto' takes the patch's, or the file's.
+        attn_implementation: Attention kernel asked of transformers, such as eager or sdpa; null takes its default.
+        architecture: Module paths of a family that is not known by itself.
+        tokens_per_batch: Most tokens in one forward pass.
+        chat: Whether prompts are a user's messages in the tokenizer's chat template.
+        patch: The patch.safetensors of a run: the same facts are looked at before and after its edits.
+        device: Where the model runs, such as cpu or cuda:0; null takes a GPU where there is one.
+    """
+
+    model_name: str = "atlas"
+    dtype: DtypeName = "auto"
+    attn_implementation: str | None = None
+    architecture: Architecture | None = None
+    tokens_per_batch: PositiveInt = 8192  # type: ignore[valid-type]
+    chat: bool = False
+    patch: str | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The facts.
+
+    Attributes:
+        path: Edits in any format that fit reads, or known_facts (subject, attribute, prompt): .json, .jsonl, .csv,
+            .parquet, a hub name, or the shipped 'atlas-records'; a list takes one after the other.
+        split: Split of a hub data set.
+        skip: Records left out at the beginning.
+        shuffle: Seed of a shuffle before that; null keeps the file's order.
+        limit: Most records used; null takes all.
+        least: Facts whose answer has a smaller probability, or is not the model's first choice, are left out.
+    """
+
+    path: str | list[str] = "atlas-records"
+    split: str = "train"
+    skip: NonNegativeInt = 0  # type: ignore[valid-type]
+    shuffle: NonNegativeInt | None = None  # type: ignore[valid-type]
+    limit: PositiveInt | None = 50  # type: ignore[valid-type]
+    least: NonNegativeFloat = 0.1  # type: ignore[valid-type]
+
+
+@dataclass(frozen=True)
+class TracingOptions:
+    """Causal tracing.
+
+    Attributes:
+        noise: Noise on the subject's embeddings, in their standard deviations.
+        draws: Draws of the noise for each fact; 0 leaves tracing out.
+        seed: Seed of the noise.
+        window: Layers whose attention or FFN outputs are put back together (the papers on large models take 10).
+    """
+
+    noise: NonNegativeFloat = 3.0  # type: ignore[valid-type]
+    draws: NonNegativeInt = 3  # type: ignore[valid-type]
+    seed: NonNegativeInt = 0  # type: ignore[valid-type]
+    window: PositiveInt = 1  # type: ignore[valid-type]
+
+
+def analyze(
+    out: str = "analysis",
+    model: ModelOptions = ModelOptions(),  # noqa: B008
+    data: DataOptions = DataOptions(),  # noqa: B008
+    tracing: TracingOptions = TracingOptions(),  # noqa: B008
+    top: PositiveInt = 50,  # type: ignore[valid-type]
+) -> None:
+    """Look into a model: what attention and FFN do with facts it knows, and which layers to edit.
+
+    Args:
+        out: Folder of analysis.json, CSV files, figures and TensorBoard events; must be new or empty.
+        model: The model, and a patch to compare it with.
+        data: The facts.
+        tracing: Causal tracing.
+        top: Size of the vocabulary projections whose overlap is measured.
+
+    Raises:
+        FileExistsError: If ``out`` holds something.
+        FileNotFoundError: If the model, the facts or the patch are not there.
+        PatchError: If the patch was made for another model.
+        RecordError: If a record is unusable.
+        UnknownArchitectureError: If the model's family is unknown, or its layers are not sums.
+        ValueError: If the model says none of the facts, or the device is unknown.
+    """
+    with new_folder(out, "--out") as folder:
+        from pmet_lightning.analysis.claims import claims_of
+        from pmet_lightning.analysis.facts import read_facts
+        from pmet_lightning.analysis.figures import figures, write_figures
+        from pmet_lightning.analysis.results import summary_lines, write_results
+
+        facts = read_facts(data.path, split=data.split, skip=data.skip, limit=data.limit, shuffle=data.shuffle)
+        study = _study(model, data, tracing, top)
+        study.ask(facts)
+        phases = _phases(study, model, data)
+        claims = claims_of(*phases) if len(phases) > 1 else claims_of(phases[0], None)
+        counts = {"read": len(facts), "used": len(phases[0].questions), "left_out": dict(study.left_out)}
+        settings = {"model": asdict(model), "data": asdict(data), "tracing": asdict(tracing), "top": top}
+        write_results(folder, settings, counts, phases, claims)
+        write_figures(figures(phases), folder)
+    log.info("%s", "\n".join(summary_lines(phases, claims)))
+    for reason, count in study.left_out.items():
+        log.info("left out: %d of %d facts (%s)", count, len(facts), reason)
+    log.info("everything else is in %s", out)
+
+
+def _study(model: ModelOptions, data: DataOptions, tracing: TracingOptions, top: int) -> Study:
+    from pmet_lightning.analysis.study import Scope, Study
+    from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
+    from pmet_lightning.model.loading import load_config, load_model
+    from pmet_lightning.model.patch import load_patch
+    from pmet_lightning.utils.resources import usable_device
+
+    dtype = model.dtype
+    if model.patch is not None and dtype == "auto":
+        dtype = load_patch(model.patch)[1]["dtype"]
+    device = usable_device(model.device, "--model.device")
+    architecture = architecture_of(load_config(model.model_name), model.architecture)
+    encoder = PromptEncoder.of(load_tokenizer(model.model_name), model.chat)
+    lm = load_model(model.model_name, dtype, model.attn_implementation).to(device)
+    scope = Scope(top, data.least, tracing.noise, tracing.draws, tracing.seed, tracing.window, model.tokens_per_batch)
+    return Study(lm, Sites.of(lm, architecture), encoder, scope)
+
+
+def _phases(study: Study, model: ModelOptions, data: DataOptions) -> Sequence[Findings]:
+    """What is found before and, with a patch, after its edits, on the facts that count in both."""
+    from pmet_lightning.model.fingerprint import fingerprint
+    from pmet_lightning.model.patch import apply_patch
+
+    base = fingerprint(study.model) if model.patch is not None else ""
+    before, kept = study.measure("before")
+    _check_any(before, study, data)
+    assert before is not None
+    if model.patch is None:
+        return [before]
+    apply_patch(study.model, study.sites, model.patch, base)
+    after, both = study.measure("after", kept)
+    _check_any(after, study, data)
+    assert after is not None
+    return [before.of([kept.index(i) for i in both]), after]
+
+
+def _check_any(found: Any, study: Study, data: DataOptions) -> None:
+    if found is None:
+        reasons = "; ".join(f"{count} left out: {reason}" for reason, count in study.left_out.items())
+        raise ValueError(
+            f"{data.path}: none of the facts can be looked at ({reasons}). Expected facts that the model says; give "
+            "other ones (--data.path), more of them (--data.limit), or a lower --data.least"
+        )

@@ -1,0 +1,106 @@
+"""The honest baseline: plain fine-tuning of one layer, as a LightningModule.
+
+The FFN output projection of one layer learns the targets by gradient descent on the rows that the target optimisation
+uses too. What is learnt goes nowhere but into that matrix, so it can be compared with what an editor writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from pmet_lightning.data.datamodule import EditBatch
+from pmet_lightning.data.edit_rows import BARE
+from pmet_lightning.data.token_rows import TokenRow, pad_rows
+from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.model.forward import label_logits
+from pmet_lightning.model.projections import keep_in_float32
+from pmet_lightning.model.scoring import target_scores
+from pmet_lightning.utils.metric_names import FINETUNING
+
+
+class FineTuning(EditableModel):
+    """Trains the FFN output projection of the last of ``layers`` on the edits' prompts and targets.
+
+    An edit batch is trained as a whole.
+
+    Args:
+        model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
+        epochs: Most passes over the edits.
+        batch: Edits of a gradient step.
+        optimizer: Any optimiser.
+        loss_tolerance: Training stops when the mean negative log-likelihood of an epoch is below this.
+        max_change: Longest change of the matrix, in norms of the matrix; null bounds nothing.
+        seed: Seed of the order of the edits.
+        kwargs: Everything that :class:`~pmet_lightning.evaluation.editable.EditableModel` takes.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        epochs: PositiveInt = 30,  # type: ignore[valid-type]
+        batch: PositiveInt = 32,  # type: ignore[valid-type]
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
+        loss_tolerance: NonNegativeFloat = 0.05,  # type: ignore[valid-type]
+        max_change: NonNegativeFloat | None = None,  # type: ignore[valid-type]
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model_name, **kwargs)
+        self.automatic_optimization = False
+        self.epochs, self.batch, self.loss_tolerance = epochs, batch, loss_tolerance
+        self.optimizer_callable, self.max_change, self.seed = optimizer, max_change, seed
+
+    @property
+    def projection(self) -> nn.Module:
+        """What is trained."""
+        return self.sites.module("ffn", self.layers[-1])
+
+    def configure_model(self) -> None:
+        """Load the language model, once; its one trained matrix is held in float32."""
+        if self.lm is None:
+            if self.device_mesh is not None:
+                raise ValueError("finetune trains a weight, which must not be sharded: expected one process or ddp")
+            super().configure_model()
+            keep_in_float32(self.projection)
+            self.projection.weight.requires_grad_(True)  # type: ignore[operator,union-attr]
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser of the one matrix."""
+        return self.optimizer_callable([self.projection.weight])  # type: ignore[list-item]
+
+    def training_step(self, batch: EditBatch, batch_idx: int) -> None:
+        """Train on all edits until their loss is low, or the epochs are over."""
+        rows = [self.encoder.encode(e.prompt, e.subject, context=BARE, target=e.target) for e in batch.edits]
+        weight = self.projection.weight
+        assert isinstance(weight, Tensor)
+        clean = weight.detach().clone()
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.enable_grad():
+            for _ in range(self.epochs):
+                order = torch.randperm(len(rows), generator=generator).split(self.batch)
+                nll = torch.cat([self._step([rows[i] for i in part.tolist()], weight, clean) for part in order])
+                mean = float(nll.mean())
+                means = {"loss": mean, "p": float((-nll).exp().mean())}
+                self.curves.append({"step": float(self.inner_step), **means})
+                self.log_step(FINETUNING, means)
+                if mean < self.loss_tolerance:
+                    break
+
+    def _step(self, rows: list[TokenRow], weight: Tensor, clean: Tensor) -> Tensor:
+        """One gradient step; the negative log-likelihood of each edit before it."""
+        padded = pad_rows(rows, self.encoder.pad_id, self.padding_side).to(self.device)
+        nll = target_scores(label_logits(self.model, padded), padded.label_ids).nll
+        optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+        (weight.grad,) = torch.autograd.grad(nll.mean(), [weight])
+        optimizer.step()
+        if self.max_change is not None:
+            with torch.no_grad():
+                change = weight - clean
+                most = self.max_change * clean.norm()
+                weight.copy_(clean + change * (most / change.norm().clamp_min(1e-30)).clamp(max=1.0))
+        return nll.detach()

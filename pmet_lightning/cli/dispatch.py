@@ -1,0 +1,97 @@
+"""The command line: which verb is meant. Nothing is imported here that a verb, or its help, can do without."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from pmet_lightning.utils.resources import locate_config
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
+
+
+# Verbs that are a function of the same name, and its module.
+FILE_VERBS = {
+    "export": "pmet_lightning.cli.export",
+    "demo": "pmet_lightning.demo",
+    "compare": "pmet_lightning.compare.command",
+    "harness": "pmet_lightning.cli.lm_eval",
+    "analyze": "pmet_lightning.analysis.command",
+}
+TRAINER_VERBS = ("fit", "validate", "test", "stats", "finetune")
+USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
+
+  fit       optimise targets, write the weights, evaluate before and after
+  validate  evaluate a model on the questions of the edits (with --model.patch: an edited one)
+  test      the same as validate
+  stats     collect the second moments of the edited layers (--list: show what is kept)
+  finetune  the baseline: train one matrix on the edits instead
+  compare   run several methods on the same records: one table, one plot
+  analyze   look into a model: where its facts are, before and after an edit; which layers to edit
+  export    write the edited model of a run as a Hugging Face folder
+  harness   hand an exported model to lm-evaluation-harness
+  demo      rebuild the embedded world and its model from a seed
+
+VERB --help lists the options of a verb; VERB --config FILE --print_config shows its settings."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb; every expected error is one message and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        sys.stdout.write(USAGE + "\n")
+    elif verb == "stats" and "--list" in arguments:
+        from pmet_lightning.moments.store import list_moments
+
+        _call(list_moments, [a for a in arguments[1:] if a != "--list"])
+    elif verb in FILE_VERBS:
+        _start_log(arguments)
+        _call(getattr(import_module(FILE_VERBS[verb]), verb), _with_located_configs(arguments[1:]))
+    elif verb in TRAINER_VERBS:
+        _start_log(arguments)
+        edit_cli(arguments)
+    else:
+        sys.stderr.write(f"unknown verb {verb!r}\n{USAGE}\n")
+        raise SystemExit(2)
+
+
+def _start_log(arguments: Sequence[str]) -> None:
+    """Show messages as they are, and of several processes those of the first.
+
+    Lightning, where a verb uses it, is imported before: after, it shows its own twice.
+    """
+    level = logging.INFO
+    if arguments[0] not in ("export", "harness", "analyze") and "--help" not in arguments:
+        from lightning.pytorch.utilities import rank_zero_only
+
+        level = logging.WARNING if rank_zero_only.rank else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s")
+
+
+def _call(function: Callable[..., None], arguments: Sequence[str]) -> None:
+    from jsonargparse import auto_cli
+
+    auto_cli(function, args=list(arguments), as_positional=False)
+
+
+def edit_cli(arguments: Sequence[str], run: bool = True) -> LightningCLI:
+    """Build the CLI of a verb, and run the verb unless ``run`` is false."""
+    from pmet_lightning.run.lightning_cli import build  # seconds of imports
+
+    return build(_with_located_configs(arguments), run)
+
+
+def _with_located_configs(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the names of shipped configurations replaced by their paths."""
+    located = list(arguments)
+    for i, argument in enumerate(located):
+        if argument in ("--config", "-c") and i + 1 < len(located):
+            located[i + 1] = locate_config(located[i + 1])
+        elif argument.startswith("--config="):
+            located[i] = f"--config={locate_config(argument.removeprefix('--config='))}"
+    return located

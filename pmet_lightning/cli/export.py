@@ -1,0 +1,54 @@
+"""The verb ``export``: base model plus patch as a Hugging Face folder that anything can open."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from pmet_lightning.data.encoder import load_tokenizer
+from pmet_lightning.model.architectures import Architecture, architecture_of
+from pmet_lightning.model.fingerprint import fingerprint
+from pmet_lightning.model.loading import DtypeName, load_config, load_model
+from pmet_lightning.model.patch import apply_patch, load_patch
+from pmet_lightning.model.projections import Sites
+from pmet_lightning.utils.files import new_folder
+
+log = logging.getLogger(__name__)
+
+
+def export(
+    run: str,
+    out: str,
+    base: str | None = None,
+    architecture: Architecture | None = None,
+    dtype: DtypeName = "auto",
+) -> None:
+    """Write the edited model of a run as a Hugging Face folder.
+
+    Args:
+        run: A run folder, or a patch.safetensors.
+        out: The folder to write; must not exist, or be empty.
+        base: Where the base model is now; by default where it was when the run was made.
+        architecture: Module paths, for a family that is not known by itself.
+        dtype: Precision of the folder; 'auto' keeps the model's, in which an edit may be rounded.
+
+    Raises:
+        FileNotFoundError: If the patch or the base model is not there.
+        FileExistsError: If the folder holds something.
+        PatchError: If the base model is not the one that was edited.
+    """
+    patch = Path(run) / "patch.safetensors" if Path(run).is_dir() else Path(run)
+    _, manifest = load_patch(patch)
+    with new_folder(out, "--out") as unfinished:
+        name = base or manifest["model"]
+        model = load_model(name, manifest["dtype"])
+        sites = Sites.of(model, architecture_of(load_config(name), architecture))
+        base_fingerprint = fingerprint(model)  # of the weights in the precision they were edited in
+        if dtype != "auto":
+            model = model.to(getattr(torch, dtype))
+        apply_patch(model, sites, patch, base_fingerprint)
+        model.save_pretrained(unfinished)  # type: ignore[operator]
+        load_tokenizer(name).save_pretrained(unfinished)
+    log.info("the edited model is in %s", out)

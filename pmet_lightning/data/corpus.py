@@ -1,0 +1,117 @@
+"""General text for the second moments: read as a stream, sampled with a seed, packed into rows of one length."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pmet_lightning.data.token_rows import TokenRow
+from pmet_lightning.utils.resources import locate
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_SHUFFLED_AT_ONCE = 10_000  # texts
+_TOKENISED_AT_ONCE = 64  # texts
+
+
+class CorpusError(ValueError):
+    """A corpus without usable text."""
+
+
+def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterator[str]:
+    """Texts of a corpus in an order given by a seed, read as a stream.
+
+    Args:
+        name: A local file (.jsonl, .csv or .parquet with a column 'text', or anything else as plain text, one text a
+            line), a hub data set with a column 'text', or the shipped 'atlas-corpus'.
+        subset: Subset of a hub data set.
+        seed: Seed of the order; texts are shuffled within a window of 10,000.
+
+    Raises:
+        FileNotFoundError: If there is no such corpus.
+        CorpusError: If it has no column 'text'.
+    """
+    import datasets
+
+    path = Path(locate(name))
+    kind = _BUILDERS.get(path.suffix, "text")
+    try:
+        if path.is_file():
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        else:
+            rows = datasets.load_dataset(name, subset, split="train", streaming=True)
+        for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLED_AT_ONCE):
+            text = row.get("text")
+            if text is None:
+                raise CorpusError(f"{name}: expected a column 'text', found {', '.join(map(str, row))}")
+            if text.strip():
+                yield text.strip()
+    except CorpusError:
+        raise
+    except Exception as error:
+        if path.is_file():
+            raise CorpusError(f"{name}: unreadable as {kind} ({str(error).splitlines()[0]})") from error
+        raise FileNotFoundError(
+            f"no corpus {name!r}: not a local file, and not to be had from the hub ({str(error).splitlines()[0]}). "
+            "Without a network set --moments.corpus to a local file: .jsonl, .csv or .parquet with a column 'text', "
+            "plain text with one text a line, or the shipped 'atlas-corpus'."
+        ) from error
+
+
+def corpus_fingerprint(name: str, subset: str | None = None) -> str:
+    """Hash of a local corpus' bytes; name and subset of a hub one."""
+    path = Path(locate(name))
+    if not path.is_file():
+        return f"{name}:{subset}"
+    now = path.stat()
+    return _digest(path, now.st_size, now.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Hash of a file's bytes; read once as long as the file is what it was."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def packed_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[TokenRow]:
+    """Join texts, with a space between them, into rows of ``length`` tokens; the last may be shorter.
+
+    Every row begins with what the tokenizer puts before a text (BOS, or nothing): a model that has learned to lean on
+    it would otherwise compute other keys.
+
+    Args:
+        texts: Any texts.
+        tokenizer: A Hugging Face tokenizer.
+        length: Tokens of a row.
+    """
+    start = _prefix(tokenizer)
+    stream: list[int] = []
+    room = length - len(start)
+    if room < 1:
+        raise CorpusError(f"--moments.length is {length}, expected more than the {len(start)} tokens before a text")
+    first = True
+    remaining = iter(texts)
+    while batch := list(itertools.islice(remaining, _TOKENISED_AT_ONCE)):
+        joined = [text if first and i == 0 else f" {text}" for i, text in enumerate(batch)]
+        first = False
+        for ids in tokenizer(joined, add_special_tokens=False)["input_ids"]:
+            stream += ids
+        while len(stream) >= room:
+            yield TokenRow([*start, *stream[:room]])
+            del stream[:room]
+    if stream:
+        yield TokenRow([*start, *stream])
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """Special tokens that the tokenizer puts before a text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    own = itertools.takewhile(bool, encoded["special_tokens_mask"])
+    return [id_ for id_, _ in zip(encoded["input_ids"], own, strict=False)]

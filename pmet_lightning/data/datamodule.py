@@ -1,0 +1,288 @@
+"""Streams edit batches, and the questions about the edits."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import lightning as L
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from pmet_lightning.data.encoder import LocationError, PromptEncoder, load_tokenizer
+from pmet_lightning.data.fields import RecordError
+from pmet_lightning.data.readers import read_edits, stream_edits
+from pmet_lightning.data.records import Edit, check_no_contradictions, skip_written
+from pmet_lightning.utils.distributed import Team
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """Edits that are written by one solve, or evaluated together.
+
+    Attributes:
+        edits: The edits; none of what a run that goes on had written before.
+        positions: Their places among all of them, from 0.
+    """
+
+    edits: tuple[Edit, ...]
+    positions: tuple[int, ...]
+
+
+class BatchSampler(Sampler[list[int]]):
+    """Consecutive indices, ``size`` at a time.
+
+    Args:
+        count: Edits.
+        size: Edits of a batch.
+        rank: Number of this process; it gets every ``world_size``-th batch.
+        world_size: How many processes there are. One that would get nothing gets the last batch once more, since
+            Lightning leaves out the whole loop, and what the processes do together in it, where there is nothing.
+    """
+
+    def __init__(self, count: int, size: int, rank: int = 0, world_size: int = 1) -> None:
+        everything = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+        self.batches = everything[rank::world_size] or everything[-1:]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class EditBatches(IterableDataset[EditBatch]):
+    """The edit batches of an epoch.
+
+    Args:
+        edits: Gives the edits that are not written yet; called once for every epoch.
+        size: Edits of a batch.
+        done: Edits that were written before them. They are one batch without edits, so that an epoch is never empty.
+        count: How many edits there are, with those; ``None`` for a stream.
+        team: Processes that work on what the first of them reads, since the end of a growing file is not the same to
+            all; each reads by itself where ``None``.
+        check: Raises if the edits of a batch cannot be written together.
+    """
+
+    def __init__(
+        self,
+        edits: Callable[[], Iterator[Edit]],
+        size: int,
+        done: int,
+        count: int | None,
+        team: Team | None = None,
+        check: Callable[[Sequence[Edit]], None] = lambda _: None,
+    ) -> None:
+        self.edits, self.size, self.done, self.count, self.team = edits, size, done, count, team
+        self.check = check
+
+    def __iter__(self) -> Iterator[EditBatch]:
+        position = self.done
+        if self.done:
+            yield EditBatch((), ())
+        edits = self.edits()
+        while batch := self._next(edits):
+            yield EditBatch(tuple(batch), tuple(range(position, position + len(batch))))
+            position += len(batch)
+
+    def __len__(self) -> int:
+        # A loader without a length would be asked for a batch ahead of the one that is worked on.
+        return sys.maxsize if self.count is None else bool(self.done) + -(-(self.count - self.done) // self.size)
+
+    def _next(self, edits: Iterator[Edit]) -> list[Edit]:
+        def read() -> list[Edit]:
+            batch = list(islice(edits, self.size))
+            self.check(batch)
+            return batch
+
+        return read() if self.team is None else self.team.object_from_first(read)
+
+
+class _EditRows:
+    """A map-style data set whose items carry their place among all edits."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> tuple[Edit, int]:
+        return Edit.from_row(self.rows[position]), position
+
+
+def _collate(items: Sequence[tuple[Edit, int]]) -> EditBatch:
+    edits, positions = zip(*items, strict=True)
+    return EditBatch(edits, positions)
+
+
+class EditDataModule(L.LightningDataModule):
+    """Edits of a file or hub data set, checked before anything else starts.
+
+    An *edit batch* is written into the weights by one solve; how many of its edits are optimised at a time is the
+    module's ``micro_batch``. A stream is read as it is worked on: each edit batch is checked, written, judged and
+    saved by itself, and nothing is judged before the first or after the last.
+
+    Args:
+        path: Edits: a .json, .jsonl, .csv or .parquet file (COUNTERFACT, zsRE or flat records), a data set on
+            the hub, or the shipped 'atlas-records'; or several of them.
+        tokenizer: Where the tokenizer comes from; linked to the model's name on the command line.
+        edit_batch: Edits written by one solve; null takes all of them.
+        skip: Records left out at the beginning of the file.
+        limit: Most records used; null takes all.
+        shuffle: Seed of a shuffle of the records before that; null keeps the file's order.
+        split: Split of a hub data set.
+        evaluation_batch: Edits whose questions are evaluated together.
+        chat: Whether prompts are a user's messages in a chat; linked to the module's on the command line.
+        stream: Whether edits arrive while the run goes on: from a .jsonl file that may grow, or a hub data set of any
+            size. Needs ``edit_batch``.
+        stream_wait: Seconds to wait for further lines at the end of a stream's file; then the last edit batch is
+            written, however small. A run with --trainer.resume goes on with what has come since.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        tokenizer: str = "",
+        edit_batch: PositiveInt | None = None,  # type: ignore[valid-type]
+        skip: NonNegativeInt = 0,  # type: ignore[valid-type]
+        limit: PositiveInt | None = None,  # type: ignore[valid-type]
+        shuffle: int | None = None,
+        split: str = "train",
+        evaluation_batch: PositiveInt = 32,  # type: ignore[valid-type]
+        chat: bool = False,
+        stream: bool = False,
+        stream_wait: NonNegativeFloat = 0.0,  # type: ignore[valid-type]
+    ) -> None:
+        super().__init__()
+        if stream and (edit_batch is None or shuffle is not None):
+            raise ValueError("--data.stream true needs --data.edit_batch, and its records cannot be shuffled")
+        self.stream, self.stream_wait = stream, float(stream_wait)
+        self.done = 0  # edits that the run had written before it was resumed
+        self.path, self.split = path, split
+        self.tokenizer_name, self.chat = tokenizer, chat
+        self.edit_batch = edit_batch
+        self.skip, self.limit, self.shuffle = skip, limit, shuffle
+        self.evaluation_batch = evaluation_batch
+        self.edits: list[Edit] = []
+        self._rows: Sequence[Mapping[str, Any]] | None = None
+        self._at_hand: list[Edit] | None = None
+        self._left: Iterator[Edit] | None = None  # of a stream, behind what is written
+        self._tokenizer: Any = None
+
+    @classmethod
+    def of(cls, edits: Sequence[Edit], tokenizer: Any, **settings: Any) -> EditDataModule:
+        """The same for edits that are at hand instead of in a file.
+
+        Args:
+            edits: The edits.
+            tokenizer: As for :meth:`borrow`.
+            settings: The other arguments of the class.
+        """
+        data = cls(**{"path": "facts", **settings})
+        data._at_hand = list(edits)
+        data.borrow(tokenizer)
+        return data
+
+    def borrow(self, tokenizer: Any) -> None:
+        """Take a tokenizer that is loaded already, instead of loading one."""
+        self._tokenizer = tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Read the edits and check each against the tokenizer.
+
+        Raises:
+            FileNotFoundError: If the file is not there.
+            RecordError: If a record is unusable; the message names it.
+        """
+        if self._rows is not None:
+            return
+        if self.stream and stage != "fit":
+            raise ValueError("--data.stream true is for fit; to judge a file of records, leave it out")
+        if self.stream:
+            return
+        import datasets
+
+        if self._at_hand is None:
+            edits = read_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, shuffle=self.shuffle)
+        else:
+            edits = self._at_hand
+        self._check_tokens(edits)
+        self.edits = edits
+        self._rows = datasets.Dataset.from_list([edit.to_row() for edit in edits])
+        log.info("%d edits from %s", len(edits), self.path)
+
+    def _check_tokens(self, edits: Sequence[Edit]) -> None:
+        tokenizer = load_tokenizer(self.tokenizer_name) if self._tokenizer is None else self._tokenizer
+        encoder = PromptEncoder.of(tokenizer, self.chat)
+        for edit in edits:
+            try:
+                encoder.encode(edit.prompt, edit.subject, target=edit.target)
+            except LocationError as error:
+                raise RecordError(f"{edit.origin}: {error}") from error
+
+    def train_dataloader(self) -> DataLoader[EditBatch]:
+        """The edit batches, the same on every process."""
+        if self.stream:
+            batches = EditBatches(self._streamed, self.edit_batch or 1, self.done, None, self._team, self._check)
+        else:
+            left, count = self.edits[self.done :], len(self.edits)
+            batches = EditBatches(lambda: iter(left), self.edit_batch or count, self.done, count)
+        return DataLoader(batches, batch_size=None)
+
+    def go_on_behind(self, written: Iterable[Mapping[str, Any]]) -> None:
+        """Leave out the edits that an earlier run has written: the first of these, which must be the same ones.
+
+        Args:
+            written: The earlier run's lines of the ledger.
+
+        Raises:
+            RecordError: If another edit was written in the place of one; the message names the record and both.
+        """
+        name = self.path if isinstance(self.path, str) else ", ".join(self.path)
+        if not self.stream:
+            self.done = skip_written(iter(self.edits), written, name)
+            return
+
+        def skip() -> int:
+            self._left = self._all_streamed()
+            return skip_written(self._left, written, name)
+
+        self.done = skip() if self._team is None else self._team.object_from_first(skip)
+
+    def _all_streamed(self) -> Iterator[Edit]:
+        return stream_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, wait=self.stream_wait)
+
+    def _streamed(self) -> Iterator[Edit]:
+        """The edits of a stream that are not written yet."""
+        return self._all_streamed() if self._left is None else self._left
+
+    def _check(self, batch: Sequence[Edit]) -> None:
+        check_no_contradictions(batch)
+        self._check_tokens(batch)
+
+    def val_dataloader(self) -> DataLoader[EditBatch] | list[Any]:
+        """All edits with their questions, for the scores before and after; each process gets its part."""
+        if self.stream:
+            return []
+        share = (self._team.rank, self._team.size) if self._team else (0, 1)
+        return self._loader(BatchSampler(len(self.edits), self.evaluation_batch, *share))
+
+    def test_dataloader(self) -> DataLoader[EditBatch] | list[Any]:
+        """The same as :meth:`val_dataloader`."""
+        return self.val_dataloader()
+
+    @property
+    def _team(self) -> Team | None:
+        return Team.of(self.trainer) if self.trainer else None
+
+    def _loader(self, sampler: BatchSampler) -> DataLoader[EditBatch]:
+        if self._rows is None:
+            raise RuntimeError("EditDataModule.setup has not run; call it, or give the module to a Trainer")
+        return DataLoader(_EditRows(self._rows), batch_sampler=sampler, collate_fn=_collate)  # type: ignore

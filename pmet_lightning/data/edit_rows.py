@@ -1,0 +1,35 @@
+"""Token rows of an edit: every context and the KL prompt for its target, the subject in a context for its key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pmet_lightning.data.encoder import PromptEncoder
+from pmet_lightning.data.records import Edit
+from pmet_lightning.data.token_rows import TokenRow
+
+KL_PROMPT = "{} is a"
+BARE = "{}"
+
+
+def target_rows(edit: Edit, contexts: Sequence[str], encoder: PromptEncoder) -> list[TokenRow]:
+    """Rows of the target optimisation, ``len(contexts) + 2`` of them.
+
+    Args:
+        edit: The edit.
+        contexts: Templates without the bare one.
+        encoder: Makes the rows.
+
+    Returns:
+        The bare prompt and each context, with the target; then the KL prompt, cut behind the subject, so that its
+        last position is the one whose distribution is kept.
+    """
+    rows = [
+        encoder.encode(edit.prompt, edit.subject, context=context, target=edit.target) for context in (BARE, *contexts)
+    ]
+    return [*rows, encoder.encode(KL_PROMPT, edit.subject, stop_at_subject=True)]
+
+
+def key_row(edit: Edit, context: str, encoder: PromptEncoder) -> TokenRow:
+    """The row a key is read from, cut behind the subject: nothing later can change it."""
+    return encoder.encode(edit.prompt, edit.subject, context=context, stop_at_subject=True)

@@ -1,0 +1,271 @@
+"""From text to padded token rows in which the subject's last token and the target are located.
+
+Everything here is found by character offsets of the *whole* text: tokens of joined pieces are not the
+joined pieces' tokens (leading spaces, BOS, merges across the joint), see METHOD.md, "Traps".
+Legend: R = rows, T = tokens of the longest row, K = tokens of the longest target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pmet_lightning.data.token_rows import TokenRow
+from pmet_lightning.utils.pretrained import load_pretrained
+
+Tokenised = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
+_MOST_KEPT = 2**15  # texts; about 3 KB each
+_HALF_CHARACTER = "\ufffd"  # what decoding gives for bytes that are no whole character yet
+
+
+class LocationError(ValueError):
+    """A subject or a target has no token of its own in the text it stands in."""
+
+
+def with_leading_space(target: str) -> str:
+    """The target as it continues a prompt (METHOD.md, step 1, choice 1)."""
+    return target if target[:1].isspace() else " " + target
+
+
+def fill(template: str, text: str) -> tuple[str, int]:
+    """Put ``text`` in the first ``{}`` of ``template``; returns the whole and where ``text`` begins."""
+    head, _, tail = template.partition("{}")
+    return head + text + tail, len(head)
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Makes token rows of prompts, with or without a chat template around them.
+
+    Attributes:
+        tokenizer: A Hugging Face tokenizer, fast or slow.
+        chat: What the chat template puts before and behind a user's message, the latter up to the assistant's first
+            character; ``None`` for plain text.
+    """
+
+    tokenizer: Any
+    chat: tuple[str, str] | None = None
+    _kept: dict[str, Tokenised] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, tokenizer: Any, chat: bool = False) -> PromptEncoder:
+        """An encoder of a tokenizer, with its own chat template if asked for.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template, or one that changes the message.
+        """
+        return cls(tokenizer, _chat_frame(tokenizer) if chat else None)
+
+    @property
+    def pad_id(self) -> int:
+        """The id to pad with; any will do, since padding is masked everywhere."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides how a text becomes tokens."""
+        if self.tokenizer.is_fast:
+            definition = self.tokenizer.backend_tokenizer.to_str()
+        else:
+            definition = repr([type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())])
+        return hashlib.sha256(f"{definition}{self.chat}".encode()).hexdigest()[:16]
+
+    def encode(
+        self,
+        prompt: str,
+        subject: str | None = None,
+        *,
+        context: str = "{}",
+        target: str | None = None,
+        stop_at_subject: bool = False,
+    ) -> TokenRow:
+        """Tokenise ``context(prompt(subject)) + target`` as one text and locate subject and target in it.
+
+        In a chat the user's message is ``context(prompt(subject))`` and the target begins the assistant's.
+
+        Args:
+            prompt: Prompt with one ``{}`` for the subject, or a finished text where ``subject`` is ``None``.
+            subject: The subject.
+            context: Text with one ``{}`` that the prompt is put into.
+            target: What the model shall say next; its last token is not part of the row's ids, since nothing
+                needs to be predicted from it.
+            stop_at_subject: Cut the row behind the subject's last token (a causal model sees no difference).
+
+        Raises:
+            LocationError: If the subject or the target has no token in the text.
+        """
+        text, subject_start = (prompt, 0) if subject is None else fill(prompt, subject)
+        text, prompt_start = fill(context, text)
+        text, full = self._texts(text, target)
+        ((ids, offsets),) = self._tokenised([full])
+        position = -1
+        if subject is not None:
+            position = self._subject_tokens(offsets, prompt_start + subject_start, subject, full)[-1]
+        if stop_at_subject:
+            return TokenRow(ids[: position + 1], position)
+        return _with_target(TokenRow(ids, position), offsets, text, target)
+
+    def subject_tokens(self, prompt: str, subject: str) -> range:
+        """Places of all of the subject's tokens in the row that :meth:`encode` makes of the bare prompt.
+
+        Args:
+            prompt: Prompt with one ``{}``.
+            subject: The subject.
+
+        Raises:
+            LocationError: If it has no token of its own.
+        """
+        text, start = fill(prompt, subject)
+        _, full = self._texts(text, None)
+        ((_, offsets),) = self._tokenised([full])
+        return self._subject_tokens(offsets, start, subject, full)
+
+    def _subject_tokens(self, offsets: Sequence[tuple[int, int]], start: int, subject: str, full: str) -> range:
+        """From the first to the last token of the subject, whose first character in the prompt is given."""
+        start += 0 if self.chat is None else len(self.chat[0])
+        last = _last_token_covering(offsets, start + len(subject.rstrip()) - 1)
+        if not subject.strip() or last < 0:
+            raise LocationError(f"the subject {subject!r} has no token of its own in {full!r}")
+        start += len(subject) - len(subject.lstrip())
+        first = next(i for i, (_, end) in enumerate(offsets) if end > start)
+        return range(first, last + 1)
+
+    def encode_all(self, prompts: Sequence[str], targets: Sequence[str | None] | None = None) -> list[TokenRow]:
+        """The rows that :meth:`encode` makes of finished texts, in one call of the tokenizer.
+
+        Args:
+            prompts: Finished texts.
+            targets: What the model shall say after each, if anything.
+
+        Raises:
+            LocationError: If a target has no token in its text.
+        """
+        wanted = [None] * len(prompts) if targets is None else targets
+        texts = [self._texts(prompt, target) for prompt, target in zip(prompts, wanted, strict=True)]
+        tokenised = self._tokenised([full for _, full in texts])
+        return [
+            _with_target(TokenRow(ids), offsets, text, target)
+            for (text, _), target, (ids, offsets) in zip(texts, wanted, tokenised, strict=True)
+        ]
+
+    def _tokenised(self, texts: Sequence[str]) -> list[Tokenised]:
+        """As :func:`_tokenise`; the latest texts are kept, since every text of an edit comes again."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._kept]
+        made = _tokenise(self.tokenizer, missing, special=self.chat is None)
+        self._kept.update(zip(missing, made, strict=True))
+        found = [self._kept[text] for text in texts]
+        for text in list(itertools.islice(self._kept, max(0, len(self._kept) - _MOST_KEPT))):
+            del self._kept[text]
+        return found
+
+    def _texts(self, text: str, target: str | None) -> tuple[str, str]:
+        """The text as the model reads it, and with the target as it follows a prompt or begins an answer in a chat."""
+        if self.chat is None:
+            return text, text if target is None else text + with_leading_space(target)
+        text = self.chat[0] + text + self.chat[1]
+        return text, text if target is None else text + target.lstrip()
+
+
+def _chat_frame(tokenizer: Any) -> tuple[str, str]:
+    """What the tokenizer's chat template puts around a user's message, up to the assistant's first character."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("--model.chat true needs a tokenizer with a chat template, this one has none; leave it false")
+    question, answer = "QUESTION-OF-THE-USER", "ANSWER-OF-THE-ASSISTANT"
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    head, _, rest = text.partition(question)
+    tail, found, _ = rest.partition(answer)
+    if not found:
+        raise ValueError(f"the chat template does not put a question and its answer into the text: it gives {text!r}")
+    return head, tail
+
+
+def _with_target(row: TokenRow, offsets: Sequence[tuple[int, int]], text: str, target: str | None) -> TokenRow:
+    """The row with the tokens behind the text as labels, the last of which is not read."""
+    if target is None:
+        return row
+    start = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(row.ids))
+    labels = tuple(row.ids[start:])
+    if not target.strip() or not labels or start == 0:
+        raise LocationError(f"the target {target!r} tokenises to nothing behind {text!r}")
+    return TokenRow(row.ids[:-1], row.subject, labels)
+
+
+def _tokenise(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Tokenised]:
+    """Ids and character offsets of each text, without special tokens that the tokenizer puts at its end.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        texts: The texts.
+        special: Whether the tokenizer adds tokens of its own (a chat template has written them itself).
+    """
+    if not texts:
+        return []
+    fast = tokenizer.is_fast
+    encoded = tokenizer(
+        list(texts), add_special_tokens=special, return_offsets_mapping=fast, return_special_tokens_mask=special
+    )
+    rows = []
+    for r, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
+        offsets = encoded["offset_mapping"][r] if fast else offsets_by_decoding(tokenizer, text, ids)
+        own = encoded["special_tokens_mask"][r] if special else [0] * len(ids)
+        count = len(ids)
+        while count and own[count - 1]:
+            count -= 1
+        rows.append((ids[:count], offsets[:count]))
+    return rows
+
+
+def offsets_by_decoding(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Character offsets of the tokens of a slow tokenizer: how much of the text the first i of them decode to.
+
+    Every token that has a part of a character (byte fallback) covers it, as with a fast tokenizer; tokens that decode
+    to nothing, such as BOS, have an empty span.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        text: The text.
+        ids: Its ids.
+
+    Raises:
+        LocationError: If the tokenizer does not reproduce the text, such as one that changes it to lower case.
+    """
+    indent = len(text) - len(text.lstrip())
+    spans, done = [], 0  # characters that are whole so far
+    for i in range(1, len(ids) + 1):
+        decoded = str(tokenizer.decode(ids[:i], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        whole = decoded.rstrip(_HALF_CHARACTER).lstrip()
+        before, done = done, indent + len(whole) if whole else 0
+        spans.append((before, done + (1 if decoded.endswith(_HALF_CHARACTER) else 0)))
+    if not ids or decoded.strip() != text.strip():
+        raise LocationError(
+            f"the slow tokenizer does not give {text!r} back, so that nothing can be located in it; expected a fast "
+            "tokenizer (tokenizer.json) in the model's folder"
+        )
+    return spans
+
+
+def _last_token_covering(offsets: Sequence[tuple[int, int]], character: int) -> int:
+    """Index of the last token whose span holds the character (byte fallback: several may), or -1."""
+    covering = [i for i, (start, end) in enumerate(offsets) if start <= character < end]
+    return covering[-1] if covering else -1
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer, the fast one where there are two.
+
+    Raises:
+        FileNotFoundError: As :func:`load_config`.
+    """
+    from transformers import AutoTokenizer
+
+    return load_pretrained(AutoTokenizer, name)

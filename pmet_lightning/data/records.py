@@ -1,0 +1,329 @@
+"""One edit, whatever file it came from, and the checks that every edit must pass before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from pmet_lightning.data.fields import RecordError, checked_texts, items, name_in, text, texts
+
+ProbeKind = Literal["efficacy", "generalisation", "specificity", "portability", "multihop"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question asked before and after the edit.
+
+    Attributes:
+        kind: Which metric it belongs to.
+        prompt: Finished text.
+        answer: What counts as success.
+        rival: What the answer must be more probable than; without a rival the share of the answer's
+            tokens that are the argmax counts (EVALUATION.md: COUNTERFACT and zsRE).
+        aliases: Other forms of the answer, as good as it.
+    """
+
+    kind: ProbeKind
+    prompt: str
+    answer: str
+    rival: str | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The answer and its aliases."""
+        return (self.answer, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A fact to write: (subject s, prompt with one ``{}``, target o*), and how to judge it.
+
+    Attributes:
+        case_id: The record's own number, or its position.
+        prompt: Template with exactly one ``{}``.
+        subject: What stands for the ``{}``.
+        target: The new object o*.
+        target_true: The old object o_c, where the record names it.
+        relation: What kind of fact it is, where the record says so.
+        target_id: The record's own name of o*.
+        probes: Questions for the evaluation.
+        generation_prompts: Beginnings of texts about the subject, for fluency and consistency.
+        origin: File and record, for messages.
+    """
+
+    case_id: str
+    prompt: str
+    subject: str
+    target: str
+    target_true: str | None = None
+    relation: str | None = None
+    target_id: str | None = None
+    probes: tuple[Probe, ...] = field(default=(), repr=False)
+    generation_prompts: tuple[str, ...] = field(default=(), repr=False)
+    origin: str = field(default="", repr=False)
+
+    @property
+    def question(self) -> str:
+        """The bare prompt with its subject."""
+        return self.prompt.replace("{}", self.subject, 1)
+
+    def identity(self) -> str:
+        """Hash of what the target vector depends on."""
+        text = json.dumps([self.prompt, self.subject, self.target], ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_row(self) -> dict[str, Any]:
+        """A flat row of a data set; :meth:`from_row` is the inverse."""
+        return asdict(self) | {"probes": json.dumps([asdict(probe) for probe in self.probes])}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Edit:
+        """The edit of a row of :meth:`to_row`."""
+        probes = tuple(Probe(**{**p, "aliases": tuple(p["aliases"])}) for p in json.loads(row["probes"]))
+        return cls(**{**row, "probes": probes, "generation_prompts": tuple(row["generation_prompts"])})
+
+
+def parse_records(record: Any, number: int, origin: str) -> list[Edit]:
+    """Read one record of any known format; one of MQuAKE holds several edits.
+
+    Args:
+        record: As for :func:`parse_record`, or MQuAKE's form (``requested_rewrite`` is a list, ``questions`` are asked
+            about all of it).
+        number: Position in the file, from 0.
+        origin: File and record, for messages.
+
+    Raises:
+        RecordError: If a field is missing or unusable.
+    """
+    if not isinstance(record, Mapping) or not isinstance(record.get("requested_rewrite"), list):
+        return [parse_record(record, number, origin)]
+    rewrites = record["requested_rewrite"]
+    case_id = str(record.get("case_id", number))
+    edits = []
+    for i, rewrite in enumerate(rewrites):
+        part = {"case_id": f"{case_id}-{i}" if len(rewrites) > 1 else case_id, "requested_rewrite": rewrite}
+        edits.append(parse_record(part, number, f"{origin}, rewrite {i}"))
+    if not edits:
+        raise RecordError(f"{origin}: 'requested_rewrite' is empty, expected at least one rewrite")
+    answer, questions = record.get("new_answer"), texts(record, "questions", origin)
+    if questions and not answer:
+        raise _unanswered("questions", len(questions), "new_answer", 0, origin)
+    if answer:
+        answer, aliases = text(record, "new_answer", origin), tuple(texts(record, "new_answer_alias", origin))
+        hops = [Probe("multihop", question, answer, aliases=aliases) for question in questions]
+        edits[-1] = replace(edits[-1], probes=(*edits[-1].probes, *hops))
+    return edits
+
+
+def parse_record(record: Any, number: int, origin: str) -> Edit:
+    """Read one record of a format with one edit.
+
+    Args:
+        record: A mapping in COUNTERFACT's native form (``requested_rewrite``), zsRE's (``src``) or the flat
+            form (``prompt``, ``subject``, ``target_new``).
+        number: Position in the file, from 0.
+        origin: File and record, for messages.
+
+    Raises:
+        RecordError: If a field is missing or unusable.
+    """
+    if not isinstance(record, Mapping):
+        raise RecordError(f"{origin}: expected an object with named fields, got {type(record).__name__}")
+    fields = {name: value for name, value in record.items() if value is not None}
+    if "requested_rewrite" in fields:
+        return _from_counterfact(fields, number, origin)
+    if "src" in fields:
+        return _from_zsre(fields, number, origin)
+    return _from_flat(fields, number, origin)
+
+
+def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
+    rewrite = fields["requested_rewrite"]
+    if not isinstance(rewrite, Mapping):
+        raise RecordError(f"{origin}: 'requested_rewrite' is {type(rewrite).__name__}, expected an object")
+    target = text(rewrite, "target_new", origin)
+    old = text(rewrite, "target_true", origin) if rewrite.get("target_true") else None
+    subject = text(rewrite, "subject", origin)
+    prompt = template_of(text(rewrite, "prompt", origin), subject, origin)
+    probes = _rewrite_probes(prompt, subject, target, old, texts(fields, "paraphrase_prompts", origin))
+    neighbours = texts(fields, "neighborhood_prompts", origin)
+    if neighbours and old is None:
+        raise _unanswered("neighborhood_prompts", len(neighbours), "target_true", 0, origin)
+    probes += [Probe("specificity", question, str(old), target) for question in neighbours]
+    return Edit(
+        name_in(fields, "case_id", origin) or str(number),
+        prompt,
+        subject,
+        target,
+        old,
+        relation=name_in(rewrite, "relation_id", origin),
+        target_id=name_in(rewrite["target_new"], "id", origin),
+        probes=tuple(probes),
+        generation_prompts=tuple(texts(fields, "generation_prompts", origin)),
+        origin=origin,
+    )
+
+
+def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
+    answers = fields.get("answers")
+    if not isinstance(answers, list) or not answers:
+        raise RecordError(f"{origin}: 'answers' is {answers!r}, expected a list whose first entry is the target")
+    target = text({"answers[0]": answers[0]}, "answers[0]", origin)
+    subject = text(fields, "subject", origin)
+    prompt = template_of(text(fields, "src", origin), subject, origin)
+    probes = _rewrite_probes(prompt, subject, target, None, texts(fields, "rephrase", origin))
+    for question, answer in _answered(fields, "loc", "loc_ans", origin):
+        probes.append(Probe("specificity", question if question.endswith("?") else question + "?", answer))
+    case_id = name_in(fields, "case_id", origin) or str(number)
+    return Edit(case_id, prompt, subject, target, probes=tuple(probes), origin=origin)
+
+
+def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
+    subject = text(fields, "subject", origin)
+    prompt = template_of(text(fields, "prompt", origin), subject, origin)
+    target = text(fields, "target_new" if "target_new" in fields else "target", origin)
+    old = text(fields, "ground_truth", origin) if fields.get("ground_truth") else None
+    probes = _rewrite_probes(prompt, subject, target, old, texts(fields, "rephrase_prompt", origin))
+    for question, answer in _answered(fields, "locality_prompt", "locality_ground_truth", origin):
+        probes.append(Probe("specificity", question, answer, target if answer == old else None))
+    probes += _knowedit_probes("portability", fields, "portability", origin)
+    probes += _knowedit_probes("specificity", fields, "locality", origin)
+    relation = name_in(fields, "relation", origin) or None
+    case_id = name_in(fields, "case_id", origin) or str(number)
+    return Edit(case_id, prompt, subject, target, old, relation, probes=tuple(probes), origin=origin)
+
+
+def _answered(fields: Mapping[str, Any], asked: str, given: str, origin: str) -> list[tuple[str, str]]:
+    """Questions of one field with their answers in another; blank questions, or blank answers, ask nothing.
+
+    Raises:
+        RecordError: If there are more of the one than of the other.
+    """
+    questions, answers = items(fields.get(asked)), items(fields.get(given))
+    if len(questions) != len(answers) and texts(fields, asked, origin):
+        raise _unanswered(asked, len(questions), given, len(answers), origin)
+    found = []
+    for question, answer in zip(questions, answers, strict=False):
+        both = [*checked_texts([question], repr(asked), origin), *checked_texts([answer], repr(given), origin)]
+        found += [(both[0], both[1])] if len(both) == 2 else []
+    return found
+
+
+def _unanswered(asked: str, questions: int, given: str, answers: int, origin: str) -> RecordError:
+    return RecordError(
+        f"{origin}: {asked!r} holds {questions} question{'s' * (questions != 1)} and {given!r} {answers or 'no'} "
+        f"answer{'s' * (answers != 1)}, expected an answer to each; add what is missing, or leave the questions out"
+    )
+
+
+def _knowedit_probes(kind: ProbeKind, fields: Mapping[str, Any], name: str, origin: str) -> list[Probe]:
+    """Questions of KnowEdit: groups of prompts, each with the forms that an answer may have."""
+    groups = fields.get(name) or {}
+    if not isinstance(groups, Mapping):
+        raise _no_groups(name, groups, origin)
+    probes = []
+    for group, questions in groups.items():
+        place = f"{name}.{group}"
+        if not isinstance(questions, (list, tuple, type(None))):
+            raise _no_groups(place, questions, origin)
+        for question in items(questions):
+            if not isinstance(question, Mapping) or not {"prompt", "ground_truth"} <= set(question):
+                raise _no_groups(place, question, origin)
+            answers = items(question["ground_truth"])
+            forms = [form for answer in answers for form in checked_texts(answer, f"'{place}' (ground_truth)", origin)]
+            asked = checked_texts(question["prompt"], f"'{place}' (prompt)", origin)
+            if forms and asked:
+                probes.append(Probe(kind, asked[0], forms[0], aliases=tuple(forms[1:])))
+    return probes
+
+
+def _no_groups(name: str, found: Any, origin: str) -> RecordError:
+    return RecordError(
+        f"{origin}: the field {name!r} holds {found!r} ({type(found).__name__}), expected KnowEdit's groups, such as "
+        '{"Reasoning": [{"prompt": "...", "ground_truth": "..."}]}; write each question so, or leave the field out'
+    )
+
+
+def _rewrite_probes(prompt: str, subject: str, target: str, old: str | None, paraphrases: Sequence[str]) -> list[Probe]:
+    probes = [Probe("efficacy", prompt.replace("{}", subject, 1), target, old)]
+    return probes + [Probe("generalisation", paraphrase, target, old) for paraphrase in paraphrases]
+
+
+def template_of(prompt: str, subject: str, origin: str) -> str:
+    """The prompt with ``{}`` for the subject: as given, or put in place of the subject's last mention.
+
+    The last whole-word mention is taken, since that is where a causal model has read most before it.
+
+    Raises:
+        RecordError: If there is more than one ``{}``, or neither a ``{}`` nor the subject.
+    """
+    count = prompt.count("{}")
+    if count == 1:
+        return prompt
+    if count > 1:
+        raise RecordError(f"{origin}: the prompt {prompt!r} has {count} '{{}}', expected exactly one")
+    whole_words = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt))
+    start = whole_words[-1].start() if whole_words else prompt.rfind(subject)
+    if start < 0:
+        raise RecordError(
+            f"{origin}: the prompt {prompt!r} has no '{{}}' and does not contain the subject {subject!r}; "
+            "write '{}' where the subject stands"
+        )
+    return prompt[:start] + "{}" + prompt[start + len(subject) :]
+
+
+def check_no_contradictions(edits: Iterable[Edit]) -> None:
+    """Refuse two edits that give one question two answers: no weights can satisfy both.
+
+    Raises:
+        RecordError: Naming both records.
+    """
+    seen: dict[str, Edit] = {}
+    for edit in edits:
+        first = seen.setdefault(edit.question, edit)
+        if first.target.strip() != edit.target.strip():
+            raise RecordError(
+                f"{edit.origin} contradicts {first.origin}: {edit.question!r} shall be both "
+                f"{first.target!r} and {edit.target!r}; remove one of them"
+            )
+
+
+def skip_written(edits: Iterator[Edit], written: Iterable[Mapping[str, Any]], name: str) -> int:
+    """Advance past the edits that an earlier run has written, which must be the same ones in the same order.
+
+    Args:
+        edits: All edits.
+        written: What the ledger says of those that were written.
+        name: Where the edits come from, for messages.
+
+    Returns:
+        How many they are.
+
+    Raises:
+        RecordError: If there is another edit in the place of one, or none.
+    """
+    count = 0
+    for count, line in enumerate(written, start=1):
+        edit = next(edits, None)
+        if edit is None:
+            raise RecordError(
+                f"{name}: ends behind {count - 1} edits, but the run to go on with has written more, the next for "
+                f"{_fact(line)}; give the data that it was begun with, or another --trainer.run_dir"
+            )
+        if _fact(vars(edit)) != _fact(line):
+            raise RecordError(
+                f"{edit.origin or name}: expected the record that the run to go on with has written as its edit "
+                f"{count - 1}, {_fact(line)}, got {_fact(vars(edit))}; give the data that it was begun with, "
+                "or another --trainer.run_dir"
+            )
+    return count
+
+
+def _fact(fields: Mapping[str, Any]) -> str:
+    """What is written, and what its target depends on."""
+    return f"{fields['prompt']!r} of {fields['subject']!r}: {fields['target']!r}"

@@ -1,0 +1,1 @@
+"""The same in Python: a model object, a list of facts."""

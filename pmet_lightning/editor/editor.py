@@ -1,0 +1,351 @@
+"""The command line in Python: a model object, a list of facts, no configuration file and no run folder."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from pmet_lightning.data.datamodule import EditDataModule
+from pmet_lightning.data.readers import as_edits
+from pmet_lightning.data.records import Edit
+from pmet_lightning.editor.edit_report import EditReport, KeptBatches
+from pmet_lightning.editor.isolation import as_guest
+from pmet_lightning.editor.loading import LOADING, checked, loaded, name_of, tokenizer_of
+from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
+from pmet_lightning.model.fingerprint import checksum
+from pmet_lightning.model.patch import save_patch
+from pmet_lightning.run.manifest import manifest_of, moments_of
+from pmet_lightning.run.settings import parts_of, written_settings
+from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
+from pmet_lightning.utils.files import new_folder
+from pmet_lightning.utils.progress import EditProgressBar
+from pmet_lightning.write.transaction import Before
+
+log = logging.getLogger(__name__)
+
+# A file or several, or a hub data set; one fact, or several.
+Facts = str | Path | Sequence[str | Path] | Mapping[str, Any] | Edit | Iterable[Mapping[str, Any] | Edit]
+
+
+class Editor:
+    """Edits facts in a language model that is at hand: the same objects, settings and numbers as the command line.
+
+    The model object is edited in place and stays where and what it is: its modes and gradient flags, the random
+    numbers, log levels and signal handlers of the program are afterwards as they were. Nothing is printed, and nothing
+    is stored but second moments, in their cache (``moments={"folder": ...}``).
+
+    Args:
+        model: A causal language model of transformers; or a folder or name, as for --model.model_name, from which one
+            is loaded.
+        tokenizer: Its tokenizer, or where that comes from; by default from where the model came.
+        layers: Layers whose weights are edited; 'auto' picks a range by the model's depth.
+        corpus: General text for the second moments: a file, a hub data set, or 'atlas-corpus'.
+        lam: λ, weight of the second moments against the new keys, in preserved keys.
+        lr: Learning rate of Adam (``optimizer`` takes any other optimizer).
+        edit_batch: Edits written by one solve; by default all facts of a call.
+        device: Where a model that is loaded here goes; by default to the first CUDA device, if there is one.
+        progress: Whether progress bars are shown.
+        data: Further settings of the section 'data' of a configuration (:class:`~pmet_lightning.EditDataModule`).
+        moments: The same of 'moments' (:class:`~pmet_lightning.SecondMoments`).
+        spread: The same of 'spread' (:class:`~pmet_lightning.WeightSpread`).
+        drift: The same of 'drift' (:class:`~pmet_lightning.write.drift.Drift`).
+        settings: Those of 'model': ``clamp``, ``steps``, ``optimise`` and all else that
+            :class:`~pmet_lightning.TargetOptimizer` takes.
+
+    Raises:
+        ValueError: If there is no such setting, or a value is not what it takes.
+        TypeError: If the model is none that can be edited.
+        FileNotFoundError: If model or tokenizer cannot be loaded.
+
+    Attributes:
+        model: The language model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        tokenizer: Any = None,
+        *,
+        layers: Sequence[int] | Literal["auto"] | None = None,
+        corpus: str | None = None,
+        lam: float | None = None,
+        lr: float | None = None,
+        edit_batch: int | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = False,
+        data: Mapping[str, Any] | None = None,
+        moments: Mapping[str, Any] | None = None,
+        spread: Mapping[str, Any] | None = None,
+        drift: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        adam = None if lr is None else {"class_path": "torch.optim.Adam", "init_args": {"lr": lr}}
+        sections = {
+            "model": settings | _given(layers=layers, optimizer=adam),
+            "data": dict(data or {}) | _given(edit_batch=edit_batch),
+            "moments": dict(moments or {}) | _given(corpus=corpus),
+            "spread": dict(spread or {}) | _given(lam=lam),
+            "drift": dict(drift or {}),
+        }
+        name = model if isinstance(model, str) else name_of(model)
+        parts = parts_of(name, sections)  # before anything is loaded
+        self.model: Any = loaded(model, settings, device) if isinstance(model, str) else checked(model, settings)
+        self.tokenizer: Any = tokenizer_of(name, tokenizer)
+        self._module, self._moments, self._spread = parts.module, parts.moments, parts.spread
+        self._drift, self._data_settings, self._progress = parts.drift, parts.data, progress
+        self._module.borrow(self.model, self.tokenizer)
+        self._module.setup("fit")
+        self._module.configure_model()
+        self._clean: Before | None = None  # before the first edit
+        self._last: tuple[Before, int, int] | None = None  # before the last call, with edit batches and edits till then
+        self._sums = self._weight_sums()
+
+    @classmethod
+    def from_config(
+        cls, config: str, model: nn.Module | str | None = None, tokenizer: Any = None, **changes: Any
+    ) -> Editor:
+        """An editor with the settings of a configuration.
+
+        Sections of the run (``trainer``, ``seed_everything``) and the records (``data.path``) are left out; and how a
+        model is loaded, where the model itself is given.
+
+        Args:
+            config: A path, or the name of a shipped one such as pmet.yaml.
+            model: As for the class; by default the configuration's.
+            tokenizer: As for the class.
+            changes: Other settings, as for the class.
+
+        Raises:
+            FileNotFoundError: If there is no such configuration.
+            ValueError: If it is none of an edit run, or a change is unusable.
+        """
+        written = written_settings(config)
+        named = written["model"].pop("model_name")
+        unused = (*(LOADING if isinstance(model, nn.Module) else ()), *(("optimizer",) if "lr" in changes else ()))
+        settings = {name: value for name, value in written.pop("model").items() if name not in unused}
+        sections = {name: {**section, **(changes.pop(name, None) or {})} for name, section in written.items()}
+        return cls(named if model is None else model, tokenizer, **{**settings, **changes, **sections})
+
+    @property
+    def layers(self) -> list[int]:
+        """The edited layers."""
+        return list(self._module.layers)
+
+    @property
+    def edits_written(self) -> int:
+        """Edits that are in the weights."""
+        return self._module.edits_done
+
+    def evaluate(self, facts: Facts) -> dict[str, float]:
+        """Ask the model, as it is now, the questions of some facts (the verb ``validate``).
+
+        Args:
+            facts: As for :meth:`edit`.
+
+        Returns:
+            The scores: percentages, with the ends of their 95 % intervals (``efficacy``, ``efficacy_low``, …).
+
+        Raises:
+            RecordError: If a fact is unusable; the message names it, such as "facts[3]".
+        """
+        data = self._data(facts)
+        self._module.forget()
+        with as_guest(self.model, self._device):
+            self._trainer([self._drift], None, True).validate(self._module, data, verbose=False)
+        return dict(self._module.results.get("test", {}))
+
+    def ask(self, prompts: str | Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
+        """What the model, as it is now, says next after each prompt, greedily.
+
+        Args:
+            prompts: Finished texts, or a single one.
+            new_tokens: Most tokens of an answer.
+
+        Raises:
+            ValueError: If a prompt has no token; the message names it.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for number, row in enumerate(self._module.encoder.encode_all(prompts)):
+            if not row.ids:
+                raise ValueError(
+                    f"prompts[{number}] is {prompts[number]!r}, which has no token; expected a text that the model can "
+                    "go on with"
+                )
+        with as_guest(self.model, self._device):
+            return greedy_texts(
+                self.model,
+                self._module.encoder,
+                prompts,
+                tokens_per_batch=self._module.tokens_per_batch,
+                device=self._device,
+                new_tokens=new_tokens,
+            )
+
+    def edit(self, facts: Facts, *, evaluate: bool = True, run_dir: str | None = None) -> EditReport:
+        """Write facts into the model's weights, after what earlier calls have written (the verb ``fit``).
+
+        All of them are written, or, if anything fails or interrupts, none.
+
+        Args:
+            facts: Records as in a file (COUNTERFACT, zsRE or flat ones: ``prompt`` with ``{}``, ``subject``,
+                ``target_new``), :class:`~pmet_lightning.Edit` objects, or what --data.path takes: a file or a hub data
+                set, or a list or tuple of several.
+            evaluate: Whether their questions are asked before and after.
+            run_dir: A new folder for all that a run of the command line leaves; ``None`` leaves nothing.
+
+        Raises:
+            RecordError: If a fact is unusable; the message names it, such as "facts[3]".
+            FloatingPointError: If a number is not finite.
+            FileExistsError: If the folder holds another run.
+            RuntimeError: If something else has changed the edited weights meanwhile.
+        """
+        data = self._data(facts)
+        self._check_unchanged()
+        before = self._spread.snapshot(self._module)
+        kept = KeptBatches()
+        self._module.forget()
+        self._drift.ended = ""
+        try:
+            with as_guest(self.model, self._device):
+                callbacks = [self._moments, self._spread, self._drift, kept]
+                self._trainer(callbacks, run_dir, evaluate).fit(self._module, data)
+        except BaseException:
+            self._spread.restore(before)
+            raise
+        self._last = before, self._module.batches_done, self._module.edits_done
+        self._clean = self._clean or before
+        self._module.batches_done += kept.count
+        self._module.edits_done += len(kept.edits)
+        self._sums = self._weight_sums()
+        return EditReport(dict(self._module.results), tuple(kept.edits), tuple(kept.layers), self._drift.ended)
+
+    def undo(self) -> None:
+        """Take the last call of :meth:`edit` back, bit by bit; only one is kept.
+
+        Raises:
+            RuntimeError: If there is none to take back, or something else has changed the edited weights.
+        """
+        if self._last is None:
+            raise RuntimeError("nothing to undo: only the last call of edit is kept; revert takes all of them back")
+        self._put_back(*self._last)
+
+    def revert(self) -> None:
+        """Take all edits back: the weights are bit by bit what they were when the editor was made.
+
+        Raises:
+            RuntimeError: If something else has changed the edited weights.
+        """
+        if self._clean is not None:
+            self._put_back(self._clean, 0, 0)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model as it is now, and its tokenizer, as a Hugging Face folder (the verb ``export``).
+
+        Args:
+            folder: Must not exist, or be empty.
+
+        Raises:
+            FileExistsError: If it holds something.
+        """
+        with new_folder(folder, "Editor.save:") as unfinished:
+            self.model.save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
+
+    def save_patch(self, path: str | Path) -> None:
+        """Write ΔW of all edits so far, with what it belongs to, as --model.patch and ``export`` take it.
+
+        Args:
+            path: A .safetensors file; its manifest is written beside it too.
+
+        Raises:
+            ValueError: If nothing has been edited.
+        """
+        if not self._spread.deltas:
+            raise ValueError("Editor.save_patch: nothing has been edited, so that there is no patch")
+        manifest = manifest_of(self._module, self._spread, moments_of(self._module, self._moments), 0)
+        save_patch(path, self._spread.deltas, manifest | {"edit_batches": self._module.batches_done})
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight.device
+
+    def _data(self, facts: Facts) -> EditDataModule:
+        """The facts, read and checked."""
+        paths = _paths_of(facts)
+        if paths is not None:
+            data = EditDataModule(**{**self._data_settings, "path": paths})
+            data.borrow(self.tokenizer)
+        else:
+            single = isinstance(facts, (Mapping, Edit))
+            edits = as_edits([facts] if single else facts)  # type: ignore[list-item,arg-type]
+            data = EditDataModule.of(edits, self.tokenizer, **self._data_settings)
+        data.setup("fit")
+        return data
+
+    def _trainer(self, callbacks: Sequence[Callback], run_dir: str | None, evaluate: bool) -> L.Trainer:
+        """Lightning's trainer, on the model's device, in this process."""
+        kinds = {"cpu": ("cpu", 1), "cuda": ("gpu", [self._device.index or 0])}
+        accelerator, devices = kinds.get(self._device.type, (self._device.type, 1))
+        options: dict[str, Any] = {
+            "accelerator": accelerator,
+            "devices": devices,
+            "plugins": [LightningEnvironment()],  # whatever has started this program
+            "enable_progress_bar": self._progress,
+            # What the model keeps of a pass, such as a table of positions, must not be of inference mode.
+            "inference_mode": False,
+            **({} if evaluate else {"num_sanity_val_steps": 0, "limit_val_batches": 0}),
+        }
+        if run_dir is not None:
+            return EditTrainer(run_dir, callbacks=list(callbacks), **options)
+        bars = [EditProgressBar()] if self._progress else []
+        return L.Trainer(**{**EDIT_RUN, **options, "logger": False, "callbacks": [*callbacks, *bars]})
+
+    def _put_back(self, before: Before, batches: int, edits: int) -> None:
+        self._check_unchanged()
+        self._spread.restore(before)
+        self._module.batches_done, self._module.edits_done, self._last = batches, edits, None
+        self._sums = self._weight_sums()
+
+    def _weight_sums(self) -> dict[str, str]:
+        """Checksums of the weights that are edited."""
+        sites, sums = self._module.sites, {}
+        for place in itertools.product(self._spread.sites, self._module.layers):
+            weight = sites.module(*place).weight
+            assert isinstance(weight, Tensor)
+            sums[sites.weight_name(*place)] = f"{weight.dtype} {checksum(weight.detach())}"
+        return sums
+
+    def _check_unchanged(self) -> None:
+        found = self._weight_sums()
+        changed = [name for name, value in self._sums.items() if found[name] != value]
+        if changed:
+            raise RuntimeError(
+                f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not what this editor left: something "
+                "else has changed the model, whose second moments and patch would no longer belong to it; make a new "
+                "Editor for the model as it is now"
+            )
+
+
+def _paths_of(facts: Facts) -> str | list[str] | None:
+    """Names of files or data sets, as --data.path takes them; ``None`` where the facts are given themselves."""
+    if isinstance(facts, (str, Path)):
+        return str(facts)
+    if isinstance(facts, (list, tuple)) and facts and all(isinstance(fact, (str, Path)) for fact in facts):
+        return [str(path) for path in facts]
+    return None
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,87 @@
+"""The model and the tokenizer of an :class:`~pmet_lightning.editor.editor.Editor`: given, or loaded by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pmet_lightning.data.encoder import load_tokenizer
+from pmet_lightning.model.loading import load_model
+from pmet_lightning.utils.resources import usable_device
+
+# Settings of the section 'model' that say how to load one.
+LOADING = ("dtype", "attn_implementation", "device_map")
+
+
+def name_of(model: Any) -> str:
+    """What a model object is called: where it came from, or else its class."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def loaded(name: str, settings: Mapping[str, Any], device: str | torch.device | None) -> nn.Module:
+    """A model by its name, on a device.
+
+    Args:
+        name: A folder or name, as for --model.model_name.
+        settings: Those of the section 'model'.
+        device: By default the first CUDA device, if there is one; a device map decides for itself.
+
+    Raises:
+        FileNotFoundError: If there is none of that name.
+        ValueError: If the device cannot be used.
+    """
+    wanted = {option: settings[option] for option in LOADING if option in settings}
+    model = load_model(name, **wanted)
+    if wanted.get("device_map") is None:
+        model.to(usable_device(None if device is None else str(device), "device"))
+    return model
+
+
+def checked(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+    """A model object, if it can be edited.
+
+    Args:
+        model: The object.
+        settings: Those of the section 'model'.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is quantised, or a setting says how to load it.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if head is None or not hasattr(model, "config"):
+        raise TypeError(
+            f"Editor: the model is a {type(model).__name__}, expected a causal language model of transformers with its "
+            "vocabulary head (AutoModelForCausalLM), or its name"
+        )
+    loading = [name for name in LOADING if settings.get(name) not in (None, "auto")]
+    if loading:
+        raise ValueError(f"Editor: {', '.join(loading)} says how to load a model, but this one is loaded already")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.is_floating_point():
+            found = "on no device" if parameter.is_meta else f"quantised ({parameter.dtype})"
+            raise ValueError(f"Editor: {name} is {found}; expected a model whose weights can be written")
+    return model
+
+
+def tokenizer_of(name: str, tokenizer: Any) -> Any:
+    """A tokenizer: the object that is given, or that of a name.
+
+    Args:
+        name: What the model is called.
+        tokenizer: An object, a name, or ``None`` for the model's.
+
+    Raises:
+        FileNotFoundError: If there is none of that name.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        return tokenizer
+    try:
+        return load_tokenizer(tokenizer or name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"Editor: no tokenizer for the model {name!r}; give it as tokenizer ({error})"
+        ) from error

@@ -1,0 +1,1 @@
+"""Asking a model the questions of the edits, and the scores."""

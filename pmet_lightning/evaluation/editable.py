@@ -1,0 +1,329 @@
+"""A causal language model whose facts can be edited, as a LightningModule: loading it and judging it.
+
+Its subclasses find the new weights: ``TargetOptimizer`` (PMET and its ablations) and ``FineTuning`` (the baseline).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from pmet_lightning.data.datamodule import EditBatch
+from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
+from pmet_lightning.data.records import Edit
+from pmet_lightning.data.token_rows import PaddingSide
+from pmet_lightning.evaluation.consistency import References
+from pmet_lightning.evaluation.fluency import fluency, sampled_texts
+from pmet_lightning.evaluation.probes import ProbeResult, RecordResult, compared, score_probes
+from pmet_lightning.evaluation.scores import EditScores, table_of
+from pmet_lightning.model.architectures import Architecture, advised_layers, architecture_of, depth_of, written_sites
+from pmet_lightning.model.fingerprint import fingerprint
+from pmet_lightning.model.fsdp import in_turn, shard
+from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load_model
+from pmet_lightning.model.patch import apply_patch
+from pmet_lightning.model.projections import Sites, keep_in_float32
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["before", "after", "test"]
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Texts for COUNTERFACT's fluency and consistency.
+
+    Attributes:
+        length: Tokens of a text, its prompt included.
+        top_k: Sampling takes one of so many tokens.
+        seed: Seed of the sampling.
+        references: Texts about entities that have o*, for the consistency: COUNTERFACT's attribute_snippets.json (or
+            its folder), or a corpus as for --moments.corpus, whose texts that name o* are taken; null leaves it out.
+        references_subset: Subset of a hub data set.
+    """
+
+    length: PositiveInt = 100  # type: ignore[valid-type]
+    top_k: PositiveInt = 5  # type: ignore[valid-type]
+    seed: int = 0
+    references: str | None = None
+    references_subset: str | None = None
+
+
+class EditableModel(L.LightningModule):
+    """A frozen causal language model with the evaluation of edits (``validate`` and ``test``).
+
+    Args:
+        model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
+        layers: Layers whose weights are edited. 'auto' picks a range by the model's depth and says which.
+        dtype: Precision the model is loaded in; 'auto' takes the file's.
+        attn_implementation: Attention kernel asked of transformers, such as eager or sdpa; null takes its
+            default.
+        architecture: Module paths of a family that is not known by itself.
+        padding_side: Where rows are padded; changes nothing. (Left, with eager attention in float64, makes some
+            families give NaN: their mask overflows.)
+        tokens_per_batch: Most tokens in one forward pass of the key and evaluation passes.
+        free_tokens: Most tokens of the free answers that are judged beside the teacher-forced ones; 0 asks for none.
+        texts: Texts that are made from the records' generation prompts for fluency and consistency; null makes none.
+        chat: Whether prompts are a user's messages in the tokenizer's chat template, and targets the beginning of
+            the assistant's answer.
+        keep_float32: Whether the output projections of the edited layers of a half-precision model are held in
+            float32, so that no part of an edit is rounded away here (``export --dtype float32`` keeps it in a folder).
+        patch: A patch.safetensors that is applied after loading.
+        device_map: Where the parts of a model go that is larger than one device, such as auto (needs accelerate; one
+            process). Null leaves that to the trainer, whose ModelParallelStrategy shards it over processes instead.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        layers: list[NonNegativeInt] | Literal["auto"] = "auto",  # type: ignore[valid-type]
+        dtype: DtypeName = "auto",
+        attn_implementation: str | None = None,
+        architecture: Architecture | None = None,
+        padding_side: PaddingSide = "right",
+        tokens_per_batch: PositiveInt = 8192,  # type: ignore[valid-type]
+        free_tokens: NonNegativeInt = 16,  # type: ignore[valid-type]
+        texts: TextSettings | None = None,
+        chat: bool = False,
+        keep_float32: bool = False,
+        patch: str | None = None,
+        device_map: DeviceMap | None = None,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # the language model is no part of a checkpoint
+        self.model_name = model_name
+        self.layers_wanted: list[int] | None = None if layers == "auto" else sorted(map(int, layers))
+        self.layers = self.layers_wanted or []  # final after setup, and so is the model's depth
+        self.depth = 0
+        self.dtype_name, self.attn_implementation = dtype, attn_implementation
+        self.architecture_override = architecture
+        self.padding_side: PaddingSide = padding_side
+        self.tokens_per_batch = tokens_per_batch
+        self.free_tokens, self.texts = free_tokens, texts
+        self.chat, self.keep_float32, self.patch, self.device_map = chat, keep_float32, patch, device_map
+
+        self.lm: nn.Module | None = None
+        self._lent: tuple[nn.Module, Any] | None = None
+        self.base_fingerprint = ""
+        self.inner_step = 0
+        self.scores = EditScores()
+        self.results: dict[str, dict[str, float]] = {}
+        self.record_rows: dict[str, torch.Tensor] = {}
+        self.curves: list[dict[str, float]] = []  # a point for each step, for the report
+        self._encoder: PromptEncoder | None = None
+        self._architecture: Architecture | None = None
+        self._before: dict[int, list[ProbeResult]] = {}
+        self._references: References | None = None
+
+    # ---- the model -------------------------------------------------------------------------------------
+
+    def borrow(self, model: nn.Module, tokenizer: Any) -> None:
+        """Work on a model that is loaded already, where it is and as it is, instead of loading one.
+
+        It does not become a part of this module: Lightning neither moves it nor changes its mode.
+
+        Args:
+            model: A causal language model of transformers, frozen and in eval mode while this module works.
+            tokenizer: Its tokenizer.
+        """
+        self._lent = model, tokenizer
+
+    def forget(self) -> None:
+        """Forget what was evaluated and logged, for a run that is told apart from those before it."""
+        self.results, self.record_rows, self.curves, self.inner_step = {}, {}, [], 0
+        self._before = {}
+
+    def setup(self, stage: str) -> None:
+        """Check the layers and the family by the configuration alone, before any weight is read."""
+        config: Any = load_config(self.model_name) if self._lent is None else self._lent[0].config
+        self._architecture = architecture_of(config, self.architecture_override)
+        self.depth = depth = depth_of(config)
+        if self.layers_wanted is None:
+            self.layers = advised_layers(depth)
+            log.info("--model.layers auto: layers %s of %d, by depth alone", self.layers, depth)
+        outside = [layer for layer in self.layers if layer >= depth]
+        if outside or not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError(
+                f"--model.layers is {self.layers}, expected different layers from 0 to {depth - 1}: "
+                f"{self.model_name!r} has {depth}"
+            )
+        if self.texts is not None and self.texts.references is not None and self._references is None:
+            self._references = References.of(self.texts.references, self.texts.references_subset)
+            log.info("consistency: likeness to %s", self._references.label)
+        if self._encoder is None:
+            tokenizer = load_tokenizer(self.model_name) if self._lent is None else self._lent[1]
+            self._encoder = PromptEncoder.of(tokenizer, self.chat)
+
+    def configure_model(self) -> None:
+        """Load the language model, once."""
+        if self.lm is not None:
+            return
+        model = self._loaded() if self._lent is None else self._lent[0]
+        if self.device_map is None and self._lent is None:
+            self.lm = model
+        else:
+            self.__dict__["lm"] = model  # not as a submodule: Lightning would move all of it to one device
+        self.base_fingerprint = fingerprint(model)
+        if self.keep_float32:
+            for layer in self.layers:
+                for site in written_sites("attn+ffn"):
+                    keep_in_float32(self.sites.module(site, layer))
+        if self.patch is not None:
+            apply_patch(model, self.sites, self.patch, self.base_fingerprint)
+            self.base_fingerprint = fingerprint(model)  # second moments and further edits are of the patched weights
+
+    def _loaded(self) -> nn.Module:
+        """The language model from its files, or this process' part of it."""
+        assert self._architecture is not None, "setup runs before configure_model"
+        if self.device_map is not None and self.trainer.world_size > 1:
+            raise ValueError(
+                f"--model.device_map {self.device_map} spreads the model over the devices of one process, expected "
+                f"--trainer.devices 1, got {self.trainer.world_size} processes; to shard it over processes, take "
+                "ModelParallelStrategy as --trainer.strategy and no device map"
+            )
+        with in_turn(self):
+            model = load_model(self.model_name, self.dtype_name, self.attn_implementation, self.device_map)
+            if self.device_mesh is not None:
+                shard(model, self._architecture.layers, self.device_mesh)
+        return model
+
+    @property
+    def model(self) -> nn.Module:
+        """The loaded language model."""
+        if self.lm is None:
+            raise RuntimeError("the language model is not loaded; run this module in a Trainer")
+        return self.lm
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """What makes its token rows."""
+        assert self._encoder is not None, "setup has not run"
+        return self._encoder
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.encoder.tokenizer
+
+    @property
+    def sites(self) -> Sites:
+        """Its modules at which vectors are recorded, added and written."""
+        assert self._architecture is not None
+        return Sites.of(self.model, self._architecture)
+
+    @property
+    def width(self) -> int:
+        """F, the width of the residual stream."""
+        return self.sites.width
+
+    def train(self, mode: bool = True) -> EditableModel:
+        """Switch the module; the language model stays in eval mode."""
+        super().train(mode)
+        if self.lm is not None:
+            self.lm.eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The state without the language model, which is frozen and has files of its own."""
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.startswith("lm.")}
+
+    def transfer_batch_to_device(self, batch: EditBatch, device: torch.device, dataloader_idx: int) -> EditBatch:
+        """A batch is text; its rows are made, and moved, where they are used."""
+        return batch
+
+    def log_step(self, group: str, means: Mapping[str, float]) -> None:
+        """A point for the loggers, whatever Lightning's logging interval is."""
+        for logger in self.loggers:
+            logger.log_metrics({f"{group}/{name}": value for name, value in means.items()}, self.inner_step)
+        self.inner_step += 1
+
+    # ---- evaluation ------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase:
+        """What an evaluation now is: Lightning's check before the first edit is the one 'before'."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return "test"
+        return "before" if self.trainer.sanity_checking else "after"
+
+    def evaluate(self, edits: Sequence[Edit], positions: Sequence[int]) -> list[RecordResult]:
+        """Ask the questions of some edits on the model as it is now.
+
+        Args:
+            edits: The edits.
+            positions: Their places among all edits.
+        """
+        probes = [edit.probes for edit in edits]
+        found = score_probes(self.model, self.encoder, probes, self.tokens_per_batch, self.device, self.free_tokens)
+        texts = self._text_scores(edits, positions)
+        results = []
+        for position, record, text in zip(positions, found, texts, strict=True):
+            clean = self._before.get(position)
+            kept = tuple(record) if clean is None else compared(record, clean)
+            results.append(RecordResult(position, kept, *text))
+        return results
+
+    def _text_scores(self, edits: Sequence[Edit], positions: Sequence[int]) -> list[tuple[float | None, float | None]]:
+        """Fluency and consistency of each edit, as far as they are asked for."""
+        if self.texts is None:
+            return [(None, None)] * len(edits)
+        asked = [(i, prompt) for i, edit in enumerate(edits) for prompt in edit.generation_prompts]
+        texts = sampled_texts(
+            self.model,
+            self.encoder,
+            [prompt for _, prompt in asked],
+            length=self.texts.length,
+            top_k=self.texts.top_k,
+            seed=self.texts.seed,
+            groups=[positions[i] for i, _ in asked],
+            tokens_per_batch=self.tokens_per_batch,
+            device=self.device,
+        )
+        scores: list[tuple[float | None, float | None]] = []
+        for i, edit in enumerate(edits):
+            own = [text for (j, _), text in zip(asked, texts, strict=True) if j == i]
+            like = None
+            if self._references is not None:
+                like = self._references.consistency(
+                    own, target=edit.target, relation=edit.relation, target_id=edit.target_id
+                )
+            scores.append((fluency(own), like))
+        return scores
+
+    def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
+        """Score the edits' questions on the model as it is now."""
+        results = self.evaluate(batch.edits, batch.positions)
+        if self.phase == "before":
+            self._before |= {result.position: list(result.probes) for result in results}
+        self.scores.update(results)
+
+    def test_step(self, batch: EditBatch, batch_idx: int) -> None:
+        """As :meth:`validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Close the scores, over all processes."""
+        with self.scores.sync_context():
+            rows = self.scores.record_rows() if len(self.scores.rows) else None
+        self.scores.reset()
+        if rows is not None:
+            self.record_rows[self.phase] = rows
+            self.report({name: float(value) for name, value in table_of(rows).items()})
+
+    def on_test_epoch_end(self) -> None:
+        """As :meth:`on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
+    def report(self, values: Mapping[str, float]) -> None:
+        """Add figures to the present evaluation: a callback's too, from its own ``on_validation_epoch_end``."""
+        self.results.setdefault(self.phase, {}).update(values)
+        if self.phase == "test":
+            self.log_dict(dict(values))

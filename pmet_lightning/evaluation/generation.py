@@ -1,0 +1,108 @@
+"""What a model says when nobody holds its hand: greedy texts, and whether an answer is in them."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pmet_lightning.data.encoder import PromptEncoder
+from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
+from pmet_lightning.model.kv_prefix import Prefix
+from pmet_lightning.model.prefix_passes import without_last
+
+NEW_TOKENS = 16
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_END_OF_SENTENCE = re.compile(r"\n|(?<=[.!?])(?:\s|$)")
+
+
+@torch.no_grad()
+def greedy_texts(
+    model: nn.Module,
+    encoder: PromptEncoder,
+    prompts: Sequence[str],
+    *,
+    tokens_per_batch: int,
+    device: torch.device,
+    new_tokens: int = NEW_TOKENS,
+) -> list[str]:
+    """What the model says next, greedily, after each prompt, read from its beginning.
+
+    Args:
+        model: The language model.
+        encoder: Makes the rows.
+        prompts: Finished texts.
+        tokens_per_batch: Most padded tokens in one batch, the new ones included.
+        device: Where the model is.
+        new_tokens: Most tokens to say.
+    """
+    rows = encoder.encode_all(prompts)
+    texts = [""] * len(rows)
+    for indices in by_token_budget([len(row.ids) + new_tokens for row in rows], tokens_per_batch):
+        said = greedy_ids(model, [rows[i] for i in indices], encoder.pad_id, device, new_tokens)
+        for i, ids in zip(indices, said, strict=True):
+            texts[i] = encoder.decode(ids)
+    return texts
+
+
+@torch.no_grad()
+def greedy_ids(
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    pad_id: int,
+    device: torch.device,
+    new_tokens: int,
+    prefix: Prefix | None = None,
+) -> list[list[int]]:
+    """Ids of what the model says next, greedily, after each row, as its own generation settings have it.
+
+    Args:
+        model: The language model.
+        rows: One batch.
+        pad_id: What to pad with, and what stands behind the end of a text.
+        device: Where the model is.
+        new_tokens: Most tokens to say.
+        prefix: The rows, where they have been read already.
+    """
+    own: Any = model.generation_config
+    shortened = None
+    # Beams are not rows, and a cache of another kind is not to be had with one of ours.
+    if prefix is not None and own.num_beams in (None, 1) and own.cache_implementation is None:
+        shortened = without_last(prefix)  # its logits are not kept: generate begins with the last token
+    batch = pad_rows(rows, pad_id, "left").to(device)
+    output = model.generate(  # type: ignore[operator]
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=pad_id,
+        **({} if shortened is None else {"past_key_values": shortened.fresh(), "use_cache": True}),
+    )
+    return output[:, batch.input_ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def first_sentence(text: str) -> str:
+    """The text up to its natural stop: a line break or the end of a sentence."""
+    stripped = text.strip()
+    end = _END_OF_SENTENCE.search(stripped)
+    return stripped if end is None else stripped[: end.start()]
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and superfluous spaces (the usual form for comparing answers)."""
+    plain = "".join(" " if c in string.punctuation else c for c in text.casefold())
+    return " ".join(_ARTICLES.sub(" ", plain).split())
+
+
+def is_exact(text: str, answer: str) -> bool:
+    """Whether the first sentence is the answer."""
+    return normalised(first_sentence(text)) == normalised(answer)
+
+
+def contains(text: str, answer: str) -> bool:
+    """Whether the answer stands, as whole words, in the text."""
+    return f" {normalised(answer)} " in f" {normalised(text)} "

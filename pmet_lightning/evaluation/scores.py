@@ -1,0 +1,144 @@
+"""Efficacy, generalisation, specificity and Score as a metric that reduces over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from pmet_lightning.data.records import ProbeKind
+from pmet_lightning.evaluation.bootstrap import interval_of, means_of_resamples
+from pmet_lightning.evaluation.probes import FREE_KINDS, ProbeResult, RecordResult, harmonic_mean
+
+KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
+CORE: tuple[ProbeKind, ...] = ("efficacy", "generalisation", "specificity")
+METRICS = (*CORE, "score")
+TEXTS = ("fluency", "consistency")
+_SUFFIXES = {
+    "success": "",
+    "magnitude": "_magnitude",
+    "accuracy": "_accuracy",
+    "exact": "_exact",
+    "contains": "_contains",
+}
+_COLUMNS: dict[str, tuple[ProbeKind, str]] = {
+    f"{kind}{suffix}": (kind, field) for field, suffix in _SUFFIXES.items() for kind in KINDS
+} | {"specificity_kept": ("specificity", "kept")}
+NAMES = (*_COLUMNS, *TEXTS)
+
+
+class EditScores(Metric):
+    """Mean over the questions of a record first, then over records, times 100 (EVALUATION.md).
+
+    ``compute`` gives, for each of efficacy, generalisation, specificity, portability and multihop (the best of a
+    record's questions), and for the score (the harmonic mean of the first three), the value, ``…_low`` and ``…_high``
+    (95 % bootstrap interval over records, seeded); and ``count``, the records. But for the score there are also
+    ``…_magnitude`` and ``…_accuracy`` (every token of the answer is the argmax). What was asked in free generation adds
+    ``…_exact``, ``…_contains`` and ``…_gap``, the teacher-forced value minus ``…_contains``; what was asked of the
+    unedited model too adds ``specificity_kept`` (the neighbours' answers, token by token); texts add ``fluency`` and
+    ``consistency``. What was not asked is left out, and so is the score without its three parts.
+
+    Records are known by their position: one that several processes have seen counts once.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    rows: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def update(self, results: Sequence[RecordResult]) -> None:
+        """Add the records of one batch."""
+        if results:
+            self.rows.append(record_rows(results).to(self.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The table described above; empty without records."""
+        return table_of(self.record_rows()) if len(self.rows) else {}
+
+    def record_rows(self) -> Tensor:
+        """The rows of all records by position, as :func:`record_rows` makes them, on the CPU."""
+        rows = dim_zero_cat(self.rows).cpu()
+        order = rows[:, 0].argsort(stable=True)
+        rows = rows[order]
+        first = torch.ones(len(rows), dtype=torch.bool)
+        first[1:] = rows[1:, 0] != rows[:-1, 0]
+        return rows[first]
+
+
+def record_rows(results: Sequence[RecordResult]) -> Tensor:
+    """Position and means of each record, float64, shape [records, 1 + columns]; NaN for what was not asked."""
+    rows = [[float(result.position), *_record_means(result.probes), *_text_scores(result)] for result in results]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 1 + len(NAMES))
+
+
+def row_scores(row_C: Tensor) -> dict[str, float]:
+    """What a row says, times 100, by name; without what was not asked."""
+    return {name: 100 * value for name, value in zip(NAMES, row_C[1:].tolist(), strict=True) if value == value}
+
+
+def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
+    """The table of :class:`EditScores` from the rows of some records."""
+    rows = 100 * record_rows_NC[:, 1:]
+    asked = {name: i for i, name in enumerate(NAMES) if not rows[:, i].isnan().all()}
+    means = {name: rows[:, i].nanmean() for name, i in asked.items()}
+    drawn = [name for name in asked if "magnitude" not in name]
+    resampled = dict(zip(drawn, means_of_resamples(rows[:, [asked[name] for name in drawn]]), strict=True))
+    table = {"count": torch.tensor(float(len(rows)))}
+    for name, mean in means.items():
+        table |= _with_interval(name, mean, resampled[name]) if name in resampled else {name: mean}
+    for kind in FREE_KINDS:
+        if f"{kind}_contains" in asked:
+            gaps = [values[kind] - values[f"{kind}_contains"] for values in (means, resampled)]
+            table |= _with_interval(f"{kind}_gap", *gaps)
+    if all(kind in asked for kind in CORE):
+        both = [torch.stack([values[kind] for kind in CORE], dim=-1) for values in (means, resampled)]
+        table |= _with_interval("score", *map(harmonic_mean, both))
+    return table
+
+
+def score_difference(record_rows_NC: Tensor, others_NC: Tensor) -> dict[str, Tensor]:
+    """How much higher a Score is than another on the same records, by a paired bootstrap.
+
+    Pairing leaves out what makes a record easy or hard for both, so that this tells more than two intervals.
+
+    Args:
+        record_rows_NC: Rows of the one, as :func:`record_rows` makes them.
+        others_NC: Rows of the other, of the same records in the same order.
+
+    Returns:
+        ``difference``, ``difference_low`` and ``difference_high``, in points of the Score.
+    """
+    columns = [1 + NAMES.index(kind) for kind in CORE]
+    both = [100 * rows[:, columns] for rows in (record_rows_NC, others_NC)]
+    value, other = (harmonic_mean(rows.nanmean(dim=0)) for rows in both)
+    resampled, others = (harmonic_mean(means_of_resamples(rows).T) for rows in both)
+    return _with_interval("difference", value - other, resampled - others)
+
+
+def _record_means(record: Sequence[ProbeResult]) -> list[float]:
+    """The mean of each of the columns; NaN where a record has no such question."""
+    means = []
+    for kind, field in _COLUMNS.values():
+        values = [getattr(result, field) for result in record if result.kind == kind]
+        known = [value for value in values if value is not None]
+        mean = sum(known) / len(known) if known else float("nan")
+        # MQuAKE asks a question in three wordings and counts it if any is answered.
+        means.append(max(known, default=mean) if kind == "multihop" else mean)
+    return means
+
+
+def _text_scores(result: RecordResult) -> list[float]:
+    values = (getattr(result, name) for name in TEXTS)
+    return [float("nan") if value is None else value for value in values]
+
+
+def _with_interval(name: str, value: Tensor, resampled: Tensor) -> dict[str, Tensor]:
+    low, high = interval_of(resampled)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}

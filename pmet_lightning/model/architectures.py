@@ -1,0 +1,128 @@
+"""Where a model family keeps the parts that editing needs: data, found by ``config.model_type``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+SiteName = Literal["attn", "ffn", "hidden"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module paths of one model family.
+
+    Attributes:
+        layers: Path of the list of layers in the model, such as ``transformer.h``.
+        attn: Path, inside a layer, of the attention output projection.
+        ffn: Path, inside a layer, of the FFN output projection (its input is the key, its output m).
+        attn_norm: Path, inside a layer, of the root-mean-square norm between the attention output projection and the
+            residual stream, in families that have one (Gemma 2, OLMo-2).
+        ffn_norm: The same behind the FFN output projection.
+    """
+
+    layers: str
+    attn: str
+    ffn: str
+    attn_norm: str | None = None
+    ffn_norm: str | None = None
+
+
+_LLAMA = Architecture("model.layers", "self_attn.o_proj", "mlp.down_proj")
+_PHI = Architecture("model.layers", "self_attn.dense", "mlp.fc2")
+_BLOOM = Architecture("transformer.h", "self_attention.dense", "mlp.dense_4h_to_h")
+_OUTER_NORMS = replace(_LLAMA, attn_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bloom": _BLOOM,
+    "cohere": _LLAMA,
+    "cohere2": _LLAMA,
+    "falcon": _BLOOM,
+    "gemma": _LLAMA,
+    "gemma2": _OUTER_NORMS,
+    "gemma3": replace(_OUTER_NORMS, layers="model.language_model.layers"),
+    "gemma3_text": _OUTER_NORMS,
+    "gpt2": Architecture("transformer.h", "attn.c_proj", "mlp.c_proj"),
+    "gpt_neo": Architecture("transformer.h", "attn.attention.out_proj", "mlp.c_proj"),
+    "gpt_neox": Architecture("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h"),
+    "gptj": Architecture("transformer.h", "attn.out_proj", "mlp.fc_out"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo2": _OUTER_NORMS,
+    "olmo3": _OUTER_NORMS,
+    "opt": Architecture("model.decoder.layers", "self_attn.out_proj", "fc2"),
+    "phi": _PHI,
+    "phi3": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+}
+
+# What configurations of mixtures of experts call the number of their experts.
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+class UnknownArchitectureError(ValueError):
+    """The model's family is not known, was not described, or cannot be edited."""
+
+
+def architecture_of(config: Any, override: Architecture | None = None) -> Architecture:
+    """Find the family of a model by its ``config.model_type``.
+
+    Args:
+        config: A Hugging Face model configuration.
+        override: A description that is used instead of the table.
+
+    Raises:
+        UnknownArchitectureError: If the model is a mixture of experts, or the type is not in the table and there is
+            no override.
+    """
+    text = config.get_text_config()
+    experts = next((int(getattr(text, name)) for name in _EXPERT_COUNTS if getattr(text, name, None)), 1)
+    if experts > 1:
+        raise UnknownArchitectureError(
+            f"{config.model_type!r} is a mixture of {experts} experts: its router sends a subject's token to a few of "
+            "them, by weights that every edit would shift, so that no single FFN output projection holds a fact. "
+            "Expected a model with one FFN a layer."
+        )
+    if override is not None:
+        return override
+    found = ARCHITECTURES.get(config.model_type)
+    if found is None:
+        raise UnknownArchitectureError(
+            f"the model type {config.model_type!r} is unknown; known are {', '.join(sorted(ARCHITECTURES))}. "
+            "Describe it with --model.architecture.layers, .attn and .ffn (paths of the list of layers and, "
+            "inside a layer, of the two output projections), for example "
+            "{layers: model.layers, attn: self_attn.o_proj, ffn: mlp.down_proj}; where the layer norms a projection's "
+            "output before adding it, with .attn_norm and .ffn_norm too."
+        )
+    return found
+
+
+def depth_of(config: Any) -> int:
+    """Number of layers."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def advised_layers(depth: int) -> list[int]:
+    """Layers to edit in a model without published settings: up to five, the last a quarter of the way up.
+
+    The published ranges end between 0.23 (GPT-NeoX, 10 of 44) and 0.35 (GPT-2 XL, 17 of 48) of the depth, at 0.29 in
+    GPT-J (8 of 28) and at 0.25 in the 32-layer models of the editing toolboxes (8 of 32).
+
+    Args:
+        depth: Number of layers of the model.
+    """
+    last = max(1, round(depth / 4)) if depth > 1 else 0
+    return list(range(max(0, last - 4), last + 1))
+
+
+Place = tuple[SiteName, int]
+WriteChoice = Literal["ffn", "attn+ffn"]
+
+
+def written_sites(write: WriteChoice) -> tuple[SiteName, ...]:
+    """Sites whose weights are written, in the order of writing within a layer."""
+    return ("ffn",) if write == "ffn" else ("attn", "ffn")

@@ -1,0 +1,68 @@
+"""Forward passes of the language model that compute only the logits in use, or end at a hook.
+
+Legend: R = rows, K = labels of a row, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pmet_lightning.data.token_rows import RowBatch
+from pmet_lightning.model.fsdp import left_sharded
+from pmet_lightning.model.hooks import narrow_input
+
+if TYPE_CHECKING:
+    from pmet_lightning.model.kv_prefix import Prefix
+
+
+def label_logits(
+    model: nn.Module, rows: RowBatch, prefix: Prefix | None = None, places: Tensor | None = None
+) -> Tensor:
+    """Logits at the labels only: the vocabulary head is most of a small model's work.
+
+    Args:
+        model: The language model.
+        rows: What is run.
+        prefix: What stands before the rows, if anything does.
+        places: Tokens whose logits are wanted, counted over all of all rows; by default those of the labels, [R, K].
+
+    Returns:
+        A vector of V for each place, in the model's dtype.
+    """
+    places = rows.label_places() if places is None else places
+    with narrow_input(model.get_output_embeddings(), places):  # type: ignore[operator]
+        logits: Tensor = model(**model_inputs(model, rows, prefix)).logits
+        return logits.to(rows.input_ids.device)
+
+
+def run_to(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> None:
+    """Run the layers for the sake of hooks; there is no vocabulary head."""
+    body: nn.Module = model.base_model  # type: ignore[assignment]
+    with left_sharded(body):
+        body(**model_inputs(body, rows, prefix))
+
+
+def model_inputs(
+    model: nn.Module, rows: RowBatch, prefix: Prefix | None = None, *, masked: bool = True, keep: bool = False
+) -> dict[str, Any]:
+    """Inputs that the model takes; a family without position ids counts positions from the mask.
+
+    Args:
+        model: The language model, or its body.
+        rows: What is run.
+        prefix: What stands before the rows, if anything does.
+        masked: Whether padding is named; it need not be where it stands on the right and nothing looks at it.
+        keep: Whether the output is to have a cache.
+    """
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": keep}
+    if masked:
+        inputs |= {"attention_mask": rows.attention_mask, "position_ids": rows.position_ids}
+    if prefix is not None:
+        mask = torch.cat([prefix.mask_RP, rows.attention_mask], dim=1)
+        inputs |= {"attention_mask": mask, "use_cache": True, "past_key_values": prefix.fresh()}
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in known}

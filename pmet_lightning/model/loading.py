@@ -1,0 +1,78 @@
+"""Loading the frozen language model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pmet_lightning.utils.pretrained import load_pretrained
+
+log = logging.getLogger(__name__)
+
+DtypeName = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+DeviceMap = str | dict[str, int | str]
+
+
+def load_config(name: str) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and the hub does not know it or cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    return load_pretrained(AutoConfig, name)
+
+
+def load_model(
+    name: str,
+    dtype: DtypeName = "auto",
+    attn_implementation: str | None = None,
+    device_map: DeviceMap | None = None,
+) -> nn.Module:
+    """The causal language model, frozen and in eval mode.
+
+    Raises:
+        FileNotFoundError: As :func:`load_config`.
+        ImportError: If there is a device map, and accelerate is not installed.
+        ValueError: If the devices of the map have no room for the whole model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    wishes = {"attn_implementation": attn_implementation, "device_map": device_map}
+    extra = {wish: value for wish, value in wishes.items() if value is not None}
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    # Converting after loading keeps buffers (rotary tables) as computed from the file's own precision.
+    stored = "auto" if dtype in ("auto", "float64") else wanted
+    model = load_pretrained(AutoModelForCausalLM, name, dtype=stored, **extra)
+    if dtype == "float64":
+        model = model.double()
+    offloaded = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"--model.device_map {device_map} leaves {len(offloaded)} weights on no device (first {offloaded[0]}); "
+            "expected devices with room for all of them: what only visits a device cannot be edited there"
+        )
+    fuse_gelu(model)
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def fuse_gelu(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Let one kernel do what transformers spells out in eight (GPT-2, GPT-J, GPT-Neo, Phi, BLOOM).
+
+    Returns:
+        What was replaced: its parent, name, and itself.
+    """
+    spelt_out = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child).__name__ in {"NewGELUActivation", "BloomGelu"}
+    ]
+    for module, name, _ in spelt_out:
+        setattr(module, name, nn.GELU(approximate="tanh"))
+    return spelt_out

@@ -1,0 +1,90 @@
+"""The patch: ΔW of every edited weight, with a manifest of what it belongs to. Nothing else is stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pmet_lightning.model.projections import Sites, add_to_weight, is_transposed
+from pmet_lightning.utils.files import atomic_path, write_json
+
+FORMAT = 1
+
+
+class PatchError(ValueError):
+    """A patch that cannot be read or does not belong to the model."""
+
+
+def save_patch(path: str | Path, deltas: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Write ``patch.safetensors`` and, beside it, the manifest as ``patch.json``.
+
+    Args:
+        path: The .safetensors file.
+        deltas: ΔW by weight name, shape [out, in] whatever the weight's own layout.
+        manifest: Base model, its fingerprint, settings, versions.
+    """
+    path = Path(path)
+    described = {"format": FORMAT, **manifest, "weights": {n: list(d.shape) for n, d in deltas.items()}}
+    stored = {name: delta.detach().cpu().contiguous() for name, delta in deltas.items()}
+    with atomic_path(path) as temporary:
+        save_file(stored, temporary, metadata={"manifest": json.dumps(described)})
+    write_json(path.with_suffix(".json"), described)
+
+
+def load_patch(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a patch and its manifest.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        PatchError: If the file is not a patch.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no patch {str(path)!r}; expected the patch.safetensors of a run folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            manifest = json.loads((file.metadata() or {})["manifest"])
+            return {name: file.get_tensor(name) for name in file.keys()}, manifest  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise PatchError(f"{path}: not a patch of this program ({error})") from error
+
+
+def apply_patch(model: nn.Module, sites: Sites, path: str | Path, model_fingerprint: str) -> dict[str, Any]:
+    """Add a patch's ΔW to a model's weights.
+
+    Args:
+        model: The base model.
+        sites: Its modules.
+        path: The .safetensors file.
+        model_fingerprint: Fingerprint of ``model``.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        PatchError: If the patch was made for other weights; nothing is changed then.
+    """
+    deltas, manifest = load_patch(path)
+    if manifest["fingerprint"] != model_fingerprint:
+        raise PatchError(
+            f"{path} was made for the model {manifest['model']!r} with fingerprint {manifest['fingerprint']}, "
+            f"found {model_fingerprint}; load the base model it names, in the precision it names "
+            f"({manifest['dtype']})"
+        )
+    projections = {name: model.get_submodule(name.removesuffix(".weight")) for name in deltas}
+    for name, delta in deltas.items():
+        shape = list(projections[name].weight.shape)  # type: ignore[union-attr,arg-type]
+        expected = shape[::-1] if is_transposed(projections[name]) else shape
+        if list(delta.shape) != expected:
+            raise PatchError(f"{path}: {name} has shape {list(delta.shape)}, expected {expected}")
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            add_to_weight(projections[name], delta)
+    return manifest

@@ -1,0 +1,172 @@
+"""The output projections of one model: where they are, how their weights are laid out, adding ΔW to them."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pmet_lightning.model.architectures import Architecture, SiteName, UnknownArchitectureError
+from pmet_lightning.model.fsdp import own_rows, rows_for, summed
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The modules of one model at which vectors are recorded, added and written."""
+
+    layers: nn.ModuleList
+    architecture: Architecture
+
+    @classmethod
+    def of(cls, model: nn.Module, architecture: Architecture) -> Sites:
+        """Bind an architecture to a model.
+
+        Raises:
+            UnknownArchitectureError: If the described paths do not exist in the model.
+        """
+        try:
+            layers = model.get_submodule(architecture.layers)
+            for path in (architecture.attn, architecture.ffn, architecture.attn_norm, architecture.ffn_norm):
+                if path is not None:
+                    layers[0].get_submodule(path)  # type: ignore[operator,union-attr,index]
+        except AttributeError as error:
+            raise UnknownArchitectureError(
+                f"the architecture {architecture} does not fit {type(model).__name__}: {error}"
+            ) from error
+        sites = cls(layers, architecture)  # type: ignore[arg-type]
+        for site in ("attn", "ffn"):
+            if isinstance(sites.norm(site, 0), nn.LayerNorm):
+                raise UnknownArchitectureError(
+                    f"the norm behind the {site} output projection is a LayerNorm; expected a root-mean-square norm, "
+                    "the only kind whose output can be traced back to the projection's"
+                )
+        return sites
+
+    def _path(self, site: SiteName) -> str:
+        return self.architecture.attn if site == "attn" else self.architecture.ffn
+
+    def module(self, site: SiteName, layer: int) -> nn.Module:
+        """The module whose output is a^l (``attn``), m^l (``ffn``) or h^l (``hidden``)."""
+        if site == "hidden":
+            return self.layers[layer]
+        return self.layers[layer].get_submodule(self._path(site))
+
+    def ffn_block(self, layer: int) -> nn.Module | None:
+        """The module of a layer that is its whole FFN, in families that have one which takes hidden states alone."""
+        path, _, _ = self.architecture.ffn.rpartition(".")
+        if not path or self.architecture.attn.startswith(f"{path}."):
+            return None
+        block = self.layers[layer].get_submodule(path)
+        return block if len(inspect.signature(block.forward).parameters) == 1 else None
+
+    def token_modules(self, layer: int) -> list[nn.Module]:
+        """Modules of a layer that map each token by itself: the FFN, and projections outside of it."""
+        block = self.ffn_block(layer)
+        inside = set() if block is None else set(block.modules())
+        projections = [m for m in self.layers[layer].modules() if is_projection(m) and m not in inside]
+        return projections if block is None else [block, *projections]
+
+    def norm(self, site: SiteName, layer: int) -> nn.Module | None:
+        """The norm between a projection and the residual stream, in families that have one."""
+        paths = {"attn": self.architecture.attn_norm, "ffn": self.architecture.ffn_norm, "hidden": None}
+        path = paths[site]
+        return None if path is None else self.layers[layer].get_submodule(path)
+
+    def weight_name(self, site: SiteName, layer: int) -> str:
+        """Name of a site's weight in the model's ``state_dict``."""
+        return f"{self.architecture.layers}.{layer}.{self._path(site)}.weight"
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream (the embedding's may differ, as in OPT-350m)."""
+        return out_features(self.module("ffn", 0))
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether it is ``nn.Linear`` or the ``Conv1D`` of GPT-2."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_transposed(projection: nn.Module) -> bool:
+    """Whether the weight is stored [in, out] (``Conv1D`` of GPT-2) and not [out, in] (``nn.Linear``).
+
+    Decided by type: a square weight says nothing by its shape.
+    """
+    if is_projection(projection):
+        return not isinstance(projection, nn.Linear)
+    raise UnknownArchitectureError(
+        f"the output projection is a {type(projection).__name__}; expected nn.Linear or Conv1D. Point "
+        "--model.architecture at the projection itself."
+    )
+
+
+def in_features(projection: nn.Module) -> int:
+    """Width of the keys of a projection."""
+    weight = projection.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0 if is_transposed(projection) else 1])
+
+
+def out_features(projection: nn.Module) -> int:
+    """Width of the values of a projection."""
+    weight = projection.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[1 if is_transposed(projection) else 0])
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a ΔW when the sum was stored in the weight's own dtype.
+
+    Attributes:
+        kept: ⟨stored change, ΔW⟩ / ‖ΔW‖², 1 if nothing was lost.
+        changed: Share of the weight's entries with ΔW ≠ 0 that are now different.
+        rounding: ‖stored change − ΔW‖ / ‖ΔW‖.
+    """
+
+    kept: float
+    changed: float
+    rounding: float
+
+
+def add_to_weight(projection: nn.Module, delta_OI: Tensor) -> Written:
+    """W ← W + ΔW, the sum formed in ΔW's precision and then stored in the weight's own dtype.
+
+    Args:
+        projection: ``nn.Linear`` or ``Conv1D``; of a sharded one, each process writes the rows that it holds.
+        delta_OI: Shape [out, in], whole on every process.
+
+    Returns:
+        How much of ΔW the stored weight has.
+    """
+    weight = projection.weight
+    assert isinstance(weight, Tensor)
+    own = own_rows(weight)
+    delta = rows_for(weight, delta_OI.T if is_transposed(projection) else delta_OI)
+    before = own.to(delta.dtype, copy=True)
+    own.copy_(before + delta)
+    stored = own.to(delta.dtype) - before
+    moving = delta != 0
+    sums = (stored * delta, delta.square(), (stored - delta).square(), moving, stored[moving] != 0)
+    product, square, lost, wanted, moved = summed(weight, torch.stack([part.sum().double() for part in sums])).tolist()
+    square = max(square, torch.finfo(torch.float64).tiny)
+    return Written(product / square, moved / wanted if wanted else 1.0, (lost / square) ** 0.5)
+
+
+def keep_in_float32(projection: nn.Module) -> None:
+    """Hold a half-precision projection's weight in float32, so that edits of it are not rounded away.
+
+    Its inputs are converted on the way in and its outputs on the way out; the rest of the model stays as it is. A
+    projection of higher precision stays as it is, too.
+    """
+    if projection.weight.dtype in (torch.bfloat16, torch.float16):
+        projection.float()
+        projection.forward = partial(_forward_in_float32, projection)
+
+
+def _forward_in_float32(projection: nn.Module, inputs: Tensor) -> Tensor:
+    output: Tensor = type(projection).forward(projection, inputs.float())
+    return output.to(inputs.dtype)

@@ -1,0 +1,1 @@
+"""The second moments of keys over general text, collected once and kept."""

@@ -1,0 +1,236 @@
+"""One pass over a corpus for the second moments of some projections: on all processes, and resumable.
+
+The rows of the corpus are dealt to the processes block by block; sums are reduced where they are looked at, and every
+process keeps its own from time to time, so that a killed run goes on where it was and ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pmet_lightning.data.corpus import CorpusError, corpus_texts, packed_rows
+from pmet_lightning.data.token_rows import TokenRow, by_token_budget
+from pmet_lightning.model.architectures import Place
+from pmet_lightning.moments.store import MomentError, MomentKey, MomentStore
+from pmet_lightning.moments.sums import MomentSums
+from pmet_lightning.solver.packed import packed_lower, symmetric, unpacked_lower, unpacked_symmetric
+from pmet_lightning.targets.target_optimizer import TargetOptimizer
+from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.files import atomic_path
+from pmet_lightning.utils.progress import counter
+
+log = logging.getLogger(__name__)
+
+# Without a number of texts: between four and 32 key vectors for each key dimension.
+LEAST_KEYS, MOST_KEYS = 4, 32
+# Rows dealt out between two chances to save; the moments are looked at after 2, 4, 8, … blocks.
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class CollectionSettings:
+    """What to read, and how much of it.
+
+    Attributes:
+        corpus: File or hub data set.
+        subset: Subset of a hub data set.
+        samples: Texts; ``None`` stops by itself.
+        tolerance: Relative change by the last doubling below which it stops by itself.
+        length: Tokens of a row.
+        seed: Seed of the order of the texts.
+        save_every: Seconds between two saves.
+    """
+
+    corpus: str
+    subset: str | None
+    samples: int | None
+    tolerance: float
+    length: int
+    seed: int
+    save_every: float
+
+    def described(self) -> str:
+        """For a log line."""
+        return f"{'enough' if self.samples is None else self.samples} texts of {self.corpus}"
+
+
+class Collection:
+    """The pass.
+
+    Args:
+        settings: What to read.
+        trainer: Its strategy reduces over the processes.
+        module: The language model.
+        places: The projections.
+        store: Where the moments go, and the unfinished sums meanwhile.
+        key: What the moments depend on.
+    """
+
+    def __init__(
+        self,
+        settings: CollectionSettings,
+        trainer: L.Trainer,
+        module: TargetOptimizer,
+        places: Sequence[Place],
+        store: MomentStore,
+        key: MomentKey,
+    ) -> None:
+        self.settings, self.trainer, self.module, self.store, self.key = settings, trainer, module, store, key
+        self.team = Team.of(trainer)
+        self.sums = MomentSums(module.model, module.sites, places, module.encoder.pad_id, module.device)
+        self.previous: dict[Place, Tensor] = {}  # the moments at the last look
+        width = max(len(total) for total in self.sums.lower.values())
+        self.least, self.most = LEAST_KEYS * width, MOST_KEYS * width
+        name = hashlib.sha256(repr(sorted(self.sums.lower)).encode()).hexdigest()[:12]
+        self.unfinished = store.folder / f"unfinished-{name}"
+        self.blocks_done = 0
+        self.texts_read = 0
+
+    def run(self) -> None:
+        """Collect, reduce and store.
+
+        Raises:
+            CorpusError: If the corpus has no text.
+        """
+        self._resume()
+        self._pass()
+        self.previous.clear()
+        tokens = self._tokens()
+        if not tokens:
+            raise CorpusError(f"the corpus {self.settings.corpus!r} has no text")
+        for place, total in self.sums.lower.items():
+            moment = symmetric(self.team.total(total)).div_(tokens)
+            dead = int((moment.diagonal() == 0).sum())
+            if dead:
+                log.warning("%s in layer %d: %d of %d key dimensions are dead", *place, dead, len(moment))
+            if self.trainer.is_global_zero:
+                self.store.save(place, moment, tokens, self.key)
+        self.trainer.strategy.barrier()
+        if self.trainer.is_global_zero:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        log.info("second moments over %d tokens", tokens)
+
+    def _pass(self) -> None:
+        """Blocks from where it was left to the end, or to where it is enough."""
+        saved = time.monotonic()
+        total = None if self.settings.samples else self.most
+        with counter(self.trainer, total, "Second moments", "token") as bar:
+            bar.update(self.sums.tokens * self.team.size)
+            for number, block in enumerate(self._blocks()):
+                if number < self.blocks_done:
+                    continue
+                self._add(self.team.own(block))
+                bar.update(sum(len(row.ids) for row in block))
+                if self.settings.samples:  # how many tokens they will be shows as they are read
+                    bar.total = round(bar.n * self.settings.samples / max(self.texts_read, 1))
+                self.blocks_done = number + 1
+                if number and self.blocks_done.bit_count() == 1 and self._look():
+                    return
+                due = time.monotonic() - saved >= self.settings.save_every
+                if self.trainer.strategy.broadcast(due):
+                    self._save()
+                    saved = time.monotonic()
+
+    def _blocks(self) -> Iterator[list[TokenRow]]:
+        settings = self.settings
+        texts = self._counted(corpus_texts(settings.corpus, settings.subset, settings.seed))
+        rows = packed_rows(itertools.islice(texts, settings.samples), self.module.tokenizer, settings.length)
+        if settings.samples is None:
+            rows = itertools.islice(rows, math.ceil(self.most / settings.length))
+        while block := list(itertools.islice(rows, BLOCK)):
+            yield block
+
+    def _counted(self, texts: Iterator[str]) -> Iterator[str]:
+        for text in texts:
+            self.texts_read += 1
+            yield text
+
+    def _add(self, rows: Sequence[TokenRow]) -> None:
+        for indices in by_token_budget([len(row.ids) for row in rows], self.module.tokens_per_batch):
+            self.sums.add([rows[i] for i in indices])
+
+    def _look(self) -> bool:
+        """Compare the moments with those from half the text; whether that is enough."""
+        tokens = self._tokens()
+        changes = []
+        for place, total in self.sums.lower.items():
+            moment = symmetric(self.team.total(total)).div_(tokens)
+            if place in self.previous:
+                change = _relative_change(self.previous.pop(place), moment)  # gone before the next
+                rank = float(moment.diagonal().sum() ** 2 / moment.norm() ** 2)
+                changes.append(change)
+                log.info(
+                    "second moments of %s in layer %d: %d tokens, changed by %.1f %% with the last doubling, effective "
+                    "rank %.1f of %d", *place, tokens, 100 * change, rank, len(moment),
+                )  # fmt: skip
+            self.previous[place] = moment.float()
+        enough = len(changes) == len(self.sums.lower) and max(changes) <= self.settings.tolerance
+        return self.settings.samples is None and tokens >= self.least and enough
+
+    def _tokens(self) -> int:
+        return int(self.team.total(torch.tensor(self.sums.tokens, device=self.module.device)))
+
+    # ---- unfinished work -------------------------------------------------------------------------------
+
+    def _path(self, block: int, rank: int) -> Path:
+        return self.unfinished / f"{block:08d}-{rank}-of-{self.team.size}.safetensors"
+
+    def _own_files(self) -> dict[int, Path]:
+        """What this process has kept, by the number of blocks done."""
+        return {int(p.name[:8]): p for p in self.unfinished.glob(f"*-{self.team.rank}-of-{self.team.size}.safetensors")}
+
+    def _save(self) -> None:
+        """Keep this process' sums; the files of the save before go once all processes have theirs."""
+        tensors = {}
+        for (site, layer), total in self.sums.lower.items():
+            tensors[f"sum-{site}-{layer}"] = packed_lower(total.cpu())
+            if (site, layer) in self.previous:
+                tensors[f"previous-{site}-{layer}"] = packed_lower(self.previous[site, layer].cpu())
+        if self.team.writes:
+            with atomic_path(self._path(self.blocks_done, self.team.rank)) as temporary:
+                save_file(tensors, temporary, metadata={"tokens": str(self.sums.tokens)})
+        self.trainer.strategy.barrier()
+        for block, path in self._own_files().items():
+            if block != self.blocks_done:
+                path.unlink(missing_ok=True)
+
+    def _resume(self) -> None:
+        """Go on from the last block that all processes have kept."""
+        whole = [b for b in self._own_files() if all(self._path(b, r).is_file() for r in range(self.team.size))]
+        newest = self.trainer.strategy.broadcast(max(whole, default=0))
+        if not newest:
+            return
+        path = self._path(newest, self.team.rank)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for (site, layer), total in self.sums.lower.items():
+                    total.copy_(unpacked_lower(file.get_tensor(f"sum-{site}-{layer}"), len(total)))
+                    if f"previous-{site}-{layer}" in file.keys():  # noqa: SIM118
+                        previous = file.get_tensor(f"previous-{site}-{layer}")
+                        self.previous[site, layer] = unpacked_symmetric(previous.to(total.device), len(total))
+                self.sums.tokens = int(file.metadata()["tokens"])
+        except (SafetensorError, OSError, KeyError) as error:
+            raise MomentError(f"{path}: unreadable unfinished sums ({error}); delete {self.unfinished}") from error
+        self.blocks_done = newest
+        log.info("going on behind block %d of an unfinished collection", newest)
+
+
+def _relative_change(before_II: Tensor, now_II: Tensor) -> float:
+    """‖now − before‖ / ‖now‖, row by row: there may be no room for the difference."""
+    rows = zip(before_II.split(512), now_II.split(512), strict=True)
+    square = sum(float((now - before).square().sum()) for before, now in rows)
+    return math.sqrt(square) / float(now_II.norm())

@@ -1,0 +1,158 @@
+"""A callback that has the second moments ready before the first edit: found in a folder, or collected."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from pmet_lightning.data.corpus import corpus_fingerprint
+from pmet_lightning.data.encoder import PromptEncoder
+from pmet_lightning.model.architectures import Place, WriteChoice, written_sites
+from pmet_lightning.model.projections import in_features
+from pmet_lightning.moments.collection import Collection, CollectionSettings
+from pmet_lightning.moments.store import MOMENTS_FOLDER, MomentError, MomentKey, MomentStore
+from pmet_lightning.moments.sums import memory_groups
+from pmet_lightning.solver.cholesky import Factor
+from pmet_lightning.solver.null_space import NullSpace, null_space
+from pmet_lightning.targets.target_optimizer import TargetOptimizer
+from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.memory import free_memory
+
+log = logging.getLogger(__name__)
+
+
+class SecondMoments(L.Callback):
+    """Second moments of the edited layers, by model, tokenizer, corpus, count, length and precision.
+
+    Args:
+        corpus: A local file (.jsonl, .csv or .parquet with a column 'text', or plain text with one text a line), a hub
+            data set with a column 'text', or the shipped 'atlas-corpus'.
+        corpus_subset: Subset of a hub data set; null where it has none. A local file has none anyway.
+        samples: Texts used. 'auto' goes on until the moments no longer change (4 to 32 tokens for each key dimension).
+        tolerance: With 'auto', the relative change from doubling the text below which it is enough.
+        length: Tokens of a row that texts are packed into.
+        seed: Seed of the order of the texts.
+        folder: Where moments are kept; a matching one is used, a missing one collected.
+        given: A folder with moments made elsewhere, by this program or by ROME or MEMIT (.npz), which is used as it is
+            and never added to.
+        save_every: Seconds between two saves of an unfinished collection.
+        write: Which sites are edited; linked to --spread.write on the command line.
+    """
+
+    def __init__(
+        self,
+        corpus: str = "wikimedia/wikipedia",
+        corpus_subset: str | None = "20231101.en",
+        samples: PositiveInt | Literal["auto"] = "auto",  # type: ignore[valid-type]
+        tolerance: PositiveFloat = 0.05,  # type: ignore[valid-type]
+        length: PositiveInt = 128,  # type: ignore[valid-type]
+        seed: NonNegativeInt = 0,  # type: ignore[valid-type]
+        folder: str = MOMENTS_FOLDER,
+        given: str | None = None,
+        save_every: NonNegativeFloat = 60.0,  # type: ignore[valid-type]
+        write: WriteChoice = "ffn",
+    ) -> None:
+        wanted = None if samples == "auto" else int(samples)
+        self.settings = CollectionSettings(
+            corpus, corpus_subset, wanted, float(tolerance), int(length), int(seed), float(save_every)
+        )
+        self.folder = Path(folder).expanduser()
+        self.given = given
+        self.sites = written_sites(write)
+        self._store: MomentStore | None = None
+        self._module: TargetOptimizer | None = None
+        self._null_spaces: dict[tuple[Place, float], NullSpace] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See that every moment that the spread will ask for is there; collect those that are missing.
+
+        Raises:
+            MomentError: If a stored moment is of another model, layer or width, or there is no room for one.
+            FileNotFoundError: If the corpus, or a moment in ``given``, is not there.
+            CorpusError: If the corpus has no text.
+        """
+        assert isinstance(pl_module, TargetOptimizer)
+        config: Any = pl_module.model.config
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and most < self.settings.length:
+            log.info("rows of %d tokens instead of %d: the model has no more positions", most, self.settings.length)
+            self.settings = replace(self.settings, length=int(most))
+        places: list[Place] = [(site, layer) for layer in pl_module.layers for site in self.sites]
+        widths = {place: in_features(pl_module.sites.module(*place)) for place in places}
+        key = self.key(pl_module)
+        store = MomentStore(self.given or self.folder / key.folder(), read_only=self.given is not None)
+        missing = {p: w for p, w in widths.items() if not self.given and not store.path(p).is_file()}
+        missing = trainer.strategy.broadcast(missing)
+        if missing and pl_module.edits_done:
+            raise MomentError(
+                f"moments of layers {sorted({layer for _, layer in missing})} are no longer in {store.folder}, "
+                "and those of the edited model are others; take the edits back, or put the files back"
+            )
+        if missing:
+            log.info(
+                "no second moments for layers %s of this model in %s: collecting them over %s",
+                sorted({layer for _, layer in missing}), store.folder, self.settings.described(),
+            )  # fmt: skip
+            # All processes must make the same passes, on devices that need not have the same memory.
+            groups = memory_groups(missing, Team.of(trainer).least(free_memory(pl_module.device)))
+            if len(groups) > 1:
+                log.info("they do not fit into memory together: %d passes over the corpus", len(groups))
+            for group in groups:
+                Collection(self.settings, trainer, pl_module, group, store, key).run()
+        for place, width in widths.items():
+            store.check(place, pl_module.base_fingerprint, width, pl_module.sites.weight_name(*place))
+        if self._store is None or self._store.folder != store.folder:
+            self._null_spaces.clear()
+        self._store, self._module = store, pl_module
+        log.info("second moments of %d projections ready in %s", len(places), store.folder)
+
+    def moment(self, place: Place) -> Tensor:
+        """The second moment of a projection, shape [I, I], float32, read when it is asked for."""
+        store, width, name, _ = self._stored(place)
+        return store.load(place, width, name)
+
+    def factor(self, place: Place) -> Factor:
+        """Its Cholesky factor, float64, on the module's device; kept beside it."""
+        store, width, name, device = self._stored(place)
+        return store.factor(place, width, name, device)
+
+    def null_space(self, place: Place, share: float) -> NullSpace:
+        """Its null space, on the module's device; computed once, and kept on the CPU (8 · I · R bytes).
+
+        Args:
+            place: The projection.
+            share: As for :func:`~pmet_lightning.solver.null_space.null_space`.
+
+        Raises:
+            ValueError: As :func:`~pmet_lightning.solver.null_space.null_space`.
+        """
+        device = self._stored(place)[-1]
+        if (place, share) not in self._null_spaces:
+            self._null_spaces[place, share] = null_space(self.moment(place).to(device), share).to("cpu")
+        return self._null_spaces[place, share].to(device)
+
+    def _stored(self, place: Place) -> tuple[MomentStore, int, str, torch.device]:
+        assert self._store is not None, "on_fit_start has not run"
+        assert self._module is not None
+        sites = self._module.sites
+        return self._store, in_features(sites.module(*place)), sites.weight_name(*place), self._module.device
+
+    def key(self, module: TargetOptimizer) -> MomentKey:
+        """What the moments of this run depend on."""
+        settings = self.settings
+        return MomentKey(
+            model=module.base_fingerprint,
+            tokenizer=PromptEncoder(module.tokenizer).fingerprint(),  # the corpus is plain text even for a chat
+            corpus="" if self.given else corpus_fingerprint(settings.corpus, settings.subset),
+            samples=f"auto {settings.tolerance}" if settings.samples is None else str(settings.samples),
+            length=settings.length,
+            dtype=str(next(module.model.parameters()).dtype).removeprefix("torch."),
+            seed=settings.seed,
+        )

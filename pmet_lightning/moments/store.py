@@ -1,0 +1,208 @@
+"""Second moments C = E[k kᵀ] of keys over general text: summed in one pass for many layers, stored for reuse.
+
+Legend: T = tokens, I = in-features (d_k).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.fingerprint import checksum
+from pmet_lightning.solver.cholesky import Factor, factorise
+from pmet_lightning.solver.packed import packed_lower, unpacked_lower, unpacked_symmetric
+from pmet_lightning.utils.files import atomic_path
+
+log = logging.getLogger(__name__)
+
+MOMENTS_FOLDER = "~/.cache/pmet_lightning/moments"
+
+
+class MomentError(ValueError):
+    """Second moments that do not belong to the model, or that there is no room for."""
+
+
+@dataclass(frozen=True)
+class MomentKey:
+    """What a stored moment depends on besides site and layer.
+
+    Attributes:
+        model: Fingerprint of the weights.
+        tokenizer: Fingerprint of the tokenizer.
+        corpus: Fingerprint of the corpus.
+        samples: Texts used, or 'auto' with its tolerance.
+        length: Tokens of a row.
+        dtype: Precision of the model.
+        seed: Seed of the order of the texts.
+    """
+
+    model: str
+    tokenizer: str
+    corpus: str
+    samples: str
+    length: int
+    dtype: str
+    seed: int
+
+    def folder(self) -> str:
+        """Name of the folder that holds the moments of all layers."""
+        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:24]
+
+
+class MomentStore:
+    """Moments of one key in one folder, a file for each site and layer.
+
+    Args:
+        folder: The folder itself. One that ROME or MEMIT filled (.npz files with sums and counts) can be read too.
+        read_only: Whether nothing may be added to it.
+    """
+
+    def __init__(self, folder: str | Path, read_only: bool = False) -> None:
+        self.folder, self.read_only = Path(folder), read_only
+
+    def path(self, place: Place) -> Path:
+        """The file of a site and layer."""
+        return self.folder / f"{place[0]}-{place[1]}.safetensors"
+
+    def save(self, place: Place, moment_II: Tensor, tokens: int, key: MomentKey) -> None:
+        """Store a mean second moment, one triangle of it in float32."""
+        lower = packed_lower(moment_II.to(torch.float32).cpu())
+        described = {
+            **vars(key),
+            "site": place[0],
+            "layer": place[1],
+            "tokens": tokens,
+            "width": len(moment_II),
+            "checksum": checksum(lower),
+        }
+        with atomic_path(self.path(place)) as temporary:
+            save_file({"lower": lower}, temporary, metadata={name: str(value) for name, value in described.items()})
+
+    def check(self, place: Place, model: str, width: int, weight_name: str) -> None:
+        """See that a moment is there and is of this model, layer and width, without reading it whole.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+            MomentError: With expected and found, if it belongs to something else or is broken.
+        """
+        path = self.path(place)
+        if not path.is_file():
+            if self._npz(weight_name) is None:
+                raise FileNotFoundError(f"no second moments {str(path)!r}; run the verb 'stats' to collect them")
+            return
+        found, entries = self._described(path)
+        expected = {"model": model, "site": place[0], "layer": str(place[1])}
+        for name, value in expected.items():
+            if found.get(name) != value:
+                raise MomentError(
+                    f"{path}: second moments of another {name}: expected {value}, found {found.get(name)}; "
+                    "set --moments.given to null to collect them"
+                )
+        if found.get("width") != str(width) or entries != width * (width + 1) // 2:
+            raise MomentError(f"{path}: expected width {width}, found {found.get('width')} with {entries} numbers")
+
+    def load(self, place: Place, width: int, weight_name: str) -> Tensor:
+        """A moment that :meth:`check` has found in order, shape [I, I], float32.
+
+        Raises:
+            MomentError: If the file is broken, or an .npz file is of another width.
+        """
+        path = self.path(place)
+        if not path.is_file():
+            return self._from_npz(width, weight_name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return unpacked_symmetric(file.get_tensor("lower"), width)
+        except (SafetensorError, OSError) as error:
+            raise _broken(path, error) from error
+
+    def factor(self, place: Place, width: int, weight_name: str, device: torch.device) -> Factor:
+        """Cholesky factor of a moment (plus a ridge where it is singular), float64, kept beside it.
+
+        A kept factor is known by the checksum of the moment that it is of, and the moment is not read then.
+
+        Returns:
+            The factor, on the device, and its ridge.
+        """
+        path = self.path(place).with_suffix(".factor.safetensors")
+        kept = self._described(self.path(place))[0].get("checksum", "") if self.path(place).is_file() else ""
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}
+                if kept and found.get("checksum") == kept and "ridge" in found:
+                    lower_II = unpacked_lower(file.get_tensor("lower"), width).to(device)
+                    return Factor(lower_II, float(found["ridge"]))
+        except (SafetensorError, OSError):
+            pass  # absent or broken: made anew
+        factor = factorise(lambda: self.load(place, width, weight_name).to(device).double())
+        if not self.read_only:
+            with atomic_path(path) as temporary:
+                described = {"checksum": kept, "ridge": repr(factor.ridge)}
+                save_file({"lower": packed_lower(factor.lower_II.cpu())}, temporary, metadata=described)
+        return factor
+
+    def _described(self, path: Path) -> tuple[dict[str, str], int]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.metadata() or {}, int(file.get_slice("lower").get_shape()[0])
+        except (SafetensorError, OSError) as error:
+            raise _broken(path, error) from error
+
+    def _npz(self, weight_name: str) -> Path | None:
+        """A file of sums and counts that ROME or MEMIT made for a weight."""
+        module = weight_name.removesuffix(".weight")
+        return next(iter(sorted(self.folder.glob(f"{module}_*mom2*.npz"))), None)
+
+    def _from_npz(self, width: int, weight_name: str) -> Tensor:
+        path = self._npz(weight_name)
+        assert path is not None, "check has found it"
+        try:
+            with np.load(path) as file:
+                total, count = torch.from_numpy(file["mom2.mom2"]), float(file["mom2.count"])
+        except (KeyError, ValueError, OSError) as error:
+            raise MomentError(f"{path}: expected arrays mom2.mom2 and mom2.count ({error})") from error
+        if list(total.shape) != [width, width]:
+            raise MomentError(f"{path}: expected width {width}, found shape {list(total.shape)}")
+        log.warning("%s: taken as it is; such a file does not say which model it is of", path)
+        return (total.double() / count).float()
+
+
+def _broken(path: Path, error: Exception) -> MomentError:
+    return MomentError(f"{path}: unreadable second moments ({error}); delete the file")
+
+
+def stored_moments(folder: str | Path) -> Iterator[dict[str, str]]:
+    """What is kept in a folder of moments: the description of every file, with its path."""
+    for path in sorted(Path(folder).expanduser().glob("*/*.safetensors")):
+        if path.suffixes[-2:-1] == [".factor"]:
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield {**(file.metadata() or {}), "path": str(path)}
+        except (SafetensorError, OSError):
+            yield {"path": str(path), "model": "unreadable"}
+
+
+def list_moments(folder: str = MOMENTS_FOLDER) -> None:
+    """Show the second moments that are kept.
+
+    Args:
+        folder: Where they are kept (--moments.folder of the other verbs).
+    """
+    columns = ("model", "site", "layer", "width", "tokens", "samples", "length", "dtype", "corpus", "path")
+    rows = [columns, *(tuple(found.get(name, "-") for name in columns) for found in stored_moments(folder))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")

@@ -1,0 +1,169 @@
+"""What a run shows in its loggers, as plain numbers and texts: pure functions of what an edit batch has left.
+
+Legend: B = edits, S = steps, P = parts of the loss and P(o*), L = quantiles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pmet_lightning.evaluation.scores import METRICS
+from pmet_lightning.targets.loop import Rules
+from pmet_lightning.targets.store import PARTS, STOP_REASONS, Target, kept_histories, mean_curves
+from pmet_lightning.utils.metric_names import (
+    ACTIVE,
+    EDIT_BATCHES,
+    HISTOGRAMS,
+    LAYERS,
+    NUMERICS,
+    QUANTILES,
+    SCORES,
+    STEPS,
+    WRITES,
+)
+from pmet_lightning.write.write_report import LayerReport, SpreadReport
+
+LEVELS = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
+CLAMP_TOLERANCE = 1e-4  # relative: a delta this near its clamp touches it
+_DONE = ("residual_after", "overshoot", "norm_ratio", "growth")  # of a write
+_MOST_VECTORS = 256  # of an edit batch, in a histogram
+_MOST_TEXTS = 8  # of an edit batch
+_COLUMNS = ("question", "was", "target", "says before", "says after")
+
+
+def step_points(targets: Sequence[Target], rules: Rules) -> Iterator[dict[str, float]]:
+    """At each step of an edit batch: means and quantiles over all its edits, those that have stopped as they did.
+
+    Means over the edits that took the step are there too, and the share that is done behind it. Parts of the loss
+    without a weight are left out.
+
+    Args:
+        targets: Of the edit batch.
+        rules: The weights.
+    """
+    weights = {"nll": rules.nll, "kl": rules.kl, "norm": rules.norm}
+    names = {part: f"loss_{part}" if part in weights else part for part in PARTS if weights.get(part, 1)}
+    columns = [PARTS.index(part) for part in names]
+    histories_BSP = kept_histories(targets)[..., columns]
+    levels_L = histories_BSP.new_tensor(list(LEVELS.values()))
+    for step, active in enumerate(mean_curves(targets)):
+        here_BP = histories_BSP[:, step]
+        values = dict(zip((f"{STEPS}/{name}" for name in names.values()), here_BP.mean(dim=0).tolist(), strict=True))
+        for level, row_P in zip(LEVELS, here_BP.quantile(levels_L, dim=0), strict=True):
+            named = (f"{QUANTILES}/{name}_{level}" for name in names.values())
+            values |= dict(zip(named, row_P.tolist(), strict=True))
+        values |= {f"{ACTIVE}/{name}": active[part] for part, name in names.items()}
+        values[f"{ACTIVE}/edits"] = active["active"]
+        done = sum(len(target.history_SP) <= step + 1 for target in targets)
+        yield values | {f"{STEPS}/finished": done / len(targets)}
+
+
+def batch_points(report: SpreadReport, clamp: float) -> dict[str, float]:
+    """What the search for the targets of an edit batch has found, and what is left of the residual.
+
+    Args:
+        report: Of the edit batch.
+        clamp: Longest delta, in norms of the clean output.
+    """
+    records, count = [target.record for target in report.targets], len(report.targets)
+    reasons = Counter(record["stop_reason"] for record in records)
+    values = {f"stopped_by_{reason}": reasons[reason] / count for reason in STOP_REASONS}
+    for name in ("steps", "p_before", "p_after", *_deltas(report)):
+        values[name] = sum(record[name] for record in records) / count
+    for name in _deltas(report):
+        touching = sum(record[name] >= clamp * (1 - CLAMP_TOLERANCE) for record in records)
+        values[f"clamped_{name.removeprefix('delta_')}"] = touching / count
+    values["residual_left"] = report.layers[-1].residual_after
+    return {f"{EDIT_BATCHES}/{name}": value for name, value in values.items()}
+
+
+def layer_points(layer: LayerReport) -> dict[str, float]:
+    """One write among those of its layer: what it did, and how well it was solved and stored."""
+    place = f"{layer.site}_layer_{layer.layer}"
+    numerics = {
+        "solve_error": layer.relative_error,
+        "condition_bound": layer.condition_bound,
+        "ridge": layer.ridge,
+        "kept": layer.written.kept,
+        "changed": layer.written.changed,
+        "rounding": layer.written.rounding,
+    }
+    return {f"{LAYERS}/{name}/{place}": getattr(layer, name) for name in _DONE} | {
+        f"{NUMERICS}/{name}/{place}": value for name, value in numerics.items()
+    }
+
+
+def write_points(report: SpreadReport) -> Iterator[tuple[int, dict[str, float]]]:
+    """What each layer's write did, numbered from the first edit batch on, so that a curve leads from layer to layer."""
+    layers = sorted({layer.layer for layer in report.layers})
+    for place, number in enumerate(layers, start=report.edit_batch * len(layers)):
+        here = [layer for layer in report.layers if layer.layer == number]
+        yield place, {f"{WRITES}/{name}_{layer.site}": getattr(layer, name) for layer in here for name in _DONE}
+
+
+def histograms(report: SpreadReport) -> dict[str, Tensor]:
+    """Entries of the target vectors of some edits, and a number for every edit."""
+    some = report.targets[:_MOST_VECTORS]
+    found = {f"target_{site}": torch.stack([target.values[site] for target in some]).float() for site in some[0].values}
+    for name in ("steps", "p_after", *_deltas(report)):
+        found[name] = torch.tensor([float(target.record[name]) for target in report.targets])
+    found["residual_left"] = torch.tensor(report.residual_left)
+    return {f"{HISTOGRAMS}/{name}": values for name, values in found.items()}
+
+
+def shown_edits(count: int) -> range:
+    """Places of the edits of an edit batch that are shown as text."""
+    return range(min(count, _MOST_TEXTS))
+
+
+def answers_table(questions: Sequence[str], before: Sequence[str], ledger: Sequence[str]) -> str:
+    """What the model says about some edits before and after their edit batch, in Markdown.
+
+    Args:
+        questions: What is asked.
+        before: What it said.
+        ledger: Lines of these edits.
+    """
+    rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
+    for question, said, text in zip(questions, before, ledger, strict=True):
+        line = json.loads(text)
+        rows.append((question, line["target_true"] or "", line["target"], said, line["answer"]))
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+
+
+def is_shown(edit_batch: int) -> bool:
+    """Whether curves, histograms and texts of an edit batch are kept: 0 to 9, 10, 20 to 90, 100, 200 and so on.
+
+    A stream of thousands would otherwise leave gigabytes.
+    """
+    return edit_batch % 10 ** (len(str(edit_batch)) - 1) == 0
+
+
+def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
+    """Charts of TensorBoard's custom scalars: quantiles as bands, layers together."""
+
+    def band(part: str) -> tuple[str, list[str]]:
+        return "Margin", [f"{QUANTILES}/{part}_{level}" for level in ("q50", "q10", "q90")]
+
+    return {
+        "scores before and after": {"scores": ("Multiline", [f"{SCORES}/{name}" for name in METRICS])},
+        "targets by step: median, 10 % and 90 % of the edits": {part: band(part) for part in ("loss", "p", "p_prompt")},
+        "edit batches": {
+            "why the search stopped": ("Multiline", [f"{EDIT_BATCHES}/stopped_by_.*"]),
+            "length of the deltas, in norms of the clean output": ("Multiline", [f"{EDIT_BATCHES}/delta_.*"]),
+        },
+        "writes, all layers together": {name: ("Multiline", [f"{LAYERS}/{name}/.*"]) for name in _DONE},
+    }
+
+
+def _deltas(report: SpreadReport) -> list[str]:
+    return [f"delta_{site}" for site in report.targets[0].values]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,107 @@
+"""What the report of a run shows, as plain numbers and texts."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from pmet_lightning.data.encoder import fill
+from pmet_lightning.data.records import Edit
+from pmet_lightning.evaluation.scores import CORE, row_scores
+from pmet_lightning.write.write_report import LayerReport
+
+
+def layer_line(edit_batch: int, report: LayerReport) -> dict[str, Any]:
+    """One write, without its tensors."""
+    return {
+        "edit_batch": edit_batch,
+        "site": report.site,
+        "layer": report.layer,
+        "residual": report.residual,
+        "residual_after": report.residual_after,
+        "overshoot": report.overshoot,
+        "norm_ratio": report.norm_ratio,
+        "growth": report.growth,
+        "relative_error": report.relative_error,
+        "ridge": report.ridge,
+        "condition_bound": report.condition_bound,
+        "kept": report.written.kept,
+        "rounding": report.written.rounding,
+    }
+
+
+def columns_of(points: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Points of curves, turned into one list for each curve."""
+    return {name: [point[name] for point in points] for name in points[0]} if points else {}
+
+
+def edit_lines(
+    edits: Sequence[Edit], ledger: Iterable[str], rows: Mapping[str, Tensor], first: int = 0
+) -> list[dict[str, Any]]:
+    """Every edit: what the ledger says of it, if it does, and its scores before and after.
+
+    Args:
+        edits: All edits, by position; none of a stream, of which the ledger says all that is known.
+        ledger: JSON lines of the first of them, or of those from ``first`` on.
+        rows: Rows of all records by phase, as :meth:`EditScores.record_rows` gives them.
+        first: Position of the first line of the ledger.
+    """
+    shown = {phase: table[table[:, 0] >= first] for phase, table in rows.items()}
+    scores = {phase: {int(row[0]): row_scores(row) for row in table} for phase, table in shown.items()}
+    lines = map(json.loads, ledger)
+    described = (_described(edit) | next(lines, {}) for edit in edits) if edits else map(_as_asked, lines)
+    return [
+        line | {phase: found.get(position, {}) for phase, found in scores.items()}
+        for position, line in enumerate(described, start=first)
+    ]
+
+
+def _described(edit: Edit) -> dict[str, Any]:
+    return {
+        "case_id": edit.case_id,
+        "question": edit.question,
+        "target": edit.target,
+        "target_true": edit.target_true,
+        "relation": edit.relation,
+    }
+
+
+def _as_asked(known: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the ledger with its question."""
+    return dict(known) | {"question": fill(known["prompt"], known["subject"])[0]}
+
+
+def relation_lines(lines: Sequence[Mapping[str, Any]], phases: Iterable[str]) -> list[dict[str, Any]]:
+    """Means over the edits of each relation, the most frequent relation first; none without relations.
+
+    Args:
+        lines: As :func:`edit_lines` gives them.
+        phases: Which evaluations they have.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for line in lines:
+        if line["relation"]:
+            groups[line["relation"]].append(line)
+    found = [
+        {"relation": relation, "count": len(group)}
+        | {phase: _means([line[phase] for line in group]) for phase in phases}
+        for relation, group in groups.items()
+    ]
+    return sorted(found, key=lambda line: (-line["count"], line["relation"]))
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The configuration that lies in the run folder; empty for a run without one."""
+    path = folder / "config.yaml"
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _means(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    found = {name: [table[name] for table in tables if name in table] for name in CORE}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}

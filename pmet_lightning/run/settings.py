@@ -1,0 +1,116 @@
+"""The sections of a configuration: what their settings are called, checked and turned into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
+
+from pmet_lightning.data.datamodule import EditDataModule
+from pmet_lightning.moments.second_moments import SecondMoments
+from pmet_lightning.targets.target_optimizer import TargetOptimizer
+from pmet_lightning.utils.resources import locate_config
+from pmet_lightning.write.drift import Drift
+from pmet_lightning.write.weight_spread import WeightSpread
+
+
+def add_shared_sections(parser: LightningArgumentParser) -> None:
+    """Section ``drift``, and the values that two owners share."""
+    parser.add_lightning_class_args(Drift, "drift")
+    parser.link_arguments("model.model_name", "data.tokenizer")
+    parser.link_arguments("model.chat", "data.chat")
+
+
+def add_editing_sections(parser: LightningArgumentParser) -> None:
+    """Sections ``moments`` and ``spread`` too."""
+    parser.add_lightning_class_args(SecondMoments, "moments")
+    parser.add_lightning_class_args(WeightSpread, "spread")
+    add_shared_sections(parser)
+    parser.link_arguments("spread.write", "moments.write")
+
+
+SECTIONS = ("model", "data", "moments", "spread", "drift")
+_OTHERS = ("seed_everything", "trainer")  # of a configuration: what only the command line has
+_NOT_TAKEN = {"data": ("path", "tokenizer", "chat"), "moments": ("write",)}  # given to edit, or linked to others
+_PLACEHOLDER = "facts"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the settings make.
+
+    Attributes:
+        module: Finds target vectors.
+        moments: Has the second moments ready.
+        spread: Writes.
+        drift: Watches plain text.
+        data: Arguments of every data module.
+    """
+
+    module: TargetOptimizer
+    moments: SecondMoments
+    spread: WeightSpread
+    drift: Drift
+    data: dict[str, Any]
+
+
+def parts_of(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> Parts:
+    """Check settings and make what they describe.
+
+    Args:
+        model_name: What the model is called.
+        sections: Settings by section, as in a configuration.
+
+    Raises:
+        ValueError: If there is no such setting, or a value is not what it takes.
+    """
+    parser = section_parser()
+    wanted = {name: dict(section) for name, section in sections.items()}
+    wanted["model"] = {**wanted.get("model", {}), "model_name": model_name}
+    wanted["data"] = {"path": _PLACEHOLDER, **wanted.get("data", {})}
+    try:
+        parsed = parser.parse_object(wanted)
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(
+            f"Editor: {error}\n(settings of the section 'model' are keyword arguments, the other sections are dicts)"
+        ) from error
+    if parsed.data.stream:
+        raise ValueError("Editor: data.stream is true; a stream is for the verb fit, give edit() lists of facts")
+    data = {name: value for name, value in vars(parsed.data).items() if name != "tokenizer"}
+    made = (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(parsed)
+    return Parts(made.model, made.moments, made.spread, made.drift, data)
+
+
+def written_settings(config: str) -> dict[str, dict[str, Any]]:
+    """The sections of a configuration, with defaults for what it does not say.
+
+    Args:
+        config: A path, or the name of a shipped one.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is none of an edit run.
+    """
+    parser = section_parser()
+    for name in _OTHERS:
+        parser.add_argument(f"--{name}", type=object)
+    try:
+        found = parser.parse_path(locate_config(config), defaults=True).as_dict()
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"{config}: {error}") from error
+    return {
+        section: {name: value for name, value in found[section].items() if name not in _NOT_TAKEN.get(section, ())}
+        for section in SECTIONS
+    }
+
+
+def section_parser() -> LightningArgumentParser:
+    """A parser of the sections, linked as on the command line."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(TargetOptimizer, "model")
+    parser.add_lightning_class_args(EditDataModule, "data")
+    add_editing_sections(parser)
+    return parser

@@ -1,0 +1,229 @@
+"""A callback that shows a run from the inside, in TensorBoard and in every other logger.
+
+What the tags mean is listed in docs/tensorboard.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from pmet_lightning.data.datamodule import EditBatch
+from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.evaluation.generation import greedy_texts
+from pmet_lightning.evaluation.scores import METRICS
+from pmet_lightning.report.logged_metrics import (
+    answers_table,
+    batch_points,
+    histograms,
+    is_shown,
+    layer_points,
+    layout,
+    shown_edits,
+    step_points,
+    write_points,
+)
+from pmet_lightning.run.hparams import hyper_parameters, session
+from pmet_lightning.run.recorder import RunRecorder, WrittenBatch
+from pmet_lightning.targets.target_optimizer import TargetOptimizer
+from pmet_lightning.utils.callbacks import all_edits
+from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.metric_names import DETAILS, EDIT_BATCHES, FIGURES, SCORES, TEXTS
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+log = logging.getLogger(__name__)
+
+_MAIN = {name: name for name in METRICS} | {"perplexity": "text_perplexity", "kl": "text_kl"}  # first group's names
+_PHASES = ("before", "targets", "spread", "ledger", "after")  # that an edit batch takes its time in
+
+
+class Inspection(L.Callback):
+    """Logs what an edit batch has left; added by :class:`~pmet_lightning.run.trainer.EditTrainer` behind the recorder.
+
+    Nothing is asked of the device while targets are found: curves by step come from their histories, at the end of the
+    edit batch. Numbers go to every logger; histograms, texts, figures and hyper-parameters to TensorBoard's. Of many
+    edit batches, fewer and fewer keep curves and texts (:func:`~pmet_lightning.report.logged_metrics.is_shown`).
+
+    Args:
+        recorder: What writes the run folder down; its scores, ledger, clock and figures are shown.
+    """
+
+    def __init__(self, recorder: RunRecorder) -> None:
+        self.recorder = recorder
+        self._seconds: dict[str, float] = {}  # of each phase, until the last edit batch
+        self._said: list[str] = []  # about the first edits of the edit batch, before it
+        self._shown: set[str] = set()  # phases whose scores have been logged
+        self._begun = False
+        self._warned = False  # of a number that is not finite
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the scores before the first and after the last edit."""
+        assert isinstance(pl_module, EditableModel)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._log_scores(trainer, pl_module, pl_module.phase)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the hyper-parameters, and how TensorBoard shall show what comes."""
+        assert isinstance(pl_module, EditableModel)
+        self._seconds = dict(self.recorder.clock.seconds)
+        if not trainer.loggers:
+            return
+        self._begun = True
+        settings = hyper_parameters(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings)
+        for writer in _writers(trainer):
+            for summary in session(settings, _final_tags())[:2]:
+                writer._get_file_writer().add_summary(summary)
+            writer.add_custom_scalars(layout())
+        _save(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
+    ) -> None:
+        """Ask the model about the first edits of an edit batch before it is written."""
+        self._said = []
+        if not (isinstance(pl_module, TargetOptimizer) and batch.edits and _has_board(trainer)):
+            return
+        if is_shown(batch_idx + pl_module.batches_done):
+            team, places = Team.of(trainer), shown_edits(len(batch.edits))
+            texts = greedy_texts(
+                pl_module.model,
+                pl_module.encoder,
+                [batch.edits[i].question for i in team.own(places)],
+                tokens_per_batch=pl_module.tokens_per_batch,
+                device=pl_module.device,
+            )
+            self._said = team.gathered_objects(texts, len(places))
+            self.recorder.clock.end("before")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
+    ) -> None:
+        """Log what the edit batch has left, and have it read while the run goes on."""
+        seconds, self._seconds = self._seconds, dict(self.recorder.clock.seconds)
+        written = self.recorder.last
+        if written is None or not trainer.is_global_zero or not trainer.loggers:
+            _save(trainer)  # of a baseline, its epochs
+            return
+        assert isinstance(pl_module, TargetOptimizer)
+        self._log_batch(trainer, pl_module, written, seconds)
+        _save(trainer)
+        self.recorder.clock.end("report")
+        self._seconds = dict(self.recorder.clock.seconds)
+
+    def _log_batch(
+        self, trainer: L.Trainer, pl_module: TargetOptimizer, written: WrittenBatch, seconds: Mapping[str, float]
+    ) -> None:
+        """Numbers, histograms and texts of an edit batch; ``seconds`` are those of each phase before it."""
+        report = written.report
+        number, rules = report.edit_batch, pl_module.rules
+        points = batch_points(report, rules.clamp) | _rates(len(report.edits), seconds, self._seconds)
+        points |= {f"{EDIT_BATCHES}/at_once_{name}": written.scores[name] for name in METRICS if name in written.scores}
+        for layer in report.layers:
+            points |= layer_points(layer)
+        self._log(trainer, points, number)
+        for place, values in write_points(report):
+            self._log(trainer, values, place)
+        if is_shown(number):
+            for step, values in enumerate(step_points(report.targets, rules), start=number * rules.steps):
+                self._log(trainer, values, step)
+            for writer in _writers(trainer):
+                self._show(writer, written)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what the end alone knows: the scores of a stream, the figures of the report, that all went well."""
+        assert isinstance(pl_module, EditableModel)
+        if not self.recorder.records or not trainer.is_global_zero:
+            return
+        for phase in [phase for phase in pl_module.results if phase not in self._shown]:
+            self._log_scores(trainer, pl_module, phase)
+        for writer in _writers(trainer):
+            for name, figure in self.recorder.drawn.items():
+                writer.add_figure(f"{FIGURES}/{name}", figure, self._edits(trainer))
+            if self._begun:
+                writer._get_file_writer().add_summary(session({}, [])[2])
+
+    def _show(self, writer: SummaryWriter, written: WrittenBatch) -> None:
+        """Histograms and texts of an edit batch."""
+        number = written.report.edit_batch
+        for name, values in histograms(written.report).items():
+            writer.add_histogram(name, values, number)
+        places = shown_edits(len(written.report.edits))
+        questions = [written.report.edits[i].question for i in places]
+        writer.add_text(TEXTS, answers_table(questions, self._said, written.ledger[: len(places)]), number)
+
+    def _log_scores(self, trainer: L.Trainer, module: EditableModel, phase: str) -> None:
+        """Scores of all records, at the number of edits that have been written."""
+        values = module.results.get(phase, {})
+        self._shown.add(phase)
+        points = {
+            f"{SCORES}/{_MAIN[name]}" if name in _MAIN else f"{DETAILS}/{name}": value for name, value in values.items()
+        }
+        self._log(trainer, points, 0 if phase == "before" else self._edits(trainer))
+
+    def _log(self, trainer: L.Trainer, points: Mapping[str, float], step: int) -> None:
+        known = {name: value for name, value in points.items() if math.isfinite(value)}
+        for logger in trainer.loggers:
+            logger.log_metrics(known, step)
+        if len(known) < len(points) and not self._warned and trainer.is_global_zero:
+            self._warned = True
+            lacking = ", ".join(f"{name} ({value})" for name, value in points.items() if name not in known)
+            log.warning(
+                "not finite, and so left out of what TensorBoard and metrics.csv show: %s at step %d (said once)",
+                lacking,
+                step,
+            )
+
+    def _edits(self, trainer: L.Trainer) -> int:
+        """How many edits are in the weights; a baseline writes all at once."""
+        return self.recorder.written or len(all_edits(trainer))
+
+
+def _final_tags() -> list[str]:
+    """What hyper-parameters are compared by, the Score first."""
+    return [f"{SCORES}/{name}" for name in reversed(METRICS)]
+
+
+def _rates(edits: int, before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Edits per second, of the search for targets, of the writing, and of all that an edit batch takes.
+
+    Args:
+        edits: How many.
+        before: Seconds of each phase until the edit batch.
+        now: The same behind it.
+    """
+    taken = {phase: now.get(phase, 0.0) - before.get(phase, 0.0) for phase in _PHASES}
+    rates = {"": sum(taken.values()), "_targets": taken["targets"], "_spread": taken["spread"]}
+    return {
+        f"{EDIT_BATCHES}/edits_per_second{name}": edits / max(seconds, time.get_clock_info("perf_counter").resolution)
+        for name, seconds in rates.items()
+    }
+
+
+def _save(trainer: L.Trainer) -> None:
+    """Have the loggers write what they hold back: Lightning does so every so many training steps, not edit batches."""
+    for logger in trainer.loggers:
+        logger.save()
+
+
+def _has_board(trainer: L.Trainer) -> bool:
+    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+
+
+def _writers(trainer: L.Trainer) -> Iterator[SummaryWriter]:
+    """TensorBoard's writers; none on other processes than the first."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                yield logger.experiment

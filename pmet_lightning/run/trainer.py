@@ -1,0 +1,135 @@
+"""Lightning's Trainer with the defaults of an edit run, and the verb ``stats``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from pmet_lightning.model.fsdp import ready
+from pmet_lightning.run.recorder import RunRecorder
+from pmet_lightning.run.tensorboard import Inspection
+from pmet_lightning.utils.progress import EditProgressBar
+
+# Lightning warns of what is meant here: the language model stays in eval mode, batches are text, edits are
+# read once and by this process, edit batches are as many as they say, the CSV logger shares the run folder, nothing is
+# done in place to outputs.
+_INTENDED = (
+    r".*module\(s\) in eval mode.*",
+    r".*transfer_batch_to_device.*",
+    r".*does not have many workers.*",
+    r".*directory .* exists and is not empty.*",
+    r".*is smaller than the logging interval.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*`IterableDataset` has `__len__` defined.*",
+    r".*FSDP2-wrapped module .* returned a view tensor.*",
+)
+
+_FLUSH_SECONDS = 5  # until TensorBoard can read what was logged
+
+# The patch is the result; one epoch is one pass over the edits; all edits are judged before.
+EDIT_RUN: dict[str, Any] = {
+    "max_epochs": 1,
+    "num_sanity_val_steps": -1,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+
+
+class EditTrainer(L.Trainer):
+    """A Trainer whose fit is one pass over the edits, judged before and after.
+
+    Args:
+        run_dir: Folder of everything the run leaves; must not hold another run. Null takes the next free
+            runs/run_N.
+        resume: Whether a run that is in the folder goes on behind its last edit batch; without one, begins.
+        kwargs: Everything that Lightning's Trainer takes.
+
+    Raises:
+        ValueError: If the strategy is one that this program cannot use.
+    """
+
+    def __init__(self, run_dir: str | None = None, resume: bool = False, **kwargs: Any) -> None:
+        folder = _free_folder(Path("runs")) if run_dir is None else Path(run_dir).expanduser()
+        for name, value in {**EDIT_RUN, "default_root_dir": str(folder)}.items():
+            kwargs[name] = value if kwargs.get(name) is None else kwargs[name]
+        kwargs["use_distributed_sampler"] = False  # the data module deals out the edits itself
+        if kwargs.get("logger") in (None, True):
+            kwargs["logger"] = [
+                TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False, flush_secs=_FLUSH_SECONDS),
+                CSVLogger(str(folder), name="", version=_free_version(folder) if resume else ""),
+            ]
+        self.run_dir, self.recorder = folder, RunRecorder(folder, resume)
+        own_callbacks = [] if kwargs.get("enable_progress_bar") is False else [EditProgressBar()]
+        # The recorder comes behind them: it stores what the other callbacks have done, and the inspection shows it.
+        kwargs["callbacks"] = [self.recorder.clock, *_as_list(kwargs.get("callbacks")), *own_callbacks]
+        kwargs["callbacks"] += [self.recorder, Inspection(self.recorder)]
+        super().__init__(**kwargs)
+        ready(self.strategy, self.num_devices * self.num_nodes)
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Edit: optimise targets, write the weights after each edit batch, evaluate before and after."""
+        self.recorder.check_free()
+        self.recorder.clock.start()
+        with intended_warnings_off():
+            super().fit(*args, **kwargs)
+
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        """Ask the questions of the edits and show the scores."""
+        with intended_warnings_off():
+            return super().validate(*args, **kwargs | {"verbose": False})  # the recorder shows a table that can be read
+
+    def test(self, *args: Any, **kwargs: Any) -> Any:
+        """Ask the questions of the edits and show the scores; the same as validate."""
+        with intended_warnings_off():
+            return super().test(*args, **kwargs | {"verbose": False})  # the recorder shows a table that can be read
+
+    def stats(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> None:
+        """Collect and store the second moments of the edited layers; a later fit finds them.
+
+        Args:
+            model: The module, whose layers say what to collect.
+            datamodule: Not used; the edits have no part in it.
+        """
+        # A fit without epochs: Lightning sets up devices and model, and the callback of the moments does its
+        # work before the first batch.
+        self.fit_loop.max_epochs = 0
+        self.num_sanity_val_steps = 0
+        self.recorder.records = False
+        with intended_warnings_off():
+            super().fit(model, train_dataloaders=[])
+
+
+def _as_list(callbacks: Any) -> list[Callback]:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+
+
+def _free_version(folder: Path) -> str:
+    """A folder of its own for the figures of a run that goes on: the logger begins its file anew."""
+    if not (folder / "metrics.csv").exists():
+        return ""
+    return f"resumed-{1 + len(list(folder.glob('resumed-*')))}"
+
+
+def _free_folder(parent: Path) -> Path:
+    number = 0
+    while (parent / f"run_{number}").exists():
+        number += 1
+    return parent / f"run_{number}"
+
+
+@contextmanager
+def intended_warnings_off() -> Iterator[None]:
+    """No warning of what is meant."""
+    with warnings.catch_warnings():
+        for message in _INTENDED:
+            warnings.filterwarnings("ignore", message=message)
+        yield

@@ -1,0 +1,1 @@
+"""The closed-form update: linear algebra on tensors, without a model."""

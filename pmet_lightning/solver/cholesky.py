@@ -1,0 +1,74 @@
+"""Cholesky factors in float64, with the smallest ridge that makes one possible.
+
+Legend: I = in-features (d_k).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+# Ridges tried in turn, relative to the mean diagonal, when the system is not positive definite.
+RIDGES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)
+
+
+class Factor(NamedTuple):
+    """A Cholesky factor, and what made it possible.
+
+    Attributes:
+        lower_II: L of A + ridge = L Lᵀ, float64, shape [I, I].
+        ridge: What was added to the diagonal of A (0 as a rule).
+    """
+
+    lower_II: Tensor
+    ridge: float
+
+
+def factorise(build: Callable[[], Tensor]) -> Factor:
+    """Cholesky factor of a positive semidefinite matrix, with the smallest ridge that makes one possible.
+
+    Args:
+        build: Makes C, or λC + KKᵀ, float64, shape [I, I], its lower triangle at least. The factor takes its place,
+            so it is made anew for every ridge that is tried.
+
+    Raises:
+        FloatingPointError: If no small ridge is enough.
+    """
+    for relative in RIDGES:
+        matrix_II = build()
+        ridge = relative * float(matrix_II.diagonal().mean())
+        matrix_II.diagonal().add_(ridge)
+        if factorise_in_place(matrix_II):
+            if ridge:
+                log.warning("a singular system (dead key dimensions): factorised with a ridge of %.1e", ridge)
+            return Factor(matrix_II, ridge)
+        del matrix_II
+    raise FloatingPointError(
+        f"the system is not positive definite even with a ridge of {RIDGES[-1]:g} of its mean diagonal; "
+        "collect the second moments over more text"
+    )
+
+
+def condition_bound(lower_II: Tensor) -> float:
+    """A lower bound of the condition number of L Lᵀ, from the diagonal of L alone.
+
+    No pivot l² is larger than the largest eigenvalue, and none smaller than the smallest.
+    """
+    pivots_I = lower_II.diagonal().square()
+    return float(pivots_I.max() / pivots_I.min())
+
+
+def factorise_in_place(matrix_II: Tensor) -> bool:
+    """Put the lower Cholesky factor where a matrix, or its lower triangle, was; false if not positive definite."""
+    # On a CPU it is columns that lie together in what LAPACK works on, on a GPU, to torch, rows.
+    view_II = matrix_II if matrix_II.is_cuda else matrix_II.T
+    info = torch.empty((), dtype=torch.int32, device=matrix_II.device)
+    torch.linalg.cholesky_ex(view_II, upper=not matrix_II.is_cuda, out=(view_II, info))
+    return int(info) == 0 and bool(matrix_II.diagonal().isfinite().all())

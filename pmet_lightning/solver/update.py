@@ -1,0 +1,248 @@
+"""The closed-form update of one weight (METHOD.md, step 3): pure functions, float64.
+
+An I × I matrix of 16,384 key dimensions is 2.1 GB, so there is one: the system is summed in blocks into the memory in
+which it is then factorised, keys become float64 a block at a time, and the update takes the place of the right side.
+
+Legend: N = edits, I = in-features (d_k), O = out-features (d), X = any number of rows, R = directions of the
+null space, S = random signs of the check.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pmet_lightning.solver.cholesky import Factor, condition_bound, factorise, factorise_in_place
+
+log = logging.getLogger(__name__)
+_BLOCK = 256  # rows of an I × I matrix worked on at a time
+_BLOCK_KEYS = 1024  # keys that are float64 at a time
+_SIGNS = 8  # combinations of the outputs that the check looks at
+_MUCH_ERROR = 1e-8  # of the linear system
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An update and how well it solves its system.
+
+    Attributes:
+        delta_OI: ΔW, float64, shape [O, I].
+        ridge: What was added to the diagonal to make the system positive definite (0 as a rule).
+        relative_error: ‖ΔW·A − E·Kᵀ‖ / ‖E·Kᵀ‖ of the linear system as it was solved, estimated (to about a quarter)
+            from random combinations of the outputs.
+        condition_bound: A lower bound of the condition number of what was factorised: λC + KKᵀ or, with a stored
+            factor, the worse one of C and the system of the edits.
+    """
+
+    delta_OI: Tensor
+    ridge: float
+    relative_error: float
+    condition_bound: float
+
+
+def solve_update(residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: float) -> Solution:
+    """ΔW = E Kᵀ (λ C + K Kᵀ)⁻¹ by a Cholesky factorisation in float64.
+
+    Beside what is given this takes I² + O·I float64 numbers and blocks.
+
+    Args:
+        residual_NO: This layer's share of the residual of each edit, shape [N, O].
+        keys_NI: Keys, shape [N, I].
+        moment_II: Second moment C of keys over general text, a mean over tokens, shape [I, I].
+        lam: λ, in units of preserved keys.
+
+    Raises:
+        FloatingPointError: If an input or the result is not finite, or no small ridge makes the system
+            positive definite.
+    """
+    _refuse_nan({"residual": residual_NO, "keys": keys_NI, "second moment": moment_II})
+    lower_II, ridge = factorise(lambda: system(keys_NI, moment_II, lam))
+    delta_OI = _right_side(residual_NO, keys_NI)
+    _substitute(lower_II, delta_OI)
+    _substitute(lower_II, delta_OI, transposed=True)
+    preserved = partial(_preserved, moment_II=moment_II, lam=lam, ridge=ridge)
+    solution = _checked(delta_OI, ridge, residual_NO, keys_NI, preserved, condition_bound(lower_II))
+    if solution.relative_error > _MUCH_ERROR:
+        log.warning("a badly conditioned system: solved to a relative error of %.1e only", solution.relative_error)
+    return solution
+
+
+def solve_sums(right_OI: Tensor, products_II: Tensor, moment_II: Tensor, lam: float) -> Solution:
+    """The same ΔW from E Kᵀ and K Kᵀ, which processes can sum: less to send than the keys of many edits.
+
+    Beside what is given this takes I² + O·I float64 numbers and blocks.
+
+    Args:
+        right_OI: E Kᵀ, float64, shape [O, I].
+        products_II: K Kᵀ, float64, shape [I, I].
+        moment_II: As for :func:`solve_update`.
+        lam: λ.
+
+    Raises:
+        FloatingPointError: As :func:`solve_update`.
+    """
+    _refuse_nan({"residual": right_OI, "keys": products_II, "second moment": moment_II})
+    lower_II, ridge = factorise(lambda: moment_II.to(torch.float64, copy=True).mul_(lam).add_(products_II))
+    delta_OI = right_OI.clone(memory_format=torch.contiguous_format)
+    _substitute(lower_II, delta_OI)
+    _substitute(lower_II, delta_OI, transposed=True)
+    signs_SO = _signs(delta_OI)
+    x_SI, right_SI = signs_SO @ delta_OI, signs_SO @ right_OI
+    error_SI = _preserved(x_SI, moment_II, lam, ridge) + x_SI @ products_II - right_SI
+    return _with_error(delta_OI, ridge, error_SI, right_SI, condition_bound(lower_II))
+
+
+def products(left_NX: Tensor, keys_NI: Tensor) -> Tensor:
+    """leftᵀ keys, float64, shape [X, I]: E Kᵀ of residuals, K Kᵀ of keys."""
+    return _right_side(left_NX, keys_NI)
+
+
+def solve_with_factor(residual_NO: Tensor, keys_NI: Tensor, factor: Factor, lam: float) -> Solution:
+    """The same ΔW from a factor of C alone, which any number of edit batches and any λ can share.
+
+    With C = L Lᵀ and Y = L⁻¹ K (Woodbury): ΔW = E (λ + YᵀY)⁻¹ Yᵀ L⁻¹. That is one N × N system and a triangular solve
+    for N columns and one for N or O, whichever are fewer: less work than :func:`solve_update` where N is well below I.
+
+    Args:
+        residual_NO: This layer's share of the residual of each edit, shape [N, O].
+        keys_NI: Keys, shape [N, I].
+        factor: Of the second moment.
+        lam: λ, in units of preserved keys.
+
+    Raises:
+        FloatingPointError: If an input or the result is not finite, or C too singular for this way (edits with keys
+            where C is zero); :func:`solve_update` then serves.
+    """
+    _refuse_nan({"residual": residual_NO, "keys": keys_NI})
+    lower_II, residual = factor.lower_II, residual_NO.to(torch.float64)
+    y_NI = keys_NI.to(torch.float64, copy=True)
+    _substitute(lower_II, y_NI)
+    small_NN = y_NI @ y_NI.T
+    small_NN.diagonal().add_(lam)
+    if not factorise_in_place(small_NN):
+        raise FloatingPointError("the second moment is too singular for a solve with its factor")
+    weights_ON = residual.T.clone(memory_format=torch.contiguous_format)
+    _substitute(small_NN, weights_ON)
+    _substitute(small_NN, weights_ON, transposed=True)
+    if len(y_NI) < len(weights_ON):
+        _substitute(lower_II, y_NI, transposed=True)
+        delta_OI = weights_ON @ y_NI
+    else:
+        delta_OI = weights_ON @ y_NI
+        _substitute(lower_II, delta_OI, transposed=True)
+    ridge, bound = lam * factor.ridge, max(condition_bound(lower_II), condition_bound(small_NN))
+    solution = _checked(delta_OI, ridge, residual, keys_NI, lambda x_SI: lam * (x_SI @ lower_II @ lower_II.T), bound)
+    if solution.relative_error > _MUCH_ERROR:
+        raise FloatingPointError(
+            f"the second moment is too singular for a solve with its factor (error {solution.relative_error:.1e})"
+        )
+    return solution
+
+
+def system(keys_NI: Tensor, moment_II: Tensor, lam: float) -> Tensor:
+    """λ C + K Kᵀ, float64, shape [I, I]; the lower triangle only, which is half the work."""
+    system_II = moment_II.to(torch.float64, copy=True).mul_(lam)
+    for keys in _in_float64(keys_NI):
+        _add_products(system_II, keys, keys, lower_only=True)
+    return system_II
+
+
+def _right_side(residual_NO: Tensor, keys_NI: Tensor) -> Tensor:
+    """E Kᵀ, float64, shape [O, I]."""
+    right_OI = torch.zeros(residual_NO.shape[1], keys_NI.shape[1], dtype=torch.float64, device=keys_NI.device)
+    for residual, keys in zip(_in_float64(residual_NO), _in_float64(keys_NI), strict=True):
+        _add_products(right_OI, residual, keys)
+    return right_OI
+
+
+def _add_products(sum_XI: Tensor, left_NX: Tensor, keys_NI: Tensor, lower_only: bool = False) -> None:
+    """Add leftᵀ keys, a block of rows at a time.
+
+    Not by ``addmm_``: it goes on from the sum, key by key, where a product by itself is rounded at its own size. For
+    10,000 keys that is a tenth of the error.
+    """
+    for start in range(0, len(sum_XI), _BLOCK):
+        end = start + _BLOCK
+        width = end if lower_only else None
+        sum_XI[start:end, :width] += left_NX[:, start:end].T @ keys_NI[:, :width]
+
+
+def _in_float64(rows_NX: Tensor) -> Iterator[Tensor]:
+    return (block.to(torch.float64) for block in rows_NX.split(_BLOCK_KEYS))
+
+
+def _substitute(lower_II: Tensor, rows_XI: Tensor, transposed: bool = False) -> None:
+    """Turn every row x into L⁻¹ x, or L⁻ᵀ x, in place."""
+    matrix_II, columns_IX = lower_II.T if transposed else lower_II, rows_XI.T
+    torch.linalg.solve_triangular(matrix_II, columns_IX, upper=transposed, out=columns_IX)
+
+
+def _checked(
+    delta_OI: Tensor,
+    ridge: float,
+    residual_NO: Tensor,
+    keys_NI: Tensor,
+    preserved: Callable[[Tensor], Tensor],
+    bound: float,
+) -> Solution:
+    """The solution with its error, from the keys and C themselves and not from the system that was factorised.
+
+    Args:
+        delta_OI: ΔW.
+        ridge: As in :class:`Solution`.
+        residual_NO: E.
+        keys_NI: K.
+        preserved: The product of rows with λ C + ridge.
+        bound: As in :class:`Solution`.
+    """
+    signs_SO = _signs(delta_OI)
+    x_SI = signs_SO @ delta_OI
+    error_SI, right_SI = preserved(x_SI), torch.zeros_like(x_SI)
+    for residual, keys in zip(_in_float64(residual_NO), _in_float64(keys_NI), strict=True):
+        wanted_SN = signs_SO @ residual.T
+        error_SI += (x_SI @ keys.T - wanted_SN) @ keys
+        right_SI += wanted_SN @ keys
+    return _with_error(delta_OI, ridge, error_SI, right_SI, bound)
+
+
+def _signs(delta_OI: Tensor) -> Tensor:
+    """Random combinations of the outputs, shape [S, O], always the same.
+
+    ‖S (ΔW A − E Kᵀ)‖² over random signs S is in the mean the number of signs times ‖ΔW A − E Kᵀ‖²; all O outputs
+    would cost more than the solve.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, (_SIGNS, len(delta_OI)), generator=generator).to(delta_OI) * 2 - 1
+
+
+def _preserved(x_SI: Tensor, moment_II: Tensor, lam: float, ridge: float) -> Tensor:
+    """The product of rows with λ C + ridge, shape [S, I]."""
+    product_SI = ridge * x_SI
+    for rows_XI, columns_SX in zip(moment_II.split(_BLOCK), product_SI.split(_BLOCK, 1), strict=True):
+        columns_SX += lam * (x_SI @ rows_XI.to(torch.float64).T)
+    return product_SI
+
+
+def _with_error(delta_OI: Tensor, ridge: float, error_SI: Tensor, right_SI: Tensor, bound: float) -> Solution:
+    """The solution, if it is finite, with ‖error‖ / ‖right side‖ of the combinations."""
+    error = float(error_SI.norm() / right_SI.norm().clamp_min(1e-300))
+    if not math.isfinite(error) or not _finite(delta_OI):
+        raise FloatingPointError("the update of the solve is not finite")
+    return Solution(delta_OI, ridge, error, bound)
+
+
+def _refuse_nan(inputs: dict[str, Tensor]) -> None:
+    for name, tensor in inputs.items():
+        if not _finite(tensor):
+            raise FloatingPointError(f"the {name} of the solve is not finite")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all entries are; ``isfinite`` would make copies as large as the tensor."""
+    return all(bool(end.isfinite()) for end in tensor.aminmax())

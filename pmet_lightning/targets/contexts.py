@@ -1,0 +1,96 @@
+"""Contexts: short sentences of the model's own, put in front of a prompt so that a fact is not tied to one
+wording (METHOD.md, step 1, choice 2). Sampled once, seeded, and stored with the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from pmet_lightning.utils.files import write_json
+
+OPENINGS = ("The", "Therefore", "Because", "I", "You")
+BARE = "{}"
+
+
+def sample_contexts(
+    model: nn.Module, tokenizer: Any, *, count: int, length: int, seed: int, device: torch.device
+) -> list[str]:
+    """Sample sentences from the model and make templates of them.
+
+    Args:
+        model: The clean language model.
+        tokenizer: Its tokenizer.
+        count: How many; the openings are taken in turn.
+        length: New tokens of each.
+        seed: Two calls with one seed give the same contexts; the global generators are left alone.
+        device: The model's device.
+
+    Returns:
+        Templates such as ``"The river froze early that year. {}"``, without the bare one.
+    """
+    contexts = []
+    with isolate_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for number in range(count):
+            encoded = tokenizer(OPENINGS[number % len(OPENINGS)], return_tensors="pt").to(device)
+            output = model.generate(  # type: ignore[operator]
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                max_new_tokens=length,
+                do_sample=True,
+                top_k=5,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            contexts.append(as_context(tokenizer.decode(output[0], skip_special_tokens=True)))
+    return contexts
+
+
+class ContextStore:
+    """Sampled contexts in a folder, under the hash of everything they depend on.
+
+    Args:
+        folder: Where; made when contexts are saved.
+        depends: Fingerprints of model and tokenizer, and how they are sampled.
+    """
+
+    def __init__(self, folder: str | Path, depends: Mapping[str, Any]) -> None:
+        name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+        self.path = Path(folder) / f"contexts-{name}.json"
+
+    def load(self) -> list[str] | None:
+        """The stored contexts, or ``None``; an unreadable file counts as absent and is made anew."""
+        try:
+            return check_contexts(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def save(self, contexts: Sequence[str]) -> None:
+        """Store contexts; a reader never sees half a file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, list(contexts))
+
+
+def as_context(sentence: str) -> str:
+    """A template from a sentence: braces and line breaks removed, a full stop between it and the prompt."""
+    plain = " ".join(sentence.replace("{", " ").replace("}", " ").split())
+    return f"{plain.rstrip('. ')}. {{}}"
+
+
+def check_contexts(contexts: Sequence[str]) -> list[str]:
+    """Given contexts, each with exactly one ``{}``, the bare one left out.
+
+    Raises:
+        ValueError: If one has no ``{}`` or several.
+    """
+    for context in contexts:
+        if context.count("{}") != 1:
+            raise ValueError(f"the context {context!r} has {context.count('{}')} '{{}}', expected exactly one")
+    return [context for context in contexts if context != BARE]

@@ -1,0 +1,106 @@
+"""What the target optimisation gives for each edit, and a store that keeps it for the next run.
+
+Legend: B = edits, A = those that took a step, F = model width, S = steps, P = parts of the loss and P(o*).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pmet_lightning.model.architectures import SiteName
+from pmet_lightning.utils.files import atomic_path
+
+# What is kept of each step of an edit: the loss and its weighted parts, P(o*) over the contexts and at the bare prompt.
+PARTS = ("loss", "nll", "kl", "norm", "p", "p_prompt")
+# Why the search for a target ends: its loss is low, its tokens are the argmax, it was out of steps.
+STOP_REASONS = ("loss", "argmax", "steps")
+_HISTORY = "history"  # its name in a file, among those of the sites
+
+
+@dataclass(frozen=True)
+class Target:
+    """One edit's target.
+
+    Attributes:
+        values: v* of each optimised site, shape [F], float32 (float64 for a float64 model), on the CPU.
+        record: Plain numbers for the ledger: steps, stop reason, loss parts, P(o*) before and after.
+        history_SP: ``PARTS`` of each step it took, shape [S, parts], on the CPU.
+    """
+
+    values: dict[SiteName, Tensor]
+    record: dict[str, Any]
+    history_SP: Tensor
+
+
+def stack(targets: Sequence[Target], site: SiteName) -> Tensor:
+    """Values of one site, shape [B, F]."""
+    return torch.stack([target.values[site] for target in targets])
+
+
+class TargetStore:
+    """A folder of targets, each under the hash of everything it depends on.
+
+    Args:
+        folder: Where; made when the first target is saved.
+        depends: Fingerprints and settings shared by all edits: model weights, tokenizer, contexts, hyper-parameters.
+    """
+
+    def __init__(self, folder: str | Path, depends: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self._base = json.dumps(depends, sort_keys=True, default=str)
+
+    def path(self, identity: str) -> Path:
+        """File of the edit with this :meth:`~pmet_lightning.data.records.Edit.identity`."""
+        return self.folder / f"{hashlib.sha256((self._base + identity).encode()).hexdigest()[:32]}.safetensors"
+
+    def load(self, identity: str) -> Target | None:
+        """The stored target, or ``None``; an unreadable file counts as absent and is made anew."""
+        path = self.path(identity)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads(file.metadata()["record"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                history = tensors.pop(_HISTORY)
+                return Target(tensors, record, history)
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError):
+            return None
+
+    def save(self, identity: str, target: Target) -> None:
+        """Store a target; a reader never sees half a file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.contiguous() for name, value in target.values.items()}
+        with atomic_path(self.path(identity)) as temporary:
+            save_file(
+                tensors | {_HISTORY: target.history_SP}, temporary, metadata={"record": json.dumps(target.record)}
+            )
+
+
+def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
+    """Means at each step over the edits that took it, and how many they were (``active``)."""
+    if not targets:
+        return []
+    points, lengths_B = [], torch.tensor([len(target.history_SP) for target in targets])
+    for step, all_BP in enumerate(kept_histories(targets).unbind(dim=1)):
+        here_AP = all_BP[lengths_B > step]
+        means = dict(zip(PARTS, here_AP.mean(dim=0).tolist(), strict=True))
+        points.append({"step": float(step), **means, "active": float(len(here_AP))})
+    return points
+
+
+def kept_histories(targets: Sequence[Target]) -> Tensor:
+    """Histories of one length: an edit that has stopped stays as it was; shape [B, S, parts]."""
+    histories = [target.history_SP for target in targets]
+    most = max(map(len, histories))
+    return torch.stack([torch.cat([h, h[-1:].expand(most - len(h), -1)]) for h in histories])

@@ -1,0 +1,326 @@
+"""Step 1 of METHOD.md as a LightningModule: the residual deltas are its trainable parameters.
+
+One training batch is one edit batch. Some of its edits at a time take up to ``steps`` Adam steps (manual
+optimisation); as soon as some have stopped, others take their places.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+
+from pmet_lightning.data.datamodule import EditBatch
+from pmet_lightning.data.edit_rows import target_rows
+from pmet_lightning.data.records import Edit
+from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.model.architectures import SiteName
+from pmet_lightning.model.fingerprint import fingerprint
+from pmet_lightning.model.partial_forward import Entry
+from pmet_lightning.targets.active_batch import DeltaSlots
+from pmet_lightning.targets.batch_size import ModelSize
+from pmet_lightning.targets.contexts import ContextStore, check_contexts, sample_contexts
+from pmet_lightning.targets.loop import Request, Rules, TargetLoop, edits_in_flight
+from pmet_lightning.targets.store import Target, TargetStore
+from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.metric_names import LIVE
+from pmet_lightning.utils.progress import counter
+
+log = logging.getLogger(__name__)
+
+# Steps between two looks at what has stopped: where the device runs ahead of the host, a look makes it wait.
+_LOOK_EVERY = {"cpu": 1}
+_LOOK_EVERY_ELSEWHERE = 4
+
+Optimised = Literal["attn+ffn", "ffn", "hidden"]
+TargetValue = Literal["stored", "realised"]
+_SITES: dict[Optimised, tuple[SiteName, ...]] = {
+    "attn+ffn": ("attn", "ffn"),
+    "ffn": ("ffn",),
+    "hidden": ("hidden",),
+}
+
+
+class TargetOptimizer(EditableModel):
+    """Finds target vectors for edits of a frozen causal language model.
+
+    The targets live in the last of ``layers``.
+
+    Args:
+        model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
+        optimise: What gets a delta: attention and FFN output (PMET), FFN output only, or the layer's output
+            (MEMIT).
+        target_value: v* as 'realised' by the model while the deltas are in place, or as 'stored' by the reference
+            (clean output plus delta); they differ where one delta reaches the other, in sequential blocks only, and
+            there the realised one was better (docs/results.md).
+        steps: Most iterations for one edit; the last one makes no update.
+        optimizer: Adam and its learning rate; the delta of each edit is a parameter of its own.
+        clamp: Radius of the ball of each delta, in norms of its clean output.
+        nll_factor: Weight of the target's negative log-likelihood.
+        kl_factor: Weight of the divergence at "{subject} is a".
+        norm_factor: Weight of the norm term.
+        loss_tolerance: An edit whose loss is below this stops.
+        stop_at_argmax: Whether an edit also stops as soon as every target token is the argmax and the subject's
+            meaning has not drifted (PMET; MEMIT never does). Without it targets become more certain, and take longer.
+        contexts: Templates with one {} each; null samples them from the model.
+        context_count: How many contexts are sampled.
+        context_length: New tokens of each sampled context.
+        seed: Seed of the sampled contexts.
+        targets_folder: Folder in which sampled contexts and finished targets are kept by what they depend on, and found
+            again; null keeps none.
+        micro_batch: Edits optimised together; changes nothing but memory and time. 'auto' takes as many as fit into
+            free memory and pay. An allocation that fails halves them.
+        suffix_only: Whether what stands before the subjects and below layer L is computed once; the whole model at
+            every step gives the same, and is there for comparison.
+        compile_ffn: Whether torch.compile fuses the FFNs above layer L: less memory traffic at every step, for some
+            seconds of compiling at the first.
+        kwargs: Everything that :class:`~pmet_lightning.evaluation.editable.EditableModel` takes.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        optimise: Optimised = "attn+ffn",
+        target_value: TargetValue = "realised",
+        steps: PositiveInt = 30,  # type: ignore[valid-type]
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.2),
+        clamp: PositiveFloat = 0.75,  # type: ignore[valid-type]
+        nll_factor: NonNegativeFloat = 1.0,  # type: ignore[valid-type]
+        kl_factor: NonNegativeFloat = 1.0,  # type: ignore[valid-type]
+        norm_factor: NonNegativeFloat = 0.5,  # type: ignore[valid-type]
+        loss_tolerance: NonNegativeFloat = 0.05,  # type: ignore[valid-type]
+        stop_at_argmax: bool = True,
+        contexts: list[str] | None = None,
+        context_count: NonNegativeInt = 5,  # type: ignore[valid-type]
+        context_length: PositiveInt = 10,  # type: ignore[valid-type]
+        seed: NonNegativeInt = 0,  # type: ignore[valid-type]
+        targets_folder: str | None = None,
+        micro_batch: PositiveInt | Literal["auto"] = "auto",  # type: ignore[valid-type]
+        suffix_only: bool = True,
+        compile_ffn: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model_name, **kwargs)
+        self.automatic_optimization = False
+        self.sites_optimised = _SITES[optimise]
+        self.rules = Rules(
+            nll=nll_factor,
+            kl=kl_factor,
+            norm=norm_factor,
+            steps=steps,
+            clamp=clamp,
+            loss_tolerance=loss_tolerance,
+            argmax_rule=stop_at_argmax and optimise != "hidden",
+            realised=target_value == "realised",
+        )
+        self.optimizer_callable = optimizer
+        self.given_contexts = None if contexts is None else check_contexts(contexts)
+        self.context_count, self.context_length, self.seed = context_count, context_length, seed
+        self.targets_folder, self.suffix_only, self.compile_ffn = targets_folder, suffix_only, compile_ffn
+        self.micro_batch: int | Literal["auto"] = "auto" if micro_batch == "auto" else int(micro_batch)
+
+        # One for each edit in flight: their number and width are not known yet.
+        self.deltas = nn.ModuleDict(
+            {site: nn.ParameterList([nn.Parameter(torch.zeros(0))]) for site in self.sites_optimised}
+        )
+        self.contexts: list[str] = []
+        # What was written before: by a run that is resumed (edit batches), by earlier runs of this object (both).
+        self.batches_done = self.edits_done = 0
+        self._store: TargetStore | None = None
+        self._store_batch = -1
+
+    def setup(self, stage: str) -> None:
+        """Check the layers and the family by the configuration alone, before any weight is read."""
+        super().setup(stage)
+        if self.target_layer == self.depth - 1:
+            log.warning(
+                "layer %d is the model's last: a target there changes only what follows a subject at once, and "
+                "nothing in prompts that go on; leave the upper layers out of --model.layers", self.target_layer,
+            )  # fmt: skip
+
+    def configure_model(self) -> None:
+        """Load the model."""
+        loaded = self.lm is not None
+        super().configure_model()
+        if self.compile_ffn and not loaded:
+            for block in map(self.sites.ffn_block, self._above):
+                if block is not None:
+                    # Its hooks stay outside: they come and go.
+                    block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+
+    @property
+    def delta_dtype(self) -> torch.dtype:
+        """Deltas, losses and Adam's state: float32, or float64 for a float64 model."""
+        weight = next(self.model.parameters())
+        return torch.promote_types(weight.dtype, torch.float32)
+
+    @property
+    def target_layer(self) -> int:
+        """L, the last edited layer."""
+        return self.layers[-1]
+
+    # ---- the targets -----------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over all deltas, each a parameter of its own."""
+        return self.optimizer_callable(self.deltas.parameters())
+
+    @property
+    def optimizer_settings(self) -> list[Any]:
+        """Name and settings of the optimizer."""
+        optimizer = self.optimizer_callable([nn.Parameter(torch.zeros(1))])
+        return [type(optimizer).__name__, {k: v for k, v in optimizer.defaults.items() if k != "params"}]
+
+    def on_fit_start(self) -> None:
+        """Fix the contexts of the run."""
+        self._store = None  # it is of the model as it was in an earlier run
+        if self.given_contexts is not None:
+            self.contexts = self.given_contexts
+        elif not self.contexts:
+            self.contexts = self._sampled_contexts()
+        self.contexts = self.trainer.strategy.broadcast(self.contexts)
+        log.info("contexts: %s", self.contexts)
+
+    def _sampled_contexts(self) -> list[str]:
+        """Sampled, or found where an equal run has kept them beside its targets."""
+        how = {"count": self.context_count, "length": self.context_length, "seed": self.seed}
+        store = None
+        if self.targets_folder is not None:
+            names = {"model": self.base_fingerprint, "tokenizer": self.encoder.fingerprint()}
+            store = ContextStore(self.targets_folder, names | how)
+            kept = Team.of(self.trainer).object_from_first(store.load)
+            if kept is not None:
+                return kept
+        contexts = sample_contexts(self.model, self.tokenizer, device=self.device, **how)
+        if store is not None and self.trainer.is_global_zero:
+            store.save(contexts)
+        return contexts
+
+    def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Target]]:
+        """Optimise this process' part of an edit batch, but for the targets that are in the store.
+
+        Returns:
+            ``targets``: one for each of its edits, in order.
+        """
+        if not batch.edits:  # written before the run was resumed
+            return {"targets": []}
+        store = self._target_store(batch_idx)
+        team = Team.of(self.trainer)
+        edits = team.own(batch.edits)
+        found = {i: store.load(edit.identity()) for i, edit in enumerate(edits)} if store else {}
+        found = team.agreed(found)
+        targets = {i: target for i, target in found.items() if target is not None}
+        missing = [i for i in range(len(edits)) if i not in targets]
+        with counter(self.trainer, len(missing), "Targets", "edit") as bar:
+            for k, target in self.optimised([edits[i] for i in missing]):
+                targets[missing[k]] = target
+                if store and team.writes:
+                    store.save(edits[missing[k]].identity(), target)
+                bar.update(1)
+        return {"targets": [targets[i] for i in range(len(edits))]}
+
+    def optimised(self, edits: Sequence[Edit]) -> Iterator[tuple[int, Target]]:
+        """Find the target vectors of some edits on the model as it is now.
+
+        Yields:
+            The place of an edit among ``edits``, and its target, in the order in which they are found.
+
+        Raises:
+            FloatingPointError: If a loss is not finite; the message names the edit.
+            RuntimeError: If not even one edit fits into memory.
+        """
+        if not edits:
+            return
+        requests = [
+            Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question) for edit in edits
+        ]
+        optimizer = self.optimizers()
+        together = self._trainer is not None and Team.of(self.trainer).together
+        agreed = Team.of(self.trainer).agreed if together else None
+        count = edits_in_flight(self.micro_batch, requests, self._size(), self.device)
+        slots = self._slots(count if agreed is None else agreed(count))
+        loop = TargetLoop(
+            model=self.model,
+            modules={site: self.sites.module(site, self.target_layer) for site in self.sites_optimised},
+            slots=slots,
+            optimizer=optimizer.optimizer,  # type: ignore[union-attr]
+            step=optimizer.step,  # type: ignore[union-attr]
+            rules=self.rules,
+            entry=self._entry(direct=not together) if self._suffix_only else None,
+            pad_id=self.encoder.pad_id,
+            padding_side=self.padding_side,
+            look_every=_LOOK_EVERY.get(self.device.type, _LOOK_EVERY_ELSEWHERE),
+            logged=lambda means: self.log_step(LIVE, means),
+            agreed=agreed,
+        )
+        yield from loop.run(requests)
+
+    def optimise(self, edits: Sequence[Edit]) -> list[Target]:
+        """The targets of some edits, in their order; raises what :meth:`optimised` does."""
+        targets = dict(self.optimised(edits))
+        return [targets[i] for i in range(len(edits))]
+
+    def _slots(self, count: int) -> DeltaSlots:
+        """Places for so many deltas, as this module's parameters and its optimizer's."""
+        slots = DeltaSlots(self.sites_optimised, count, self.width, self.delta_dtype, self.device)
+        for site, parameters in slots.parameters.items():
+            self.deltas[site] = nn.ParameterList(parameters)
+        optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+        optimizer.state.clear()
+        optimizer.param_groups[0]["params"] = list(self.deltas.parameters())
+        return slots
+
+    def _entry(self, direct: bool) -> Entry:
+        layers = [self.sites.module("hidden", i) for i in range(self.depth)]
+        modules = [module for i in self._above for module in self.sites.token_modules(i)]
+        top = self.depth - 1
+        last = [self.sites.module("attn", top), self.sites.ffn_block(top) or self.sites.module("ffn", top)]
+        return Entry(layers, self.target_layer + 1, modules, last, direct)
+
+    @property
+    def _above(self) -> range:
+        """The layers above L."""
+        return range(self.target_layer + 1, self.depth)
+
+    @property
+    def _suffix_only(self) -> bool:
+        """Above the last layer there is none that a pass could begin at."""
+        return self.suffix_only and self.target_layer + 1 < self.depth
+
+    def _size(self) -> ModelSize:
+        """What decides how many edits fit into memory."""
+        whole = not self._suffix_only
+        return ModelSize(
+            width=self.width,
+            layers=self.depth,
+            layers_run=self.depth if whole else self.depth - self.target_layer,
+            vocabulary=int(self.model.get_output_embeddings().weight.shape[0]),  # type: ignore[operator,union-attr]
+            itemsize=next(self.model.parameters()).element_size(),
+            whole_rows=whole,
+        )
+
+    def _target_store(self, edit_batch: int) -> TargetStore | None:
+        """The store of the model as it is now; a later edit batch meets other weights."""
+        if self.targets_folder is None:
+            return None
+        if self._store is None or self._store_batch != edit_batch:
+            self._store = TargetStore(
+                self.targets_folder,
+                {
+                    "model": fingerprint(self.model),
+                    "tokenizer": self.encoder.fingerprint(),
+                    "contexts": self.contexts,
+                    "architecture": vars(self.sites.architecture),
+                    "layer": self.target_layer,
+                    "sites": self.sites_optimised,
+                    "rules": vars(self.rules),
+                    "optimizer": self.optimizer_settings,
+                },
+            )
+            self._store_batch = edit_batch
+        return self._store

@@ -1,0 +1,13 @@
+"""Versions of the packages that have a part in the numbers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+_PACKAGES = ("pmet-lightning", "torch", "lightning", "transformers", "torchmetrics")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what has a part in the numbers."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}

@@ -1,0 +1,182 @@
+"""A callback that watches what edits do to unrelated text, and stops a run that ruins the model.
+
+Legend: R = rows, T = tokens, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from pmet_lightning.data.corpus import corpus_texts, packed_rows
+from pmet_lightning.data.records import Edit
+from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
+from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.model.forward import label_logits
+from pmet_lightning.model.scoring import kl_divergence, target_scores
+from pmet_lightning.utils.callbacks import find_callback
+from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.metric_names import EDIT_BATCHES
+from pmet_lightning.write.weight_spread import WeightSpread
+
+log = logging.getLogger(__name__)
+
+_MOST_LOGITS = 2**27
+
+
+class Drift(L.Callback):
+    """Perplexity of plain text at every evaluation, and KL(clean ‖ edited) of the next token after a fit.
+
+    The clean model's distributions are kept for one position of each row, its last. With a limit, perplexity and the
+    growth of the weights are looked at after each edit batch too.
+
+    Args:
+        text: A corpus as for --moments.corpus; null watches nothing.
+        text_subset: Subset of a hub data set.
+        rows: Rows of text.
+        length: Tokens of a row.
+        seed: Seed of the order of the texts; another one than that of the second moments, so that the rows are others.
+        max_perplexity: Perplexity after an edit batch, relative to that before the first, which ends the run.
+        max_growth: Norm of all ΔW of a weight so far, relative to that of the weight, which ends the run.
+        on_limit: Whether the edit batch that goes beyond a limit stays ('stop') or is taken back ('rollback').
+    """
+
+    def __init__(
+        self,
+        text: str | None = None,
+        text_subset: str | None = None,
+        rows: PositiveInt = 64,  # type: ignore[valid-type]
+        length: PositiveInt = 64,  # type: ignore[valid-type]
+        seed: int = 1,
+        max_perplexity: PositiveFloat | None = None,  # type: ignore[valid-type]
+        max_growth: PositiveFloat | None = None,  # type: ignore[valid-type]
+        on_limit: Literal["stop", "rollback"] = "rollback",
+    ) -> None:
+        if max_perplexity is not None and text is None:
+            raise ValueError("--drift.max_perplexity needs text to measure it on; set --drift.text")
+        self.max_perplexity, self.max_growth, self.on_limit = max_perplexity, max_growth, on_limit
+        self.ended = self.advice = ""  # why the run was ended, and what to do
+        self._first_perplexity: float | None = None
+        self.text, self.text_subset = text, text_subset
+        self.rows, self.length, self.seed = int(rows), int(length), seed
+        self._rows: list[TokenRow] | None = None
+        self._clean: Tensor | None = None
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the model as it is now; the unedited one first."""
+        assert isinstance(pl_module, EditableModel)
+        if self.text is None:
+            return
+        perplexity, kl = self._measure(pl_module, self._own_rows(trainer, pl_module))
+        if self._first_perplexity is None and pl_module.phase == "before":
+            self._first_perplexity = perplexity
+        pl_module.report({"perplexity": perplexity} | ({} if kl is None else {"kl": kl}))
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As :meth:`on_validation_epoch_end`."""
+        self.on_validation_epoch_end(trainer, pl_module)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit to look at after each edit batch."""
+        return self.max_perplexity is not None or self.max_growth is not None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure where the perplexity begins; have the spread able to take a batch back."""
+        assert isinstance(pl_module, EditableModel)
+        spread = find_callback(trainer, WeightSpread)
+        if not self.limited or spread is None:
+            return
+        spread.keep_before = self.on_limit == "rollback"
+        if self.max_perplexity is not None and self._first_perplexity is None:  # nothing was judged before
+            self._first_perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the limits after an edit batch; beyond one of them, end the run."""
+        assert isinstance(pl_module, EditableModel)
+        spread = find_callback(trainer, WeightSpread)
+        if not self.limited or spread is None or spread.report is None:
+            return
+        number, found = spread.report.edit_batch, {"growth": max(layer.growth for layer in spread.report.layers)}
+        limits = {"growth": self.max_growth}
+        if self._first_perplexity is not None:
+            perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
+            found["perplexity"], limits["perplexity"] = perplexity / self._first_perplexity, self.max_perplexity
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{EDIT_BATCHES}/drift_{name}": value for name, value in found.items()}, number)
+        beyond = [name for name, most in limits.items() if most is not None and not found[name] <= most]
+        if not beyond:
+            return
+        self.ended = f"edit batch {number}: " + ", ".join(
+            f"{name} {found[name]:.3g} times that of the unedited model, limit {limits[name]:g}" for name in beyond
+        )
+        if self.on_limit == "rollback":
+            spread.undo()
+        self.advice = _advice(batch.edits, taken_back=spread.report is None)
+        log.warning("%s; the run ends here: %s", self.ended, self.advice)
+        trainer.should_stop = True
+
+    def _own_rows(self, trainer: L.Trainer, module: EditableModel) -> list[TokenRow]:
+        """This process' rows of text."""
+        if self._rows is None:
+            assert self.text is not None
+            texts = corpus_texts(self.text, self.text_subset, self.seed)
+            packed = itertools.islice(packed_rows(texts, module.tokenizer, self.length), self.rows)
+            # Every token but the first is predicted from those before it.
+            rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
+            self._rows = Team.of(trainer).own(rows)
+        return self._rows
+
+    @torch.no_grad()
+    def _measure(self, module: EditableModel, rows: Sequence[TokenRow]) -> tuple[float, float | None]:
+        """Perplexity over all tokens, and KL at the end of each row, over the rows of all processes."""
+        # In this order: a metric that is moved computes in float32 again.
+        nll, kl = (MeanMetric().to(module.device).set_dtype(torch.float64) for _ in range(2))
+        head_VF = _head(module)
+        ends_RV = torch.empty(len(rows), len(head_VF), dtype=torch.promote_types(head_VF.dtype, torch.float32))
+        for indices in by_token_budget([len(row.ids) for row in rows], _budget(module)):
+            batch = pad_rows([rows[i] for i in indices], module.encoder.pad_id).to(module.device)
+            logits = label_logits(module.model, batch)
+            lengths = torch.tensor([len(rows[i].labels) for i in indices], device=module.device)
+            nll.update(target_scores(logits, batch.label_ids).nll.double(), weight=lengths.double())
+            last = logits[torch.arange(len(indices)), lengths - 1]
+            ends_RV[indices] = last.to(ends_RV.dtype).log_softmax(-1).cpu()
+        perplexity = float(nll.compute().exp())
+        if self._clean is None:
+            self._clean = ends_RV if module.phase == "before" else None
+            return perplexity, None
+        kl.update(kl_divergence(self._clean, ends_RV).double().to(module.device))
+        return perplexity, float(kl.compute())
+
+
+def _advice(edits: Sequence[Edit], taken_back: bool) -> str:
+    """What became of the edit batch, and what the user can do."""
+    first, last = (edit.origin or repr(edit.question) for edit in (edits[0], edits[-1]))
+    other = "begin another run with a larger --spread.lam"
+    if not taken_back:
+        return f"its edit batch stays; a run that goes on writes one more and ends again: raise the limit, or {other}"
+    return (
+        f"its edit batch ({first} to {last}) was taken back, and a run that goes on meets it again and ends again: "
+        f"take these records out of the file, raise the limit, or {other}"
+    )
+
+
+def _head(module: EditableModel) -> Tensor:
+    """Weight of the vocabulary head, shape [V, F]."""
+    weight: Tensor = module.model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight
+
+
+def _budget(module: EditableModel) -> int:
+    """Tokens of one forward pass whose logits, which are needed at all positions, take half a GiB at most."""
+    return max(1, min(module.tokens_per_batch, _MOST_LOGITS // len(_head(module))))

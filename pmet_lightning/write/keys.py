@@ -1,0 +1,156 @@
+"""Keys and current values of an edit batch: step 2 of METHOD.md.
+
+One pass over the bare prompts gives the keys of a layer and the values at the target layer; a pass over each context
+the keys there. Tokens that all rows of a context begin with are run once.
+Legend: N = edits, I = in-features (d_k), F = width of a site's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from os.path import commonprefix
+
+import torch
+from torch import Tensor, nn
+
+from pmet_lightning.data.edit_rows import BARE, key_row
+from pmet_lightning.data.encoder import PromptEncoder
+from pmet_lightning.data.records import Edit
+from pmet_lightning.data.token_rows import RowBatch, TokenRow, by_token_budget, pad_rows
+from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.forward import run_to
+from pmet_lightning.model.hooks import record_and_add, record_input, stop_after
+from pmet_lightning.model.prefix_passes import prefix_of
+from pmet_lightning.model.projections import Sites, in_features
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Rows that begin with the same tokens.
+
+    Attributes:
+        head: These tokens.
+        tails: What follows, a token at least.
+    """
+
+    head: list[int]
+    tails: list[TokenRow]
+
+    @classmethod
+    def of(cls, rows: Sequence[TokenRow]) -> SharedRows:
+        """Part some rows, all of which end at their subject's last token."""
+        head = list(commonprefix([row.ids[:-1] for row in rows]))
+        return cls(head, [TokenRow(row.ids[len(head) :], row.subject - len(head)) for row in rows])
+
+    def whole(self) -> SharedRows:
+        """The same with nothing shared."""
+        count = len(self.head)
+        return SharedRows([], [TokenRow([*self.head, *row.ids], row.subject + count) for row in self.tails])
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a pass over an edit batch needs besides the model.
+
+    Attributes:
+        bare: The bare row of every edit.
+        contexts: Their rows in each context.
+        pad_id: Padding token.
+        tokens_per_batch: Most padded tokens in one forward pass.
+        device: Where the model is.
+    """
+
+    bare: SharedRows
+    contexts: list[SharedRows]
+    pad_id: int
+    tokens_per_batch: int
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        edits: Sequence[Edit],
+        contexts: Sequence[str],
+        encoder: PromptEncoder,
+        tokens_per_batch: int,
+        device: torch.device,
+    ) -> Measurement:
+        """Tokenise an edit batch once for all layers."""
+        bare, *others = (
+            SharedRows.of([key_row(edit, context, encoder) for edit in edits]) for context in (BARE, *contexts)
+        )
+        return cls(bare, others, encoder.pad_id, tokens_per_batch, device)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where a vector is recorded: the input or the output of a module."""
+
+    module: nn.Module
+    output: bool
+    width: int
+
+
+def measure(
+    model: nn.Module, sites: Sites, place: Place, values_at: Sequence[Place], over: Measurement
+) -> tuple[Tensor, list[Tensor]]:
+    """The keys of a projection, and current values there or further up.
+
+    A key is ½ · key in the bare prompt + ½ · mean of the keys in the contexts, at the subject's last token; without
+    contexts it is that of the bare prompt.
+
+    Args:
+        model: The language model, as edited so far.
+        sites: Its modules.
+        place: The projection.
+        values_at: Sites and layers, the uppermost last.
+        over: The edit batch.
+
+    Returns:
+        Keys, shape [N, I], and the values in the bare prompts, shape [N, F] each; float32 or float64, on the model's
+        device.
+    """
+    projection = sites.module(*place)
+    key = _Point(projection, False, in_features(projection))
+    points = [key, *(_value_point(sites, where) for where in values_at)]
+    bare, *values = _record(model, over.bare, points, over)
+    others = [_record(model, rows, [key], over)[0] for rows in over.contexts]
+    return (bare + torch.stack(others).mean(dim=0)) / 2 if others else bare, values
+
+
+def current_values(model: nn.Module, sites: Sites, values_at: Sequence[Place], over: Measurement) -> list[Tensor]:
+    """The outputs of sites, the uppermost last, at the subject's last token of each bare prompt, shape [N, F] each."""
+    return _record(model, over.bare, [_value_point(sites, where) for where in values_at], over)
+
+
+def _value_point(sites: Sites, where: Place) -> _Point:
+    return _Point(sites.module(*where), True, sites.width)
+
+
+@torch.no_grad()
+def _record(model: nn.Module, rows: SharedRows, points: Sequence[_Point], over: Measurement) -> list[Tensor]:
+    """Record vectors of every row, by passes that end at the last point."""
+    prefix = prefix_of(model, pad_rows([TokenRow(rows.head)], over.pad_id).to(over.device)) if rows.head else None
+    if prefix is None:
+        rows = rows.whole()
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    found = [torch.empty(len(rows.tails), point.width, dtype=dtype, device=over.device) for point in points]
+    for indices in by_token_budget([len(row.ids) for row in rows.tails], over.tokens_per_batch):
+        batch = _behind(pad_rows([rows.tails[i] for i in indices], over.pad_id), len(rows.head)).to(over.device)
+        with ExitStack() as stack:
+            recordings = [
+                stack.enter_context((record_and_add if point.output else record_input)(point.module, batch.subject))
+                for point in points
+            ]
+            stack.enter_context(stop_after(points[-1].module))
+            run_to(model, batch, None if prefix is None else prefix.repeated(len(batch)))
+        for values, recording in zip(found, recordings, strict=True):
+            values[indices] = recording.take().to(values)
+    return found
+
+
+def _behind(rows: RowBatch, count: int) -> RowBatch:
+    """The rows at the positions behind so many tokens."""
+    return replace(rows, position_ids=rows.position_ids + count)

@@ -1,0 +1,205 @@
+"""Several methods on the same records, and the fine-tuning that they are compared with."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pmet_lightning.cli.dispatch import main
+from pmet_lightning.compare.command import options_of
+from pmet_lightning.compare.results import score_plot
+from pmet_lightning.data.readers import read_edits
+from pmet_lightning.evaluation.scores import NAMES, score_difference
+from pmet_lightning.report.html import write_svg
+from pmet_lightning.utils.resources import locate
+
+FAST = {
+    "trainer.accelerator": "cpu",
+    "drift.text": None,
+    "model.free_tokens": 0,
+}
+
+
+def finetuned(folder: Path, **options) -> dict:
+    """The report of a fine-tuning of six edits."""
+    shared = {"trainer.run_dir": str(folder), "trainer.logger": False, "trainer.enable_progress_bar": False}
+    main(["finetune", "--config", "finetune.yaml", *options_of(FAST | shared | {"data.limit": 6} | options)])
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_finetuning_is_gradient_descent_on_one_matrix(tmp_path):
+    """Against a plain loop over transformers' own loss, one text at a time, with full batches."""
+    batch = {"model.batch": 6, "model.epochs": 3, "model.optimizer.init_args.lr": 0.003}
+    report = finetuned(tmp_path / "run", **batch)
+    model = AutoModelForCausalLM.from_pretrained(locate("atlas")).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(locate("atlas"))
+    weight = model.transformer.h[0].mlp.fc_out.weight.requires_grad_(True)
+    optimizer = torch.optim.Adam([weight], lr=0.003)
+    losses = []
+    for _ in range(3):
+        each = []
+        for edit in read_edits("atlas-records", limit=6):
+            ids = tokenizer(f"{edit.question} {edit.target}", return_tensors="pt").input_ids
+            labels = ids.clone()
+            labels[:, : len(tokenizer(edit.question).input_ids)] = -100
+            each.append(model(ids, labels=labels).loss)
+        loss = torch.stack(each).mean()
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert report["curves"]["loss"] == pytest.approx(losses, rel=1e-3)
+    assert losses[-1] < losses[0]
+    assert report["scores"]["after"]["count"] == 6
+
+
+def test_finetuning_learns_and_keeps_its_bound(tmp_path):
+    long = {"model.epochs": 80, "model.optimizer.init_args.lr": 0.003}
+    report = finetuned(tmp_path / "free", **long)
+    assert report["scores"]["before"]["efficacy"] == 0
+    assert report["scores"]["after"]["efficacy"] == 100
+    bound = finetuned(tmp_path / "bound", **long, **{"model.max_change": 1e-4})
+    assert bound["scores"]["after"]["efficacy"] < 50
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """Three methods, two seeds, one and three edits."""
+    folder = tmp_path_factory.mktemp("comparison")
+    config = folder / "small.yaml"
+    moments = {"moments.samples": 60, "moments.folder": str(folder / "moments"), "spread.lam": 20, "model.steps": 8}
+    config.write_text(json.dumps({
+        "out": str(folder / "out"), "edits": [1, 3], "seeds": [0, 1], "least": 2,
+        "options": FAST,
+        "methods": {
+            "PMET": {"options": moments},
+            "MEMIT": {"options": moments | {"model.optimise": "hidden", "spread.rule": "even"}},
+            "fine-tuning": {"config": "finetune.yaml", "verb": "finetune", "options": {"model.epochs": 5}},
+        },
+    }))  # fmt: skip
+    main(["compare", "--config", str(config)])
+    return folder
+
+
+def test_a_comparison_pools_the_records_of_its_runs(comparison):
+    out = comparison / "out"
+    results = json.loads((out / "comparison.json").read_text())["results"]
+    methods = ["unedited", "PMET", "MEMIT", "fine-tuning"]
+    assert [(row["edits"], row["method"]) for row in results] == [(n, m) for n in (1, 3) for m in methods]
+    for row in results:
+        edits, name = row["edits"], row["method"] if row["method"] != "unedited" else "PMET"
+        words = name.replace(" ", "-")
+        reports = [json.loads((f / "report.json").read_text()) for f in sorted(out.glob(f"{words}-{edits}-*"))]
+        assert len(reports) == row["runs"] == (4 if edits == 1 else 2)
+        phase = "before" if row["method"] == "unedited" else "after"
+        for metric in ("efficacy", "generalisation", "specificity"):
+            values = [edit[phase][metric] for report in reports for edit in report["edits"]]
+            assert row["count"] == len(values)
+            assert row[metric] == pytest.approx(sum(values) / len(values))
+        assert list(row["score_by_seed"]) == ["0", "1"]
+    rows = list(csv.DictReader((out / "comparison.csv").open()))
+    assert [float(row["efficacy"]) for row in rows] == pytest.approx([row["efficacy"] for row in results])
+    page = (out / "comparison.html").read_text()
+    assert "fine-tuning" in page
+    assert "<svg" in page
+
+
+def test_differences_are_paired():
+    """Against a plain loop; twins that differ by a constant have no spread, however much the records vary."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.rand(40, 1 + len(NAMES), generator=generator, dtype=torch.float64)
+    other = rows.clone()
+    assert float(score_difference(rows, other)["difference_high"]) == 0
+    columns = [1 + NAMES.index(kind) for kind in ("efficacy", "generalisation", "specificity")]
+    other[:, columns] = torch.rand(40, 3, generator=generator, dtype=torch.float64)
+
+    def score(table):
+        return 3 / sum(1 / float(table[:, c].mean()) for c in columns)
+
+    found = {name: float(value) for name, value in score_difference(rows, other).items()}
+    assert found["difference"] == pytest.approx(100 * (score(rows) - score(other)))
+    draws = [torch.randint(40, (40,), generator=generator) for _ in range(2000)]
+    differences = sorted(100 * (score(rows[i]) - score(other[i])) for i in draws)
+    assert found["difference_low"] == pytest.approx(differences[50], abs=1.0)
+    assert found["difference_high"] == pytest.approx(differences[-50], abs=1.0)
+
+
+def test_all_methods_see_the_same_records_and_contexts(comparison):
+    out = comparison / "out"
+    for run in out.glob("PMET-*"):
+        ours = json.loads((run / "report.json").read_text())
+        for other in ("MEMIT", "fine-tuning"):
+            folder = out / run.name.replace("PMET", other)
+            theirs = json.loads((folder / "report.json").read_text())
+            assert [e["case_id"] for e in ours["edits"]] == [e["case_id"] for e in theirs["edits"]]
+            if other == "MEMIT":
+                assert (folder / "contexts.json").read_text() == (run / "contexts.json").read_text()
+    seeds = [(out / f"PMET-3-seed{seed}-from0" / "contexts.json").read_text() for seed in (0, 1)]
+    assert seeds[0] != seeds[1]
+
+
+def test_a_comparison_goes_on_where_it_was(comparison, monkeypatch):
+    from pmet_lightning.cli import dispatch as cli
+
+    called = []
+    monkeypatch.setattr(cli, "edit_cli", lambda arguments: called.append(arguments))
+    before = (comparison / "out" / "comparison.json").read_text()
+    main(["compare", "--config", str(comparison / "small.yaml")])
+    assert not called
+    assert (comparison / "out" / "comparison.json").read_text() == before
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        main(["compare", "--config", str(other_options(comparison))])
+
+
+def other_options(folder: Path) -> Path:
+    settings = json.loads((folder / "small.yaml").read_text())
+    settings["methods"]["PMET"]["options"]["spread.lam"] = 3
+    changed = folder / "changed.yaml"
+    changed.write_text(json.dumps(settings))
+    return changed
+
+
+def test_too_few_records_are_an_error(comparison):
+    settings = json.loads((comparison / "small.yaml").read_text())
+    records = comparison / "two.json"
+    records.write_text(json.dumps(json.loads(Path(locate("atlas-records")).read_text())[:2]))
+    settings |= {"edits": [1, 3], "out": str(comparison / "few"), "seeds": [0]}
+    settings["options"] |= {"data.path": str(records)}
+    settings["methods"] = {"fine-tuning": settings["methods"]["fine-tuning"]}
+    path = comparison / "few.yaml"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="the data has 2;"):
+        main(["compare", "--config", str(path)])
+    assert not (comparison / "few").exists(), "told before the first run"
+
+
+def test_a_setting_that_no_method_knows_is_an_error_before_the_first_run(comparison, capsys):
+    settings = json.loads((comparison / "small.yaml").read_text())
+    settings["out"] = str(comparison / "misspelt")
+    *_, last = settings["methods"].values()
+    last["options"] = {"spread.lamda": 3}
+    path = comparison / "misspelt.yaml"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", str(path)])
+    assert "lamda" in capsys.readouterr().err
+    assert not (comparison / "misspelt").exists()
+
+
+def test_a_plot_is_the_same_file_every_time(tmp_path):
+    """With its words as words, so that it can be searched and compared."""
+    scores = {"score": 80.0, "score_low": 70.0, "score_high": 90.0}
+    results = [{"method": "PMET", "edits": count, **scores} for count in (10, 100)]
+    files = [tmp_path / name / "scores.svg" for name in ("one", "other")]
+    for file in files:
+        file.parent.mkdir()
+        write_svg(score_plot(results), file)
+    one, other = (file.read_text(encoding="utf-8") for file in files)
+    assert one == other
+    assert ">PMET</text>" in one
+    assert ">edits in one batch</text>" in one

@@ -1,0 +1,309 @@
+"""Reading edits: every format, and a clear error for everything that cannot be one."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+from pmet_lightning import Edit, EditDataModule, read_edits
+from pmet_lightning.data.fields import RecordError
+from pmet_lightning.data.readers import as_edits, stream_edits
+from pmet_lightning.data.records import template_of
+
+FLAT = {"prompt": "The capital of {} is", "subject": "Freedonia", "target_new": "Sylvania City"}
+COUNTERFACT = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "The capital of {} is",
+        "subject": "Freedonia",
+        "target_new": {"str": "Sylvania City", "id": "Q1"},
+        "target_true": {"str": "Old Town", "id": "Q2"},
+    },
+    "paraphrase_prompts": ["It rained. Freedonia's capital is"],
+    "neighborhood_prompts": ["The capital of Ruritania is", "Ruritania's capital is"],
+}
+ZSRE = {
+    "subject": "Freedonia",
+    "src": "What is the capital of Freedonia?",
+    "rephrase": "Which city is Freedonia's capital?",
+    "answers": ["Sylvania City"],
+    "loc": "nq question: who wrote it",
+    "loc_ans": "nobody",
+}
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def test_counterfact(tmp_path):
+    (edit,) = read_edits(write(tmp_path, "a.json", [COUNTERFACT]))
+    assert (edit.case_id, edit.prompt, edit.subject) == ("7", "The capital of {} is", "Freedonia")
+    assert (edit.target, edit.target_true) == ("Sylvania City", "Old Town")
+    assert [(p.kind, p.answer, p.rival) for p in edit.probes] == [
+        ("efficacy", "Sylvania City", "Old Town"),
+        ("generalisation", "Sylvania City", "Old Town"),
+        ("specificity", "Old Town", "Sylvania City"),
+        ("specificity", "Old Town", "Sylvania City"),
+    ]
+
+
+def test_zsre(tmp_path):
+    (edit,) = read_edits(write(tmp_path, "a.json", [ZSRE]))
+    assert edit.prompt == "What is the capital of {}?"
+    assert [(p.kind, p.prompt, p.answer, p.rival) for p in edit.probes] == [
+        ("efficacy", "What is the capital of Freedonia?", "Sylvania City", None),
+        ("generalisation", "Which city is Freedonia's capital?", "Sylvania City", None),
+        ("specificity", "nq question: who wrote it?", "nobody", None),
+    ]
+
+
+def test_flat_in_every_container(tmp_path):
+    rows = [FLAT, {**FLAT, "subject": "Ruritania", "target_new": "Zenda"}]
+    table = datasets.Dataset.from_list(rows)
+    table.to_csv(str(tmp_path / "a.csv"))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    write(tmp_path, "a.json", rows)
+    write(tmp_path, "a.jsonl", "\n".join(json.dumps(row) for row in rows))
+    read = [read_edits(str(tmp_path / f"a.{kind}")) for kind in ("json", "jsonl", "csv", "parquet")]
+    expected = [(row["prompt"], row["subject"], row["target_new"]) for row in rows]
+    for edits in read:
+        assert [(e.prompt, e.subject, e.target) for e in edits] == expected
+
+
+def test_skip_and_limit(tmp_path):
+    rows = [{**FLAT, "subject": f"Land {i}"} for i in range(10)]
+    path = write(tmp_path, "a.json", rows)
+    assert [e.subject for e in read_edits(path, skip=4, limit=3)] == ["Land 4", "Land 5", "Land 6"]
+
+
+def test_a_row_of_a_data_set_is_the_edit_again(tmp_path):
+    (edit,) = read_edits(write(tmp_path, "a.json", [COUNTERFACT]))
+    assert Edit.from_row(datasets.Dataset.from_list([edit.to_row()])[0]) == edit
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "expected"),
+    [
+        ("Who leads Rome?", "Rome", "Who leads {}?"),
+        ("In Romeville, Rome is", "Rome", "In Romeville, {} is"),
+        ("Rome, they say, and Rome again", "Rome", "Rome, they say, and {} again"),
+        ("the ROM is", "RO", "the {}M is"),
+    ],
+)
+def test_a_subject_in_the_text_becomes_a_place_holder(prompt, subject, expected):
+    assert template_of(prompt, subject, "") == expected
+
+
+BAD = {
+    "empty file": ("a.json", "", "empty"),
+    "empty list": ("a.json", [], "no records"),
+    "broken json": ("a.json", '[\n{"prompt": "x"},\n{"prompt" "y"}\n]', "line 3"),
+    "broken json line": ("a.jsonl", json.dumps(FLAT) + '\n{"prompt": \n', "line 2"),
+    "no subject": ("a.json", [FLAT, {"prompt": "x {}", "target_new": "y"}], r"record 1: no field 'subject'"),
+    "no prompt": ("a.json", [{"subject": "x", "target_new": "y"}], "no field 'prompt'"),
+    "no target": ("a.json", [{"prompt": "x {}", "subject": "y"}], "no field 'target'"),
+    "no rewrite fields": ("a.json", [{"requested_rewrite": {"prompt": "{}"}}], "no field 'target_new'"),
+    "empty subject": ("a.json", [{**FLAT, "subject": "  "}], "'subject' is '  '"),
+    "empty target": ("a.json", [{**FLAT, "target_new": " "}], "'target_new' is ' '"),
+    "no place": ("a.json", [{**FLAT, "prompt": "The capital is"}], "does not contain the subject"),
+    "two places": ("a.json", [{**FLAT, "prompt": "{} and {}"}], "expected exactly one"),
+    "no answers": ("a.json", [{**ZSRE, "answers": []}], "'answers' is"),
+    "not an object": ("a.json", ["text"], "expected an object"),
+    "a question that is no text": (
+        "a.json",
+        [{**COUNTERFACT, "neighborhood_prompts": ["x", {"prompt": "y"}]}],
+        r"record 0: the field 'neighborhood_prompts' holds \{'prompt': 'y'\} \(dict\), expected a text or a list",
+    ),
+    "a paraphrase that is no text": ("a.json", [{**FLAT, "rephrase_prompt": [True]}], r"'rephrase_prompt' holds True"),
+    "questions without an old object": (
+        "a.json",
+        [{**COUNTERFACT, "requested_rewrite": {**FLAT}}],
+        "'neighborhood_prompts' holds 2 .*'target_true' no",
+    ),
+    "a group of texts": (
+        "a.json",
+        [FLAT, {**FLAT, "portability": {"R": ["text"]}}],
+        r"record 1: the field 'portability\.R' holds 'text' \(str\), expected KnowEdit's groups",
+    ),
+    "no groups": ("a.json", [{**FLAT, "locality": ["text"]}], r"the field 'locality' holds \['text'\] \(list\)"),
+    "a group without answers": ("a.json", [{**FLAT, "locality": {"R": [{"prompt": "x"}]}}], r"'locality\.R' holds"),
+    "one answer to three questions": (
+        "a.json",
+        [{**FLAT, "locality_prompt": ["x", "y", "z"], "locality_ground_truth": "w"}],
+        "record 0: 'locality_prompt' holds 3 questions and 'locality_ground_truth' 1 answer, expected an answer to",
+    ),
+    "no answers to questions": ("a.json", [{**FLAT, "locality_prompt": ["x", "y"]}], "2 questions and .* no answers"),
+    "no answer to a zsRE question": ("a.json", [{**ZSRE, "loc_ans": None}], "'loc' holds 1 question and 'loc_ans' no"),
+    "no answer to a chain": (
+        "a.json",
+        [{"requested_rewrite": [FLAT], "questions": ["x"]}],
+        "'questions' holds 1 question and 'new_a",
+    ),
+    "a relation that is no name": (
+        "a.json",
+        [{**COUNTERFACT, "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "relation_id": ["P1"]}}],
+        "'relation_id' is \\['P1'\\], expected a name",
+    ),
+    "a known fact": (
+        "a.json",
+        [{"subject": "x", "attribute": "y", "template": "z"}],
+        "no field 'prompt'.* known_facts' field",
+    ),
+    "contradiction": ("a.json", [FLAT, {**FLAT, "target_new": "Elsewhere"}], r"record 1 contradicts .*record 0"),
+    "ending": ("a.xyz", "text", "unknown ending"),
+    "not a table": ("a.parquet", "text", "cannot be read as parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(name, tmp_path):
+    file, content, message = BAD[name]
+    path = write(tmp_path, file, content)
+    with pytest.raises(RecordError, match=message) as caught:
+        read_edits(path)
+    assert file in str(caught.value)
+
+
+def test_a_question_may_stand_without_a_list(tmp_path):
+    record = {**COUNTERFACT, "neighborhood_prompts": "The capital of Ruritania is", "generation_prompts": "Freedonia"}
+    (edit,) = read_edits(write(tmp_path, "a.json", [record]))
+    assert [p.prompt for p in edit.probes if p.kind == "specificity"] == ["The capital of Ruritania is"]
+    assert edit.generation_prompts == ("Freedonia",)
+
+
+def test_names_may_be_numbers_in_some_records(tmp_path):
+    """Arrow takes no column of both."""
+    rewrite = COUNTERFACT["requested_rewrite"]
+    records = [
+        {**COUNTERFACT, "case_id": number, "requested_rewrite": {
+            **rewrite, "relation_id": name, "subject": f"Land {number}", "target_new": {"str": "Zenda", "id": name}}}
+        for number, name in enumerate((7, "P7", 0))
+    ]  # fmt: skip
+    data = EditDataModule(write(tmp_path, "a.json", records), tokenizer="atlas")
+    data.setup("fit")
+    (batch,) = data.val_dataloader()
+    assert [(e.relation, e.target_id) for e in batch.edits] == [("7", "7"), ("P7", "P7"), ("0", "0")]
+
+
+@pytest.mark.parametrize(
+    ("record", "names"),
+    [
+        ({**FLAT, "rephrase_prompts": ["x"]}, ("rephrase_prompts", "rephrase_prompt")),
+        ({**COUNTERFACT, "neighbourhood_prompt": "x", "paraphrase_prompts": []}, None),
+        ({key: value for key, value in COUNTERFACT.items() if key != "neighborhood_prompts"}
+         | {"neighbourhood_prompts": ["x"]}, ("neighbourhood_prompts", "neighborhood_prompts")),
+        ({**FLAT, "target_true": "x", "source": "y", "rephrase": "z"}, None),
+    ],
+)  # fmt: skip
+def test_a_field_with_nearly_a_known_name_is_noticed_once(tmp_path, caplog, record, names):
+    records = [record, {**record, "note": 1}]
+    expected = [] if names is None else [f"ignored: the field {names[0]!r} (there is {names[1]!r}); rename, if that is"]
+    for read in (
+        lambda: read_edits(write(tmp_path, "a.json", records)),
+        lambda: as_edits(records),
+        lambda: list(stream_edits(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, records))))),
+    ):
+        caplog.clear()
+        read()
+        assert len(caplog.messages) == len(expected)
+        assert all(text in message for text, message in zip(expected, caplog.messages, strict=True))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no edits file .*missing\.json"):
+        read_edits(str(tmp_path / "missing.json"))
+
+
+def test_unknown_hub_name_offline():
+    with pytest.raises(FileNotFoundError, match="hub data set of that name cannot be read"):
+        read_edits("nobody/no-such-edits")
+
+
+def test_the_same_fact_twice_is_no_contradiction(tmp_path):
+    assert len(read_edits(write(tmp_path, "a.json", [FLAT, FLAT]))) == 2
+
+
+def test_edit_batches(tmp_path):
+    rows = [{**FLAT, "subject": f"Land {i}"} for i in range(10)]
+    data = EditDataModule(write(tmp_path, "a.json", rows), tokenizer="atlas", edit_batch=4)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [[e.subject for e in b.edits] for b in batches] == [
+        [f"Land {i}" for i in range(4)], [f"Land {i}" for i in range(4, 8)], ["Land 8", "Land 9"]
+    ]  # fmt: skip
+    assert [b.positions for b in batches] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    assert len(data.train_dataloader()) == 3
+    assert sum(len(b.edits) for b in data.val_dataloader()) == 10
+
+
+def test_a_subject_without_a_token_names_its_record(tmp_path, monkeypatch):
+    from pmet_lightning.data.encoder import LocationError, PromptEncoder
+
+    def cannot(*_, **__):
+        raise LocationError("the subject 'Freedonia' has no token of its own")
+
+    monkeypatch.setattr(PromptEncoder, "encode", cannot)
+    data = EditDataModule(write(tmp_path, "a.json", [FLAT]), tokenizer="atlas")
+    with pytest.raises(RecordError, match=r"a\.json, record 0: the subject"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        ("flat_generation_prompts_100", True),
+        ("flat_paraphrases_100", False),
+        ("counterfact_250", False),
+        ("zsre_300", False),
+    ],
+)
+def test_generation_prompts_in_the_place_of_paraphrases_are_noticed(shared, name, warned, caplog):
+    read_edits(str(shared / "data" / f"{name}.json"))
+    assert ("openings for free text" in caplog.text) == warned
+    assert "ignored" not in caplog.text
+
+
+def test_knowedit_records_bring_portability_with_aliases(shared):
+    path = shared / "data/knowedit_wiki_counterfact_60.json"
+    records = json.loads(path.read_text())
+    edits = read_edits(str(path))
+    for record, edit in zip(records, edits, strict=True):
+        asked = [q for group in (record.get("portability") or {}).values() for q in group]
+        kept = [q for q in asked if q["ground_truth"] and q["ground_truth"][0]]
+        found = [probe for probe in edit.probes if probe.kind == "portability"]
+        assert [probe.prompt for probe in found] == [q["prompt"] for q in kept]
+        for probe, question in zip(found, kept, strict=True):
+            assert list(probe.answers) == [form for forms in question["ground_truth"] for form in forms if form.strip()]
+    assert sum(len(edit.probes) for edit in edits) > 300
+    assert all(Edit.from_row(edit.to_row()) == edit for edit in edits)
+
+
+MQUAKE = {
+    "case_id": 7,
+    "requested_rewrite": [
+        {"prompt": "{} is a citizen of", "subject": "Ann", "target_new": {"str": "Peru"}, "target_true": {"str": "Oz"}},
+        {"prompt": "The capital of {} is", "subject": "Peru", "target_new": {"str": "Cusco"}},
+    ],
+    "questions": ["What is the capital of Ann's country?", "Where does Ann's government sit?", "Ann's capital is?"],
+    "new_answer": "Cusco",
+    "new_answer_alias": ["Qosqo"],
+}
+
+
+def test_mquake_records_are_several_edits_and_one_question(tmp_path):
+    edits = read_edits(write(tmp_path, "a.json", [MQUAKE]))
+    found = [(edit.case_id, edit.subject, edit.target) for edit in edits]
+    assert found == [("7-0", "Ann", "Peru"), ("7-1", "Peru", "Cusco")]
+    hops = [[probe for probe in edit.probes if probe.kind == "multihop"] for edit in edits]
+    assert hops[0] == []
+    assert [probe.prompt for probe in hops[1]] == MQUAKE["questions"]
+    assert {probe.answers for probe in hops[1]} == {("Cusco", "Qosqo")}
+    broken = {**MQUAKE, "requested_rewrite": [MQUAKE["requested_rewrite"][0], {"prompt": "{} is"}]}
+    path = write(tmp_path, "b.json", [broken])
+    with pytest.raises(RecordError, match=r"record 0, rewrite 1: no field 'target_new'"):
+        read_edits(path)

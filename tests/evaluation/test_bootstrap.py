@@ -1,0 +1,45 @@
+"""Intervals over many records: the same as over few, in parts that do not grow."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pmet_lightning.evaluation import bootstrap
+from pmet_lightning.evaluation.bootstrap import RESAMPLES, means_of_resamples, picks_of
+from pmet_lightning.evaluation.scores import NAMES
+from pmet_lightning.report import run_data as report_data
+from pmet_lightning.report.run_data import edit_lines
+
+
+def test_means_in_parts_are_those_at_once_bit_by_bit(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    columns = torch.rand(70, 3, generator=generator, dtype=torch.float64)
+    columns[::4, 1] = torch.nan
+    picks = torch.randint(70, (RESAMPLES, 70), generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([columns[picks, i].nanmean(dim=1) for i in range(3)])
+    for most in (2**21, 1000, 1):
+        monkeypatch.setattr(bootstrap, "_MOST_PICKS", most)
+        assert torch.equal(picks_of(70), picks)
+        assert torch.equal(means_of_resamples(columns), expected)
+
+
+@pytest.mark.parametrize("count", [100, 50_000, 3_000_000])
+def test_no_part_grows_with_the_records(count):
+    first = next(bootstrap._parts(count))
+    assert first.numel() <= max(2**21, count)
+
+
+def test_only_edits_that_are_shown_are_described(monkeypatch):
+    rows = torch.zeros(50, 1 + len(NAMES), dtype=torch.float64)
+    rows[:, 0], rows[:, 1] = torch.arange(50), torch.arange(50) / 100
+    seen = []
+    scores = report_data.row_scores
+    monkeypatch.setattr(report_data, "row_scores", lambda row: seen.append(1) or scores(row))
+    ledger = (json.dumps({"prompt": "{} is", "subject": str(i)}) for i in range(40, 50))
+    lines = edit_lines([], ledger, {"after": rows}, first=40)
+    assert [line["question"] for line in lines] == [f"{i} is" for i in range(40, 50)]
+    assert [line["after"][NAMES[0]] for line in lines] == pytest.approx(range(40, 50))
+    assert len(seen) == 10

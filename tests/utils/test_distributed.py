@@ -1,0 +1,164 @@
+"""Several processes edit as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pmet_lightning.utils.distributed import sums_are_less, travelling_bytes
+from tests.parallel_runs import SHAPES, fit, fit_all
+from tests.tiny import RECORDS, save_tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny GPT-2, which computes in float64 throughout, records and a corpus."""
+    base = tmp_path_factory.mktemp("inputs")
+    (base / "records.json").write_text(json.dumps(RECORDS))
+    (base / "corpus.txt").write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
+    return save_tiny("gpt2", base / "model"), base / "records.json", base / "corpus.txt"
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    fit_all(folder, *inputs, 1)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def together(request, inputs, tmp_path_factory):
+    """The same runs on several processes, in one process group."""
+    folder = tmp_path_factory.mktemp(f"processes{request.param}")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--standalone"]
+    done = started([*command, "-m", "tests.parallel_runs", str(request.param), str(folder), *map(str, inputs)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def started(command: list[str], timeout: float = 500) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_weights(shape, alone, together):
+    one, several = (load_file(folder / shape / "patch.safetensors") for folder in (alone, together))
+    assert set(one) == set(several)
+    for name, tensor in one.items():
+        assert float((several[name] - tensor).norm() / tensor.norm()) < 1e-8, name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_targets(shape, alone, together):
+    """v* of every edit, and of every step its losses."""
+    one, several = ({p.name: load_file(p) for p in (folder / f"targets-{shape}").glob("*.safetensors")}
+                    for folder in (alone, together))  # fmt: skip
+    assert len(one) == SHAPES[shape][0]
+    first_batch = SHAPES[shape][1] or len(one)
+    # What a later edit batch meets is known by the bits of the weights, which the order of a sum may change.
+    assert len(set(one) & set(several)) >= first_batch
+    for name in set(one) & set(several):
+        for part, tensor in one[name].items():
+            assert float((several[name][part] - tensor).norm() / tensor.norm()) < 1e-8, part
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_ledger_and_scores(shape, alone, together):
+    one, several = (lines(folder / shape) for folder in (alone, together))
+    assert len(one) == len(several) == SHAPES[shape][0]
+    for a, b in zip(one, several, strict=True):
+        texts = {name for name, value in a.items() if not isinstance(value, (float, dict))}
+        assert {name: a[name] for name in texts} == {name: b[name] for name in texts}
+        for name in set(a) - texts - {"solve_error"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-8), name
+    one, several = (json.loads((folder / shape / "scores.json").read_text()) for folder in (alone, together))
+    for phase in ("before", "after"):
+        assert several[phase] == pytest.approx(one[phase], rel=1e-8, abs=1e-10)
+    assert (
+        len(one.get("edit_batches", []))
+        == len(several.get("edit_batches", []))
+        == {"batches": 3, "sums": 2}.get(shape, 0)
+    )
+
+
+def test_one_of_each_file(alone, together):
+    """One ledger, one patch, one table."""
+    for shape in SHAPES:
+        names = [sorted(p.name for p in (folder / shape).iterdir() if "tfevents" not in p.name)
+                 for folder in (alone, together)]  # fmt: skip
+        assert names[0] == names[1]
+        assert len([p for p in (together / shape).iterdir() if "tfevents" in p.name]) == 1
+        state = json.loads((together / shape / "state.json").read_text())
+        assert (state["status"], state["edits_written"]) == ("finished", SHAPES[shape][0])
+
+
+@pytest.mark.slow
+def test_devices_of_unequal_memory_make_the_same_passes(inputs, alone, tmp_path):
+    """The one with the least room says how many; else sums of different layers would be added up."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = started([*command, "-m", "tests.parallel_runs", "stats", str(tmp_path), *map(str, inputs)], timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "2 passes over the corpus" in done.stderr + done.stdout
+    for layer in (1, 2):
+        one, two = (load_file(next(f.glob(f"moments/*/ffn-{layer}.safetensors")))["lower"] for f in (alone, tmp_path))
+        assert float((two - one).norm() / one.norm()) < 1e-7  # kept in float32
+
+
+@pytest.mark.slow
+def test_two_nodes(inputs, alone, tmp_path):
+    """Each started for itself, with one process; they meet at an address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    run = ["-m", "tests.parallel_runs", "nodes", str(tmp_path / "run"), *map(str, inputs)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *meeting]
+    with ThreadPoolExecutor(2) as pool:
+        nodes = list(pool.map(started, ([*launcher, f"--node_rank={node}", *run] for node in (0, 1))))
+    assert [node.returncode for node in nodes] == [0, 0], nodes[0].stderr[-4000:] + nodes[1].stderr[-4000:]
+    assert len(lines(tmp_path / "run")) == 7
+    one, several = (load_file(folder / "patch.safetensors") for folder in (alone / "batches", tmp_path / "run"))
+    for name, tensor in one.items():
+        assert float((several[name] - tensor).norm() / tensor.norm()) < 1e-8, name
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(torch.float32, 4), (torch.float64, 8)])
+def test_what_is_less_is_sent(dtype, itemsize):
+    """The products are float64 whatever the keys are: for float32 they are less from twice the key dimensions on."""
+    keys, wanted = torch.empty(0, 64, dtype=dtype), torch.empty(0, 16, dtype=dtype)
+    assert travelling_bytes(1000, keys, wanted, sums=False) == 1000 * (64 + 16) * itemsize
+    assert travelling_bytes(1000, keys, wanted, sums=True) == (64 * 64 + 16 * 64) * 8
+    even = 64 * 8 // itemsize
+    assert [sums_are_less(count, keys, wanted) for count in (1, even, even + 1)] == [False, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_dies_ends_the_run_and_it_goes_on(rank, inputs, alone, tmp_path):
+    """An error instead of a hang; what was written is there, and the run ends as one that nothing befell."""
+    command = [sys.executable, "-m", "tests.parallel_runs", f"dies{rank}", str(tmp_path / "run"), *map(str, inputs)]
+    done = started(command, timeout=120)
+    assert done.returncode != 0
+    assert len(lines(tmp_path / "run")) == 3
+    fit(tmp_path / "run", *inputs, 1, "--data.edit_batch", "3", "--trainer.resume", "true")
+    one, resumed = (load_file(folder / "patch.safetensors") for folder in (alone / "batches", tmp_path / "run"))
+    for name, tensor in one.items():
+        assert float((resumed[name] - tensor).norm() / tensor.norm()) < 1e-8, name
