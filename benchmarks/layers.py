@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from pmet_lightning.analysis.command import DataOptions, ModelOptions, analyze
-from pmet_lightning.compare.command import quiet_run
-from pmet_lightning.compare.plan import Method
+from pmet_lightning.compare.plan import quiet, read_report
 from pmet_lightning.compare.results import edit_rows
 from pmet_lightning.evaluation.scores import METRICS, score_difference
 from pmet_lightning.report.tables import score_cell
+from pmet_lightning.run.lightning_cli import run_fit
 
 _PARTS = ("effect", "lead")
 RANGES = (
@@ -88,7 +88,7 @@ def main() -> None:
         proposed = None
         for number, layers in enumerate(ranges(options, first)):
             changes = {**common, "model.layers": layers, "model.targets_folder": f"{base}/targets"}
-            report = quiet_run(Method(), changes, Path(base) / str(number))
+            report = read_report(run_fit("pmet.yaml", quiet(changes, Path(base) / str(number))))
             table, rows = report["scores"]["after"], edit_rows([report], "after")
             proposed = rows if first and number == 0 else proposed
             if proposed is not None and number:

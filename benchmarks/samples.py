@@ -11,11 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pmet_lightning.compare.command import quiet_run
-from pmet_lightning.compare.plan import Method
+from pmet_lightning.compare.plan import quiet, read_report
 from pmet_lightning.evaluation.scores import METRICS
 from pmet_lightning.moments.store import stored_moments
 from pmet_lightning.report.tables import score_cell
+from pmet_lightning.run.lightning_cli import run_fit
 
 SAMPLES = ("20", "60", "200", "600", "2000", "auto")
 
@@ -37,7 +37,7 @@ def main() -> None:
                 "moments.folder": str(moments), "moments.samples": samples, "model.targets_folder": f"{base}/targets",
                 "data.path": options.records, "data.limit": options.limit,
             }  # fmt: skip
-            table = quiet_run(Method(), changes, folder)["scores"]["after"]
+            table = read_report(run_fit("pmet.yaml", quiet(changes, folder)))["scores"]["after"]
             found = next(stored_moments(moments))
             cells = [score_cell(table, metric) for metric in METRICS]
             tokens, width = int(found["tokens"]), int(found["width"])

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.compare.command import quiet_run
-from pmet_lightning.compare.plan import Method
+from pmet_lightning.compare.plan import quiet, read_report
 from pmet_lightning.evaluation.scores import METRICS
 from pmet_lightning.report.tables import score_cell
+from pmet_lightning.run.lightning_cli import run_fit
 
 BATCH = {"data.edit_batch": 50}
 PROTECT, PROJECT = {"spread.protect_past": True}, {"spread.null_space": 0.03}
@@ -35,7 +35,8 @@ WAYS: dict[str, dict[str, Any]] = {
 def run(options: dict[str, Any]) -> dict[str, Any]:
     """What the report of a run holds."""
     with tempfile.TemporaryDirectory() as base:
-        return quiet_run(Method(), {"model.free_tokens": 0, **options}, Path(base) / "run")
+        settings = quiet({"model.free_tokens": 0, **options}, Path(base) / "run")
+        return read_report(run_fit("pmet.yaml", settings))
 
 
 def chosen(way: dict[str, Any], lams: list[float]) -> float:

@@ -19,10 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pmet_lightning.compare.command import quiet_run
-from pmet_lightning.compare.plan import Method
+from pmet_lightning.compare.plan import quiet, read_report
 from pmet_lightning.evaluation.scores import METRICS
 from pmet_lightning.report.tables import score_cell
+from pmet_lightning.run.lightning_cli import run_fit
 
 VARIANTS = {
     "both deltas, stored": ("attn+ffn", "stored"),
@@ -41,7 +41,7 @@ def run(base: Path, model: str, variant: str, records: str, lam: float, asked: a
         "model.targets_folder": str(base / "targets"), "spread.lam": lam,
         "data.path": f"{model}/{records}.json", "data.limit": 200,
     }  # fmt: skip
-    return quiet_run(Method(), options, Path(tempfile.mkdtemp(dir=base)))["scores"]["after"]
+    return read_report(run_fit("pmet.yaml", quiet(options, Path(tempfile.mkdtemp(dir=base)))))["scores"]["after"]
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from pmet_lightning.compare.command import quiet_run
-from pmet_lightning.compare.plan import Method
+from pmet_lightning.compare.plan import Method, quiet, read_report
+from pmet_lightning.run.lightning_cli import run_fit
 from pmet_lightning.utils.resources import locate_config
 
 LAM = "spread.lam"
@@ -65,7 +65,7 @@ class Bench:
         }  # fmt: skip
         if method.verb == "fit":
             options["model.targets_folder"] = str(self.base / "targets")
-        after = quiet_run(method, options, folder)["scores"]["after"]
+        after = read_report(run_fit(method.config, quiet(options, folder), method.command))["scores"]["after"]
         rank = Rank(after["efficacy"], after["score"])
         sys.stdout.write(f"{dict(setting)}, from {skip}: efficacy {rank.efficacy:.1f}, Score {rank.score:.1f}\n")
         sys.stdout.flush()

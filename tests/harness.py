@@ -13,6 +13,7 @@ from unittest.mock import patch
 import lightning as L
 import numpy as np
 import torch
+import yaml
 
 from pmet_lightning import EditDataModule, SecondMoments, TargetOptimizer, WeightSpread
 from pmet_lightning.cli.dispatch import main
@@ -23,7 +24,7 @@ from pmet_lightning.moments.store import MomentKey, MomentStore
 from pmet_lightning.targets.store import PARTS
 from pmet_lightning.write import weight_spread as spread_module
 from pmet_lightning.write.keys import measure
-from pmet_lightning.write.write_report import SpreadReport
+from pmet_lightning.write.write_report import WriteReport
 from tests.tiny import RECORDS
 
 
@@ -31,7 +32,7 @@ class KeepReports(L.Callback):
     """Keeps what every edit batch reported, and its keys and values at every write."""
 
     def __init__(self) -> None:
-        self.reports: list[SpreadReport] = []
+        self.reports: list[WriteReport] = []
         self.measured: list[tuple[Place, torch.Tensor, torch.Tensor]] = []
 
     def measure(self, model, sites, place, values_at, over):
@@ -41,9 +42,8 @@ class KeepReports(L.Callback):
         return keys, values
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        spread = next(c for c in trainer.callbacks if isinstance(c, WeightSpread))
-        if spread.report is not None:
-            self.reports.append(spread.report)
+        if "written" in outputs:
+            self.reports.append(outputs["written"])
 
 
 def quiet_trainer(callbacks: Sequence[L.Callback], folder: Path, **kwargs: Any) -> L.Trainer:
@@ -81,7 +81,7 @@ def edit(
     write: str = "ffn",
     keep: KeepReports | None = None,
     **data: Any,
-) -> tuple[WeightSpread, list[SpreadReport]]:
+) -> tuple[WeightSpread, list[WriteReport]]:
     """Edit records through module, data module and callback in a Lightning trainer."""
     keep = KeepReports() if keep is None else keep
     path = folder / "records.json"
@@ -108,7 +108,7 @@ class GoldenRun:
 
     meta: dict[str, Any]
     npz: Any
-    report: SpreadReport
+    report: WriteReport
     measured: list[tuple[Place, torch.Tensor, torch.Tensor]]
     deltas: dict[str, torch.Tensor]
 
@@ -184,7 +184,13 @@ def run_golden(case: Case, folder: Path, **data: Any) -> GoldenRun:
             **data,
         )
     npz = np.load(case.folder / f"{case.name}.npz")
-    return GoldenRun(settings, npz, reports[0], keep.measured, spread.deltas)
+    return GoldenRun(settings, npz, reports[0], keep.measured, spread.edited.deltas)
+
+
+def as_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Options of the command line as :func:`~pmet_lightning.run.lightning_cli.build_fit` takes them."""
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    return {name.removeprefix("--"): yaml.safe_load(value) for name, value in pairs}
 
 
 def tiny_fit(folder: Path, model: str, *arguments: str, config: str = "pmet.yaml") -> list[dict[str, Any]]:

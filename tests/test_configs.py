@@ -9,10 +9,9 @@ import pytest
 import yaml
 
 from pmet_lightning.baselines.finetuning import FineTuning
-from pmet_lightning.cli.dispatch import edit_cli
-from pmet_lightning.compare.command import options_of
 from pmet_lightning.compare.plan import Method
 from pmet_lightning.model.architectures import ARCHITECTURES, advised_layers
+from pmet_lightning.run.lightning_cli import build_fit
 from tests.conftest import ROOT
 from tests.harness import tiny_fit
 from tests.tiny import save_tiny
@@ -24,7 +23,7 @@ FITS = [path for path in CONFIGS if path.stem not in ("compare", "finetune")]
 @pytest.mark.parametrize("path", FITS, ids=lambda path: path.stem)
 def test_every_configuration_builds_its_objects(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli = edit_cli(["--config", str(path)], run=False)
+    cli = build_fit(str(path))
     written = yaml.safe_load(path.read_text())
     assert cli.model.layers == written["model"]["layers"]
     assert cli.model.rules.clamp == written["model"]["clamp"]
@@ -35,7 +34,7 @@ def test_every_configuration_builds_its_objects(path, tmp_path, monkeypatch):
 
 def test_the_configuration_of_the_baseline_builds_its_objects(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli = edit_cli(["finetune", "--config", "finetune.yaml"], run=False)
+    cli = build_fit("finetune.yaml", command="finetune")
     assert isinstance(cli.model, FineTuning)
     assert cli.datamodule.tokenizer_name == "atlas"
     assert cli.datamodule.edit_batch is None, "all edits are trained together"
@@ -47,15 +46,14 @@ def test_the_methods_of_the_comparison_build_their_objects(tmp_path, monkeypatch
     assert {"PMET", "MEMIT", "null space", "fine-tuning", "even spread"} <= set(written["methods"])
     for given in written["methods"].values():
         method = Method(**given)
-        options = options_of(written["options"] | method.options)
-        cli = edit_cli([method.verb, "--config", method.config, *options], run=False)
+        cli = build_fit(method.config, written["options"] | method.options, method.command)
         assert cli.datamodule.path == ["atlas-records", "atlas-spare"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_key_is_commented(path):
     for line in path.read_text().splitlines():
-        spoken_for = ("class_path", "init_args", "    config", "    options", "    verb")  # by the key above them
+        spoken_for = ("class_path", "init_args", "    config", "    options", "    command")  # by the key above them
         if re.match(r"\s*[a-z_]+:", line) and not any(name in line for name in spoken_for):
             assert "#" in line, line
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
-
 from pmet_lightning.model.architectures import Architecture, architecture_of
 from pmet_lightning.model.loading import DtypeName
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.utils.files import new_folder
+from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from pmet_lightning.analysis.study import Findings, Study
@@ -40,7 +39,7 @@ class ModelOptions:
     dtype: DtypeName = "auto"
     attn_implementation: str | None = None
     architecture: Architecture | None = None
-    tokens_per_batch: PositiveInt = 8192  # type: ignore[valid-type]
+    tokens_per_batch: PositiveInt = 8192
     chat: bool = False
     patch: str | None = None
     device: str | None = None
@@ -62,10 +61,10 @@ class DataOptions:
 
     path: str | list[str] = "atlas-records"
     split: str = "train"
-    skip: NonNegativeInt = 0  # type: ignore[valid-type]
-    shuffle: NonNegativeInt | None = None  # type: ignore[valid-type]
-    limit: PositiveInt | None = 50  # type: ignore[valid-type]
-    least: NonNegativeFloat = 0.1  # type: ignore[valid-type]
+    skip: NonNegativeInt = 0
+    shuffle: NonNegativeInt | None = None
+    limit: PositiveInt | None = 50
+    least: NonNegativeFloat = 0.1
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,10 @@ class TracingOptions:
         window: Layers whose attention or FFN outputs are put back together (the papers on large models take 10).
     """
 
-    noise: NonNegativeFloat = 3.0  # type: ignore[valid-type]
-    draws: NonNegativeInt = 3  # type: ignore[valid-type]
-    seed: NonNegativeInt = 0  # type: ignore[valid-type]
-    window: PositiveInt = 1  # type: ignore[valid-type]
+    noise: NonNegativeFloat = 3.0
+    draws: NonNegativeInt = 3
+    seed: NonNegativeInt = 0
+    window: PositiveInt = 1
 
 
 def analyze(
@@ -90,7 +89,7 @@ def analyze(
     model: ModelOptions = ModelOptions(),  # noqa: B008
     data: DataOptions = DataOptions(),  # noqa: B008
     tracing: TracingOptions = TracingOptions(),  # noqa: B008
-    top: PositiveInt = 50,  # type: ignore[valid-type]
+    top: PositiveInt = 50,
 ) -> None:
     """Look into a model: what attention and FFN do with facts it knows, and which layers to edit.
 

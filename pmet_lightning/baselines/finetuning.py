@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from pmet_lightning.model.forward import label_logits
 from pmet_lightning.model.projections import keep_in_float32
 from pmet_lightning.model.scoring import target_scores
 from pmet_lightning.utils.metric_names import FINETUNING
+from pmet_lightning.utils.types import NonNegativeFloat, PositiveInt
 
 
 class FineTuning(EditableModel):
@@ -42,11 +42,11 @@ class FineTuning(EditableModel):
     def __init__(
         self,
         model_name: str,
-        epochs: PositiveInt = 30,  # type: ignore[valid-type]
-        batch: PositiveInt = 32,  # type: ignore[valid-type]
+        epochs: PositiveInt = 30,
+        batch: PositiveInt = 32,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
-        loss_tolerance: NonNegativeFloat = 0.05,  # type: ignore[valid-type]
-        max_change: NonNegativeFloat | None = None,  # type: ignore[valid-type]
+        loss_tolerance: NonNegativeFloat = 0.05,
+        max_change: NonNegativeFloat | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:

@@ -6,13 +6,8 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from pmet_lightning.utils.resources import locate_config
-
-if TYPE_CHECKING:
-    from lightning.pytorch.cli import LightningCLI
-
 
 # Verbs that are a function of the same name, and its module.
 FILE_VERBS = {
@@ -54,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _call(getattr(import_module(FILE_VERBS[verb]), verb), _with_located_configs(arguments[1:]))
     elif verb in TRAINER_VERBS:
         _start_log(arguments)
-        edit_cli(arguments)
+        from pmet_lightning.run.lightning_cli import run_command  # seconds of imports
+
+        run_command(verb, _with_located_configs(arguments[1:]))
     else:
         sys.stderr.write(f"unknown verb {verb!r}\n{USAGE}\n")
         raise SystemExit(2)
@@ -77,13 +74,6 @@ def _call(function: Callable[..., None], arguments: Sequence[str]) -> None:
     from jsonargparse import auto_cli
 
     auto_cli(function, args=list(arguments), as_positional=False)
-
-
-def edit_cli(arguments: Sequence[str], run: bool = True) -> LightningCLI:
-    """Build the CLI of a verb, and run the verb unless ``run`` is false."""
-    from pmet_lightning.run.lightning_cli import build  # seconds of imports
-
-    return build(_with_located_configs(arguments), run)
 
 
 def _with_located_configs(arguments: Sequence[str]) -> list[str]:

@@ -1,18 +1,17 @@
-"""The verb ``compare``: several methods on the same records, with the same seed and contexts; one table, one plot."""
+"""The command ``compare``: several methods on the same records, seeds and contexts; one table, one plot."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
-from pmet_lightning.compare.plan import Method, Run, report_of
+from pmet_lightning.compare.plan import Method, Run, plan_runs, quiet, read_report
 from pmet_lightning.utils.files import write_json
+from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +19,9 @@ log = logging.getLogger(__name__)
 def compare(
     methods: dict[str, Method],
     out: str,
-    edits: list[PositiveInt],  # type: ignore[valid-type]
-    seeds: list[NonNegativeInt],  # type: ignore[valid-type]
-    least: PositiveInt = 10,  # type: ignore[valid-type]
+    edits: list[PositiveInt],
+    seeds: list[NonNegativeInt],
+    least: PositiveInt = 10,
     options: dict[str, Any] | None = None,
 ) -> None:
     """Run several methods on the same records: one table and one plot of the Score against the number of edits.
@@ -34,7 +33,7 @@ def compare(
         out: Folder of the runs, of comparison.json, comparison.csv and comparison.html.
         edits: Numbers of edits, each written in one edit batch.
         seeds: Each shuffles the records and samples contexts of its own.
-        least: With fewer edits than this, a seed is repeated on further records until so many were judged.
+        least: With fewer edits than this, a seed is repeated on further records until so many were evaluated.
         options: Options that all runs share, such as data.path.
 
     Raises:
@@ -43,7 +42,7 @@ def compare(
     if not (methods and edits and seeds):
         raise ValueError("--methods, --edits and --seeds: expected at least one of each")
     folder, common = Path(out).expanduser(), options or {}
-    runs = list(_planned(methods, edits, seeds, least))
+    runs = list(plan_runs(methods, edits, seeds, least))
     for name, method in methods.items():
         largest = max((run for run in runs if run.method == name), key=lambda run: run.skip + run.edits)
         _check(largest, method, common, folder)
@@ -55,42 +54,18 @@ def compare(
     write_results(methods, runs, folder)
 
 
-def _planned(methods: Mapping[str, Method], edits: Sequence[int], seeds: Sequence[int], least: int) -> Iterator[Run]:
-    """All runs; methods side by side, so that a stopped comparison has something of each."""
-    for count in edits:
-        for seed in seeds:
-            for part in range(max(1, -(-least // count))):
-                for method in methods:
-                    yield Run(method, count, seed, part * count)
-
-
-def _settings(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What differs in a run from the configuration of its method."""
-    settings = {
-        **common,
-        **method.options,
-        "data.limit": run.edits,
-        "data.skip": run.skip,
-        "data.shuffle": run.seed,
-        "model.seed": run.seed,
-    }
-    if method.verb == "fit":
-        settings.setdefault("model.targets_folder", str(folder / "targets"))
-    return settings
-
-
 def _check(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> None:
     """Read the settings and records of the run that needs most records: hours of others may come before it.
 
     Raises:
         ValueError: If there are too few.
     """
-    from pmet_lightning.cli.dispatch import edit_cli  # the command line knows this module
+    from pmet_lightning.run.lightning_cli import build_fit  # as above
 
     if _finished(folder / run.name):
         return
-    arguments = _arguments(method, _settings(run, method, common, folder), folder / run.name)
-    data = edit_cli(arguments, run=False).datamodule
+    settings = quiet(run.settings(method, common, folder), folder / run.name)
+    data = build_fit(method.config, settings, method.command).datamodule
     data.setup("fit")
     if not data.stream:  # whose end is known when it was read
         _check_count(run, len(data.edits))
@@ -106,47 +81,20 @@ def _check_count(run: Run, found: int) -> None:
 
 def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> None:
     """Run it unless its folder says that it is finished; what a run left unfinished is removed."""
-    place = folder / run.name
-    settings = _settings(run, method, common, folder)
-    wanted = {"verb": method.verb, "config": method.config, "settings": settings}
-    if _finished(place):
-        if json.loads((place / "run.json").read_text(encoding="utf-8")) != wanted:
-            raise ValueError(f"{place} holds a run with other settings; set --out to another folder, or remove it")
+    from pmet_lightning.run.lightning_cli import run_fit  # as above
+
+    own, settings = folder / run.name, run.settings(method, common, folder)
+    wanted = {"command": method.command, "config": method.config, "settings": settings}
+    if _finished(own):
+        if json.loads((own / "run.json").read_text(encoding="utf-8")) != wanted:
+            raise ValueError(f"{own} holds a run with other settings; set --out to another folder, or remove it")
         return
-    if place.exists():
-        shutil.rmtree(place)
-    _check_count(run, len(quiet_run(method, settings, place)["edits"]))
-    write_json(place / "run.json", wanted)
+    if own.exists():
+        shutil.rmtree(own)
+    report = read_report(run_fit(method.config, quiet(settings, own), method.command))
+    _check_count(run, len(report["edits"]))
+    write_json(own / "run.json", wanted)
 
 
-def quiet_run(method: Method, options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Run a method without loggers and progress bars.
-
-    Args:
-        method: The method; its own options are not looked at.
-        options: What differs from its configuration.
-        folder: The run folder.
-
-    Returns:
-        What the run's report.json holds.
-    """
-    from pmet_lightning.cli.dispatch import edit_cli  # the command line knows this module
-
-    edit_cli(_arguments(method, options, folder))
-    return report_of(folder)
-
-
-def _arguments(method: Method, options: Mapping[str, Any], folder: Path) -> list[str]:
-    """Of the command line."""
-    quiet = {"trainer.run_dir": str(folder), "trainer.logger": False, "trainer.enable_progress_bar": False}
-    return [method.verb, "--config", method.config, *options_of({**options, **quiet})]
-
-
-def options_of(settings: Mapping[str, Any]) -> list[str]:
-    """Dotted names and values as arguments of the command line."""
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
-    return [part for name, text in texts.items() for part in (f"--{name}", text)]
-
-
-def _finished(place: Path) -> bool:
-    return (place / "run.json").is_file() and (place / "report.json").is_file()
+def _finished(folder: Path) -> bool:
+    return (folder / "run.json").is_file() and (folder / "report.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +16,12 @@ class Method:
     Attributes:
         config: Configuration of its runs, a file or the name of a shipped one.
         options: What differs from it: dotted names and values, as on the command line.
-        verb: fit, or finetune for the baseline.
+        command: fit, or finetune for the baseline.
     """
 
     config: str = "pmet.yaml"
     options: dict[str, Any] = field(default_factory=dict)
-    verb: Literal["fit", "finetune"] = "fit"
+    command: Literal["fit", "finetune"] = "fit"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,46 @@ class Run:
         words = "".join(c if c.isalnum() else "-" for c in self.method)
         return f"{words}-{self.edits}-seed{self.seed}-from{self.skip}"
 
+    def settings(self, method: Method, common: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """What differs in it from the configuration of its method.
 
-def report_of(folder: Path) -> dict[str, Any]:
+        Args:
+            method: The method.
+            common: Options that all runs share.
+            folder: Of the comparison.
+        """
+        settings = {
+            **common,
+            **method.options,
+            "data.limit": self.edits,
+            "data.skip": self.skip,
+            "data.shuffle": self.seed,
+            "model.seed": self.seed,
+        }
+        if method.command == "fit":
+            settings.setdefault("model.targets_folder", str(folder / "targets"))
+        return settings
+
+
+def plan_runs(methods: Mapping[str, Method], edits: Sequence[int], seeds: Sequence[int], least: int) -> Iterator[Run]:
+    """All runs; methods side by side, so that a stopped comparison has something of each."""
+    for count in edits:
+        for seed in seeds:
+            for part in range(max(1, -(-least // count))):
+                for method in methods:
+                    yield Run(method, int(count), int(seed), part * int(count))
+
+
+def quiet(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a run in a folder, without loggers and progress bars."""
+    return {
+        **settings,
+        "trainer.run_dir": str(folder),
+        "trainer.logger": False,
+        "trainer.enable_progress_bar": False,
+    }
+
+
+def read_report(folder: Path) -> dict[str, Any]:
     """What a run's report.json holds."""
     return dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pmet_lightning.compare.plan import Method, Run, report_of
+from pmet_lightning.compare.plan import Method, Run, read_report
 from pmet_lightning.evaluation.scores import METRICS, NAMES, score_difference, table_of
 from pmet_lightning.report.html import STYLE, panels, svg, write_page
 from pmet_lightning.report.tables import score_cell
@@ -54,7 +54,7 @@ def _collect(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     first: dict[int, Tensor] = {}
     for (count, method), group in groups.items():
-        reports = [report_of(folder / run.name) for run in group]
+        reports = [read_report(folder / run.name) for run in group]
         rows = edit_rows(reports, "after")
         if count not in first:
             first[count] = rows

@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 import lightning as L
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from pmet_lightning.data.encoder import LocationError, PromptEncoder, load_tokenizer
@@ -18,6 +17,7 @@ from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_edits, stream_edits
 from pmet_lightning.data.records import Edit, check_no_contradictions, skip_written
 from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 log = logging.getLogger(__name__)
 
@@ -150,17 +150,18 @@ class EditDataModule(L.LightningDataModule):
         self,
         path: str | list[str],
         tokenizer: str = "",
-        edit_batch: PositiveInt | None = None,  # type: ignore[valid-type]
-        skip: NonNegativeInt = 0,  # type: ignore[valid-type]
-        limit: PositiveInt | None = None,  # type: ignore[valid-type]
+        edit_batch: PositiveInt | None = None,
+        skip: NonNegativeInt = 0,
+        limit: PositiveInt | None = None,
         shuffle: int | None = None,
         split: str = "train",
-        evaluation_batch: PositiveInt = 32,  # type: ignore[valid-type]
+        evaluation_batch: PositiveInt = 32,
         chat: bool = False,
         stream: bool = False,
-        stream_wait: NonNegativeFloat = 0.0,  # type: ignore[valid-type]
+        stream_wait: NonNegativeFloat = 0.0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
         if stream and (edit_batch is None or shuffle is not None):
             raise ValueError("--data.stream true needs --data.edit_batch, and its records cannot be shuffled")
         self.stream, self.stream_wait = stream, float(stream_wait)

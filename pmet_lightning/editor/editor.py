@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.readers import as_edits
 from pmet_lightning.data.records import Edit
-from pmet_lightning.editor.edit_report import EditReport, KeptBatches
+from pmet_lightning.editor.edit_report import EditReport
 from pmet_lightning.editor.isolation import as_guest
 from pmet_lightning.editor.loading import LOADING, checked, loaded, name_of, tokenizer_of
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.model.patch import save_patch
+from pmet_lightning.run.ledger import EditLedger
 from pmet_lightning.run.manifest import manifest_of, moments_of
 from pmet_lightning.run.settings import parts_of, written_settings
 from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.progress import EditProgressBar
-from pmet_lightning.write.transaction import Before
+from pmet_lightning.write.edited_weights import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +107,8 @@ class Editor:
         self._module.borrow(self.model, self.tokenizer)
         self._module.setup("fit")
         self._module.configure_model()
-        self._clean: Before | None = None  # before the first edit
-        self._last: tuple[Before, int, int] | None = None  # before the last call, with edit batches and edits till then
+        self._clean: Snapshot | None = None  # before the first edit
+        self._last: tuple[Snapshot, int, int] | None = None  # before the last call; edit batches and edits then
         self._sums = self._weight_sums()
 
     @classmethod
@@ -211,23 +212,23 @@ class Editor:
         """
         data = self._data(facts)
         self._check_unchanged()
-        before = self._spread.snapshot(self._module)
-        kept = KeptBatches()
+        before = self._spread.edited.snapshot(self._module)
+        ledger = EditLedger(keep=True)
         self._module.forget()
         self._drift.ended = ""
         try:
             with as_guest(self.model, self._device):
-                callbacks = [self._moments, self._spread, self._drift, kept]
+                callbacks = [self._moments, self._spread, self._drift, ledger]
                 self._trainer(callbacks, run_dir, evaluate).fit(self._module, data)
         except BaseException:
-            self._spread.restore(before)
+            self._spread.edited.restore(before)
             raise
         self._last = before, self._module.batches_done, self._module.edits_done
         self._clean = self._clean or before
-        self._module.batches_done += kept.count
-        self._module.edits_done += len(kept.edits)
+        self._module.batches_done += ledger.count
+        self._module.edits_done += len(ledger.edits)
         self._sums = self._weight_sums()
-        return EditReport(dict(self._module.results), tuple(kept.edits), tuple(kept.layers), self._drift.ended)
+        return EditReport(dict(self._module.results), tuple(ledger.edits), tuple(ledger.layers), self._drift.ended)
 
     def undo(self) -> None:
         """Take the last call of :meth:`edit` back, bit by bit; only one is kept.
@@ -270,10 +271,12 @@ class Editor:
         Raises:
             ValueError: If nothing has been edited.
         """
-        if not self._spread.deltas:
+        if not self._spread.edited.deltas:
             raise ValueError("Editor.save_patch: nothing has been edited, so that there is no patch")
-        manifest = manifest_of(self._module, self._spread, moments_of(self._module, self._moments), 0)
-        save_patch(path, self._spread.deltas, manifest | {"edit_batches": self._module.batches_done})
+        module = self._module
+        moments = moments_of(module, self._moments)
+        manifest = manifest_of(module, self._spread, moments, module.batches_done, module.edits_done)
+        save_patch(path, self._spread.edited.deltas, manifest)
 
     @property
     def _device(self) -> torch.device:
@@ -312,9 +315,9 @@ class Editor:
         bars = [EditProgressBar()] if self._progress else []
         return L.Trainer(**{**EDIT_RUN, **options, "logger": False, "callbacks": [*callbacks, *bars]})
 
-    def _put_back(self, before: Before, batches: int, edits: int) -> None:
+    def _put_back(self, before: Snapshot, batches: int, edits: int) -> None:
         self._check_unchanged()
-        self._spread.restore(before)
+        self._spread.edited.restore(before)
         self._module.batches_done, self._module.edits_done, self._last = batches, edits, None
         self._sums = self._weight_sums()
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
@@ -30,6 +29,7 @@ from pmet_lightning.model.fsdp import in_turn, shard
 from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load_model
 from pmet_lightning.model.patch import apply_patch
 from pmet_lightning.model.projections import Sites, keep_in_float32
+from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class TextSettings:
         references_subset: Subset of a hub data set.
     """
 
-    length: PositiveInt = 100  # type: ignore[valid-type]
-    top_k: PositiveInt = 5  # type: ignore[valid-type]
+    length: PositiveInt = 100
+    top_k: PositiveInt = 5
     seed: int = 0
     references: str | None = None
     references_subset: str | None = None
@@ -83,13 +83,13 @@ class EditableModel(L.LightningModule):
     def __init__(
         self,
         model_name: str,
-        layers: list[NonNegativeInt] | Literal["auto"] = "auto",  # type: ignore[valid-type]
+        layers: list[NonNegativeInt] | Literal["auto"] = "auto",
         dtype: DtypeName = "auto",
         attn_implementation: str | None = None,
         architecture: Architecture | None = None,
         padding_side: PaddingSide = "right",
-        tokens_per_batch: PositiveInt = 8192,  # type: ignore[valid-type]
-        free_tokens: NonNegativeInt = 16,  # type: ignore[valid-type]
+        tokens_per_batch: PositiveInt = 8192,
+        free_tokens: NonNegativeInt = 16,
         texts: TextSettings | None = None,
         chat: bool = False,
         keep_float32: bool = False,
@@ -97,6 +97,7 @@ class EditableModel(L.LightningModule):
         device_map: DeviceMap | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)  # a subclass' too; the run logs them itself
         self.strict_loading = False  # the language model is no part of a checkpoint
         self.model_name = model_name
         self.layers_wanted: list[int] | None = None if layers == "auto" else sorted(map(int, layers))
@@ -112,6 +113,8 @@ class EditableModel(L.LightningModule):
         self.lm: nn.Module | None = None
         self._lent: tuple[nn.Module, Any] | None = None
         self.base_fingerprint = ""
+        # What was written before: by a run that is resumed (edit batches), by earlier runs of this object (both).
+        self.batches_done = self.edits_done = 0
         self.inner_step = 0
         self.scores = EditScores()
         self.results: dict[str, dict[str, float]] = {}
@@ -300,7 +303,8 @@ class EditableModel(L.LightningModule):
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Score the edits' questions on the model as it is now."""
-        results = self.evaluate(batch.edits, batch.positions)
+        with self.trainer.profiler.profile(self.phase):
+            results = self.evaluate(batch.edits, batch.positions)
         if self.phase == "before":
             self._before |= {result.position: list(result.probes) for result in results}
         self.scores.update(results)

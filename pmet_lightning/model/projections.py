@@ -118,7 +118,7 @@ def out_features(projection: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Written:
+class StoredDelta:
     """What became of a ΔW when the sum was stored in the weight's own dtype.
 
     Attributes:
@@ -132,7 +132,7 @@ class Written:
     rounding: float
 
 
-def add_to_weight(projection: nn.Module, delta_OI: Tensor) -> Written:
+def add_to_weight(projection: nn.Module, delta_OI: Tensor) -> StoredDelta:
     """W ← W + ΔW, the sum formed in ΔW's precision and then stored in the weight's own dtype.
 
     Args:
@@ -153,7 +153,7 @@ def add_to_weight(projection: nn.Module, delta_OI: Tensor) -> Written:
     sums = (stored * delta, delta.square(), (stored - delta).square(), moving, stored[moving] != 0)
     product, square, lost, wanted, moved = summed(weight, torch.stack([part.sum().double() for part in sums])).tolist()
     square = max(square, torch.finfo(torch.float64).tiny)
-    return Written(product / square, moved / wanted if wanted else 1.0, (lost / square) ** 0.5)
+    return StoredDelta(product / square, moved / wanted if wanted else 1.0, (lost / square) ** 0.5)
 
 
 def keep_in_float32(projection: nn.Module) -> None:

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from pmet_lightning.data.corpus import CorpusError, corpus_texts, packed_rows
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget
+from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.architectures import Place
 from pmet_lightning.moments.store import MomentError, MomentKey, MomentStore
 from pmet_lightning.moments.sums import MomentSums
 from pmet_lightning.solver.packed import packed_lower, symmetric, unpacked_lower, unpacked_symmetric
-from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.distributed import Team
 from pmet_lightning.utils.files import atomic_path
 from pmet_lightning.utils.progress import counter
@@ -84,7 +84,7 @@ class Collection:
         self,
         settings: CollectionSettings,
         trainer: L.Trainer,
-        module: TargetOptimizer,
+        module: EditableModel,
         places: Sequence[Place],
         store: MomentStore,
         key: MomentKey,

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor
 
 from pmet_lightning.data.corpus import corpus_fingerprint
 from pmet_lightning.data.encoder import PromptEncoder
+from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.architectures import Place, WriteChoice, written_sites
 from pmet_lightning.model.projections import in_features
 from pmet_lightning.moments.collection import Collection, CollectionSettings
@@ -21,14 +22,14 @@ from pmet_lightning.moments.store import MOMENTS_FOLDER, MomentError, MomentKey,
 from pmet_lightning.moments.sums import memory_groups
 from pmet_lightning.solver.cholesky import Factor
 from pmet_lightning.solver.null_space import NullSpace, null_space
-from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.distributed import Team
 from pmet_lightning.utils.memory import free_memory
+from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 log = logging.getLogger(__name__)
 
 
-class SecondMoments(L.Callback):
+class SecondMoments(HyperparametersMixin, L.Callback):
     """Second moments of the edited layers, by model, tokenizer, corpus, count, length and precision.
 
     Args:
@@ -50,15 +51,17 @@ class SecondMoments(L.Callback):
         self,
         corpus: str = "wikimedia/wikipedia",
         corpus_subset: str | None = "20231101.en",
-        samples: PositiveInt | Literal["auto"] = "auto",  # type: ignore[valid-type]
-        tolerance: PositiveFloat = 0.05,  # type: ignore[valid-type]
-        length: PositiveInt = 128,  # type: ignore[valid-type]
-        seed: NonNegativeInt = 0,  # type: ignore[valid-type]
+        samples: PositiveInt | Literal["auto"] = "auto",
+        tolerance: PositiveFloat = 0.05,
+        length: PositiveInt = 128,
+        seed: NonNegativeInt = 0,
         folder: str = MOMENTS_FOLDER,
         given: str | None = None,
-        save_every: NonNegativeFloat = 60.0,  # type: ignore[valid-type]
+        save_every: NonNegativeFloat = 60.0,
         write: WriteChoice = "ffn",
     ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
         wanted = None if samples == "auto" else int(samples)
         self.settings = CollectionSettings(
             corpus, corpus_subset, wanted, float(tolerance), int(length), int(seed), float(save_every)
@@ -67,7 +70,7 @@ class SecondMoments(L.Callback):
         self.given = given
         self.sites = written_sites(write)
         self._store: MomentStore | None = None
-        self._module: TargetOptimizer | None = None
+        self._module: EditableModel | None = None
         self._null_spaces: dict[tuple[Place, float], NullSpace] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -78,7 +81,7 @@ class SecondMoments(L.Callback):
             FileNotFoundError: If the corpus, or a moment in ``given``, is not there.
             CorpusError: If the corpus has no text.
         """
-        assert isinstance(pl_module, TargetOptimizer)
+        assert isinstance(pl_module, EditableModel)
         config: Any = pl_module.model.config
         most = getattr(config.get_text_config(), "max_position_embeddings", None)
         if most is not None and most < self.settings.length:
@@ -144,7 +147,7 @@ class SecondMoments(L.Callback):
         sites = self._module.sites
         return self._store, in_features(sites.module(*place)), sites.weight_name(*place), self._module.device
 
-    def key(self, module: TargetOptimizer) -> MomentKey:
+    def key(self, module: EditableModel) -> MomentKey:
         """What the moments of this run depend on."""
         settings = self.settings
         return MomentKey(

@@ -5,9 +5,10 @@ Legend: B = edits, S = steps, P = parts of the loss and P(o*), L = quantiles.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ from pmet_lightning.utils.metric_names import (
     STEPS,
     WRITES,
 )
-from pmet_lightning.write.write_report import LayerReport, SpreadReport
+from pmet_lightning.write.write_report import LayerReport, WriteReport
 
 LEVELS = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
 CLAMP_TOLERANCE = 1e-4  # relative: a delta this near its clamp touches it
-_DONE = ("residual_after", "overshoot", "norm_ratio", "growth")  # of a write
+# Figures of a LayerReport: what a write did, and how well it was solved and stored.
+_DONE = ("residual_after", "overshoot", "norm_ratio", "growth")
+_NUMERICS = ("solve_error", "condition_bound", "ridge", "kept", "changed", "rounding")
 _MOST_VECTORS = 256  # of an edit batch, in a histogram
 _MOST_TEXTS = 8  # of an edit batch
 _COLUMNS = ("question", "was", "target", "says before", "says after")
@@ -46,24 +49,23 @@ def step_points(targets: Sequence[Target], rules: Rules) -> Iterator[dict[str, f
         targets: Of the edit batch.
         rules: The weights.
     """
-    weights = {"nll": rules.nll, "kl": rules.kl, "norm": rules.norm}
-    names = {part: f"loss_{part}" if part in weights else part for part in PARTS if weights.get(part, 1)}
-    columns = [PARTS.index(part) for part in names]
+    weights = {"loss_nll": rules.nll, "loss_kl": rules.kl, "loss_norm": rules.norm}
+    names = [part for part in PARTS if weights.get(part, 1)]
+    columns = [PARTS.index(name) for name in names]
     histories_BSP = kept_histories(targets)[..., columns]
     levels_L = histories_BSP.new_tensor(list(LEVELS.values()))
     for step, active in enumerate(mean_curves(targets)):
         here_BP = histories_BSP[:, step]
-        values = dict(zip((f"{STEPS}/{name}" for name in names.values()), here_BP.mean(dim=0).tolist(), strict=True))
+        values = dict(zip((f"{STEPS}/{name}" for name in names), here_BP.mean(dim=0).tolist(), strict=True))
         for level, row_P in zip(LEVELS, here_BP.quantile(levels_L, dim=0), strict=True):
-            named = (f"{QUANTILES}/{name}_{level}" for name in names.values())
+            named = (f"{QUANTILES}/{name}_{level}" for name in names)
             values |= dict(zip(named, row_P.tolist(), strict=True))
-        values |= {f"{ACTIVE}/{name}": active[part] for part, name in names.items()}
-        values[f"{ACTIVE}/edits"] = active["active"]
+        values |= {f"{ACTIVE}/{name}": active[name] for name in (*names, "active_edits")}
         done = sum(len(target.history_SP) <= step + 1 for target in targets)
         yield values | {f"{STEPS}/finished": done / len(targets)}
 
 
-def batch_points(report: SpreadReport, clamp: float) -> dict[str, float]:
+def batch_points(report: WriteReport, clamp: float) -> dict[str, float]:
     """What the search for the targets of an edit batch has found, and what is left of the residual.
 
     Args:
@@ -84,21 +86,12 @@ def batch_points(report: SpreadReport, clamp: float) -> dict[str, float]:
 
 def layer_points(layer: LayerReport) -> dict[str, float]:
     """One write among those of its layer: what it did, and how well it was solved and stored."""
-    place = f"{layer.site}_layer_{layer.layer}"
-    numerics = {
-        "solve_error": layer.relative_error,
-        "condition_bound": layer.condition_bound,
-        "ridge": layer.ridge,
-        "kept": layer.written.kept,
-        "changed": layer.written.changed,
-        "rounding": layer.written.rounding,
-    }
-    return {f"{LAYERS}/{name}/{place}": getattr(layer, name) for name in _DONE} | {
-        f"{NUMERICS}/{name}/{place}": value for name, value in numerics.items()
-    }
+    where, figures = f"{layer.site}_layer_{layer.layer}", asdict(layer)
+    groups = {LAYERS: _DONE, NUMERICS: _NUMERICS}
+    return {f"{group}/{name}/{where}": figures[name] for group, names in groups.items() for name in names}
 
 
-def write_points(report: SpreadReport) -> Iterator[tuple[int, dict[str, float]]]:
+def write_points(report: WriteReport) -> Iterator[tuple[int, dict[str, float]]]:
     """What each layer's write did, numbered from the first edit batch on, so that a curve leads from layer to layer."""
     layers = sorted({layer.layer for layer in report.layers})
     for place, number in enumerate(layers, start=report.edit_batch * len(layers)):
@@ -106,7 +99,7 @@ def write_points(report: SpreadReport) -> Iterator[tuple[int, dict[str, float]]]
         yield place, {f"{WRITES}/{name}_{layer.site}": getattr(layer, name) for layer in here for name in _DONE}
 
 
-def histograms(report: SpreadReport) -> dict[str, Tensor]:
+def histograms(report: WriteReport) -> dict[str, Tensor]:
     """Entries of the target vectors of some edits, and a number for every edit."""
     some = report.targets[:_MOST_VECTORS]
     found = {f"target_{site}": torch.stack([target.values[site] for target in some]).float() for site in some[0].values}
@@ -121,7 +114,7 @@ def shown_edits(count: int) -> range:
     return range(min(count, _MOST_TEXTS))
 
 
-def answers_table(questions: Sequence[str], before: Sequence[str], ledger: Sequence[str]) -> str:
+def answers_table(questions: Sequence[str], before: Sequence[str], ledger: Sequence[Mapping[str, Any]]) -> str:
     """What the model says about some edits before and after their edit batch, in Markdown.
 
     Args:
@@ -130,8 +123,7 @@ def answers_table(questions: Sequence[str], before: Sequence[str], ledger: Seque
         ledger: Lines of these edits.
     """
     rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
-    for question, said, text in zip(questions, before, ledger, strict=True):
-        line = json.loads(text)
+    for question, said, line in zip(questions, before, ledger, strict=True):
         rows.append((question, line["target_true"] or "", line["target"], said, line["answer"]))
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
 
@@ -161,7 +153,7 @@ def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
     }
 
 
-def _deltas(report: SpreadReport) -> list[str]:
+def _deltas(report: WriteReport) -> list[str]:
     return [f"delta_{site}" for site in report.targets[0].values]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,26 +13,6 @@ from torch import Tensor
 from pmet_lightning.data.encoder import fill
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.scores import CORE, row_scores
-from pmet_lightning.write.write_report import LayerReport
-
-
-def layer_line(edit_batch: int, report: LayerReport) -> dict[str, Any]:
-    """One write, without its tensors."""
-    return {
-        "edit_batch": edit_batch,
-        "site": report.site,
-        "layer": report.layer,
-        "residual": report.residual,
-        "residual_after": report.residual_after,
-        "overshoot": report.overshoot,
-        "norm_ratio": report.norm_ratio,
-        "growth": report.growth,
-        "relative_error": report.relative_error,
-        "ridge": report.ridge,
-        "condition_bound": report.condition_bound,
-        "kept": report.written.kept,
-        "rounding": report.written.rounding,
-    }
 
 
 def columns_of(points: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
@@ -42,20 +21,20 @@ def columns_of(points: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
 
 
 def edit_lines(
-    edits: Sequence[Edit], ledger: Iterable[str], rows: Mapping[str, Tensor], first: int = 0
+    edits: Sequence[Edit], ledger: Iterable[Mapping[str, Any]], rows: Mapping[str, Tensor], first: int = 0
 ) -> list[dict[str, Any]]:
     """Every edit: what the ledger says of it, if it does, and its scores before and after.
 
     Args:
         edits: All edits, by position; none of a stream, of which the ledger says all that is known.
-        ledger: JSON lines of the first of them, or of those from ``first`` on.
+        ledger: Lines of the first of them, or of those from ``first`` on.
         rows: Rows of all records by phase, as :meth:`EditScores.record_rows` gives them.
         first: Position of the first line of the ledger.
     """
     shown = {phase: table[table[:, 0] >= first] for phase, table in rows.items()}
     scores = {phase: {int(row[0]): row_scores(row) for row in table} for phase, table in shown.items()}
-    lines = map(json.loads, ledger)
-    described = (_described(edit) | next(lines, {}) for edit in edits) if edits else map(_as_asked, lines)
+    lines = iter(ledger)
+    described = ({**_described(edit), **next(lines, {})} for edit in edits) if edits else map(_as_asked, lines)
     return [
         line | {phase: found.get(position, {}) for phase, found in scores.items()}
         for position, line in enumerate(described, start=first)

@@ -36,8 +36,8 @@ WORST = 20  # edits in the table of the worst
 MOST_RELATIONS = 30  # in the figure
 _WIDTH, _HALF = 9.4, 4.6  # inches; a figure as wide as the page, one of two side by side
 
-_PARTS = {"loss": INK, "nll": ORANGE, "kl": BLUE, "norm": PURPLE}
-_CURVES = ("step", *_PARTS, "p", "active")
+_PARTS = {"loss": INK, "loss_nll": ORANGE, "loss_kl": BLUE, "loss_norm": PURPLE}
+_CURVES = ("step", *_PARTS, "p", "active_edits")
 _SITES = {"ffn": BLUE, "attn": ORANGE}
 _REASONS = {
     "loss": ("loss low enough", GREEN),
@@ -131,7 +131,11 @@ def _loss_curves(data: Mapping[str, Any]) -> Figure | None:
     steps = _inner_steps(_at(data, "curves") or {})
     columns = {name: _column(steps, name) for name in _CURVES}
     parts = {name: columns[name] for name in _PARTS if any(value > 0 for value in columns[name])}
-    there = (("loss", 2.3, parts), ("p", 1.2, _known(columns["p"])), ("active", 1.0, _known(columns["active"])))
+    there = (
+        ("loss", 2.3, parts),
+        ("p", 1.2, _known(columns["p"])),
+        ("active_edits", 1.0, _known(columns["active_edits"])),
+    )
     heights = {name: height for name, height, values in there if values}
     if not heights:
         return None
@@ -143,9 +147,9 @@ def _loss_curves(data: Mapping[str, Any]) -> Figure | None:
     if "p" in axes:
         axes["p"].plot(columns["step"], columns["p"], color=GREEN, label="p")
         axes["p"].set(title="P(target)", ylim=(0, 1.02))
-    if "active" in axes:
-        axes["active"].fill_between(columns["step"], columns["active"], step="mid", color=MUTED, alpha=0.45)
-        axes["active"].set(title="edits still being optimised", ylim=(0, None))
+    if "active_edits" in axes:
+        axes["active_edits"].fill_between(columns["step"], columns["active_edits"], step="mid", color=MUTED, alpha=0.45)
+        axes["active_edits"].set(title="edits still being optimised", ylim=(0, None))
     known = _known(columns["step"])
     below[-1].set_xlim(min(known) - 1, max(known) + 1)
     below[-1].set_xlabel("inner step, edits in flight together")
@@ -158,7 +162,7 @@ def _inner_steps(curves: Mapping[str, Any]) -> list[dict[str, float]]:
     for place, values in enumerate(zip_longest(*(curves.get(name) or [] for name in _CURVES))):
         step = dict(zip(_CURVES, map(number, values), strict=True))
         step["step"] = float(place) if math.isnan(step["step"]) else step["step"]
-        if steps and step["active"] > steps[-1]["active"]:
+        if steps and step["active_edits"] > steps[-1]["active_edits"]:
             steps.append({})
         steps.append(step)
     return steps
@@ -170,7 +174,7 @@ def _draw_parts(ax: Axes, steps: Sequence[float], parts: Mapping[str, Sequence[f
 
     for name, values in parts.items():
         thick = 2.6 if name == "loss" else 1.2  # so that it shows where one part is all of it
-        ax.plot(steps, values, color=_PARTS[name], lw=thick, label=name)
+        ax.plot(steps, values, color=_PARTS[name], lw=thick, label=name.removeprefix("loss_"))
     positive = [value for values in parts.values() for value in values if value > 0]
     top, low = max(positive), max(min(positive), max(positive) * 1e-4)
     if top > 20 * low:

@@ -27,14 +27,14 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.ledger_path, self.batches_path = folder / LEDGER, folder / BATCHES
 
-    def add(self, ledger: Sequence[str], entry: Mapping[str, Any]) -> None:
+    def add(self, ledger: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> None:
         """Write one edit batch down.
 
         Args:
             ledger: Lines of its edits.
             entry: What is kept of the batch itself.
         """
-        _append(self.ledger_path, ledger)
+        _append(self.ledger_path, [json.dumps(line, ensure_ascii=False) for line in ledger])
         _append(self.batches_path, [json.dumps({**entry, "edits": len(ledger)})])
 
     def keep(self, batches: int) -> int:
@@ -59,9 +59,9 @@ class Journal:
                 os.truncate(path, kept.bytes)
         return edits
 
-    def ledger(self) -> Iterator[str]:
+    def edits(self) -> Iterator[dict[str, Any]]:
         """Lines of the edits."""
-        return _lines(self.ledger_path)
+        return (json.loads(line) for line in _lines(self.ledger_path))
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """What is kept of each edit batch."""

@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+import lightning as L
+
+from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.data.records import Probe
 from pmet_lightning.evaluation.generation import greedy_texts
 from pmet_lightning.evaluation.probes import score_probes
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.distributed import Team
-from pmet_lightning.write.write_report import SpreadReport
+from pmet_lightning.write.write_report import WriteReport
 
 
-def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
-    """JSON lines of one edit batch, measured on the model just written; each process measures its own edits."""
+class EditLedger(L.Callback):
+    """Measures each edit batch once, on the model just written, for all callbacks that follow (``outputs["ledger"]``).
+
+    Args:
+        keep: Whether lines and layers of all edit batches are kept here too.
+
+    Attributes:
+        edits: The lines.
+        layers: A line for every write.
+        count: Edit batches.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self.edits: list[dict[str, Any]] = []
+        self.layers: list[dict[str, Any]] = []
+        self.count = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
+    ) -> None:
+        """Measure what was written, unless a limit has taken it back."""
+        if outputs is None or "written" not in outputs:
+            return
+        assert isinstance(pl_module, TargetOptimizer)
+        report: WriteReport = outputs["written"]
+        outputs["ledger"] = measure_ledger(pl_module, report)
+        if self.keep:
+            self.count += 1
+            self.edits += outputs["ledger"]
+            self.layers += report.layer_lines()
+
+
+def measure_ledger(module: TargetOptimizer, report: WriteReport) -> list[dict[str, Any]]:
+    """Lines of one edit batch, measured on the model just written; each process measures its own edits."""
     team, places = Team.of(module.trainer), range(len(report.edits))
     own = team.own(places)
     asked = [[Probe("efficacy", report.edits[i].question, report.edits[i].target)] for i in own]
@@ -26,23 +61,24 @@ def ledger_lines(module: TargetOptimizer, report: SpreadReport) -> list[str]:
         tokens_per_batch=module.tokens_per_batch,
         device=module.device,
     )
-    solve_error = {f"{layer.site}/layer_{layer.layer}": layer.relative_error for layer in report.layers}
+    solve_error = {layer.name: layer.solve_error for layer in report.layers}
     lines = []
     for i, score, answer in zip(own, scores, answers, strict=True):
         edit = report.edits[i]
-        line: dict[str, Any] = {
-            "case_id": edit.case_id,
-            "edit_batch": report.edit_batch,
-            "prompt": edit.prompt,
-            "subject": edit.subject,
-            "target": edit.target,
-            "target_true": edit.target_true,
-            "relation": edit.relation,
-            **report.targets[i].record,
-            "solve_error": solve_error,
-            "residual_left": report.residual_left[i],
-            "p_prompt_after": score[0].magnitude,
-            "answer": answer,
-        }
-        lines.append(json.dumps(line, ensure_ascii=False))
+        lines.append(
+            {
+                "case_id": edit.case_id,
+                "edit_batch": report.edit_batch,
+                "prompt": edit.prompt,
+                "subject": edit.subject,
+                "target": edit.target,
+                "target_true": edit.target_true,
+                "relation": edit.relation,
+                **report.targets[i].record,
+                "solve_error": solve_error,
+                "residual_left": report.residual_left[i],
+                "p_prompt_after": score[0].magnitude,
+                "answer": answer,
+            }
+        )
     return team.gathered_objects(lines, len(places))

@@ -1,11 +1,13 @@
-"""Lightning's own CLI, for the verbs that need model, data and devices."""
+"""Lightning's own CLI, for the commands that need model, data and devices; and the same from Python."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from pmet_lightning.baselines.finetuning import FineTuning
@@ -14,47 +16,59 @@ from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.run.settings import add_editing_sections, add_shared_sections
 from pmet_lightning.run.trainer import EditTrainer
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
+from pmet_lightning.utils.resources import locate_config
+
+FitCommand = Literal["fit", "finetune"]
 
 
-class FineTuningCLI(LightningCLI):
-    """Lightning's CLI for the baseline, which needs neither second moments nor a spread.
+class SingleCommandCLI(LightningCLI):
+    """Lightning's CLI with one of its commands: reading the signatures that all have takes as long for each of them.
 
     Args:
-        verb: The only one that is meant: to read the signatures that all have takes as long for each of them.
+        command: The command.
         arguments: Of Lightning's CLI.
     """
 
     HIDDEN: ClassVar[set[str]] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-    VERBS: ClassVar[dict[str, set[str]]] = {"fit": HIDDEN}
+    COMMANDS: ClassVar[dict[str, set[str]]] = {}
+    MODULE: ClassVar[type[EditableModel]] = EditableModel
 
-    def __init__(self, verb: str, *arguments: Any, **named: Any) -> None:
-        self._verb = verb
+    def __init__(self, command: str, *arguments: Any, **named: Any) -> None:
+        self._command = command
         super().__init__(*arguments, **named)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning asks the instance
-        """The verb, and which of the trainer's arguments are no options."""
-        return {self._verb: self.VERBS[self._verb]}
+        """The command, and which of the trainer's arguments are no options."""
+        return {self._command: self.COMMANDS[self._command]}
+
+
+class FineTuningCLI(SingleCommandCLI):
+    """For the baseline, which needs neither second moments nor a spread."""
+
+    COMMANDS: ClassVar[dict[str, set[str]]] = {"fit": SingleCommandCLI.HIDDEN}
+    MODULE = FineTuning
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """As :func:`add_shared_sections`."""
+        """As :func:`~pmet_lightning.run.settings.add_shared_sections`."""
         add_shared_sections(parser)
 
 
-class EditCLI(FineTuningCLI):
-    """The same with the callbacks of editing as sections of their own."""
+class EditCLI(SingleCommandCLI):
+    """With the callbacks of editing as sections of their own."""
 
-    VERBS: ClassVar[dict[str, set[str]]] = {
-        **dict.fromkeys(("fit", "validate", "test"), FineTuningCLI.HIDDEN),
+    COMMANDS: ClassVar[dict[str, set[str]]] = {
+        **dict.fromkeys(("fit", "validate", "test"), SingleCommandCLI.HIDDEN),
         "stats": {"model", "datamodule"},
     }
+    MODULE = TargetOptimizer
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """As :func:`add_editing_sections`."""
+        """As :func:`~pmet_lightning.run.settings.add_editing_sections`."""
         add_editing_sections(parser)
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Stores ``config.yaml`` in the run folder of a fit; other verbs leave no folder."""
+    """Stores ``config.yaml`` in the run folder of a fit; other commands leave no folder."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Save only what belongs to a run."""
@@ -62,36 +76,81 @@ class SaveFitConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-def build(arguments: Sequence[str], run: bool) -> LightningCLI:
-    """Build the CLI of a verb, whose configurations are paths, and run the verb if ``run`` is true.
+def run_command(command: str, arguments: Sequence[str]) -> LightningCLI:
+    """Run a command of the command line.
 
     Args:
-        arguments: Of the command line; if nothing is run, the verb may be left out, and fit is meant.
-        run: Whether the verb is run.
+        command: Its name.
+        arguments: What follows it; configurations are paths.
+
+    Raises:
+        ValueError: If there is no such command.
     """
+    kind, own = _cli_of(command)
+    return _build(kind, own, [own, *arguments], run=True)
+
+
+def build_fit(config: str, overrides: Mapping[str, Any] | None = None, command: FitCommand = "fit") -> LightningCLI:
+    """The trainer, module and data of a fit, before anything is loaded.
+
+    Args:
+        config: A configuration, a file or the name of a shipped one.
+        overrides: What differs from it, by dotted names such as ``spread.lam``.
+        command: fit, or finetune for the baseline.
+
+    Raises:
+        FileNotFoundError: If there is no such configuration.
+        SystemExit: With a message, if there is no such setting, or a value is not what it takes.
+    """
+    settings: dict[str, Any] = yaml.safe_load(Path(locate_config(config)).read_text(encoding="utf-8"))
+    for name, value in (overrides or {}).items():
+        *path, last = name.split(".")
+        section = settings
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    kind, own = _cli_of(command)
+    return _build(kind, own, settings, run=False)
+
+
+def run_fit(config: str, overrides: Mapping[str, Any] | None = None, command: FitCommand = "fit") -> Path:
+    """Run a fit from Python, as the command line does.
+
+    Args:
+        config: As for :func:`build_fit`, and so are the others.
+        overrides: What differs from it.
+        command: fit, or finetune for the baseline.
+
+    Returns:
+        The run folder.
+    """
+    cli = build_fit(config, overrides, command)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    return Path(cli.trainer.run_dir)
+
+
+def _cli_of(command: str) -> tuple[type[SingleCommandCLI], str]:
+    """The CLI of a command, and what Lightning calls it."""
+    if command == "finetune":
+        return FineTuningCLI, "fit"
+    if command not in EditCLI.COMMANDS:
+        raise ValueError(f"unknown command {command!r}, expected one of {', '.join([*EditCLI.COMMANDS, 'finetune'])}")
+    return EditCLI, command
+
+
+def _build(kind: type[SingleCommandCLI], command: str, args: list[str] | dict[str, Any], run: bool) -> LightningCLI:
     # Configuration names are completed first, so the arguments cannot be left to sys.argv.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    arguments = list(arguments)
-    if not run and arguments[:1] not in (["fit"], ["finetune"]):
-        arguments.insert(0, "fit")
-    kind: type[FineTuningCLI] = EditCLI
-    module: type[EditableModel] = TargetOptimizer
-    if arguments[:1] == ["finetune"]:
-        kind, module = FineTuningCLI, FineTuning
-        arguments[0] = "fit"
-    verb = "".join(arguments[:1])
-    if verb not in kind.VERBS:
-        raise ValueError(f"unknown verb {verb!r}, expected one of {', '.join([*kind.VERBS, 'finetune'])}")
     return kind(
-        verb,
-        module,
+        command,
+        kind.MODULE,
         EditDataModule,
         trainer_class=EditTrainer,
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},  # the trainer has made sure that no other run is there
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"allow_abbrev": False, verb: {"allow_abbrev": False}},
-        args=arguments if run else arguments[1:],
+        parser_kwargs={"allow_abbrev": False, command: {"allow_abbrev": False}},
+        args=args,
         run=run,
     )

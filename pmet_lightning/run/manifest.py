@@ -8,27 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from pmet_lightning.moments.second_moments import SecondMoments
+from pmet_lightning.run.hparams import settings_of
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.versions import versions
 from pmet_lightning.write.weight_spread import WeightSpread
 
-# What decides which ΔW an edit gets: all of it must be the same when a run goes on.
-_SETTINGS = (
-    "fingerprint",
-    "chat",
-    "keep_float32",
-    "layers",
-    "sites",
-    "optimised",
-    "lam",
-    "rule",
-    "null_space",
-    "protect_past",
-    "rules",
-    "optimizer",
-    "contexts",
-    "moments",
-)
+# What must be the same when a run goes on, besides the settings.
+_IDENTITY = ("fingerprint", "layers", "optimizer", "contexts", "moments")
+# Settings that say nothing about ΔW, or that the identity says more exactly.
+_NOT_COMPARED = {
+    *(f"model.{name}" for name in ("model_name", "layers", "dtype", "optimizer", "contexts", "context_count")),
+    *(f"model.{name}" for name in ("context_length", "seed", "free_tokens", "texts", "patch")),
+}
 
 
 def moments_of(module: TargetOptimizer, moments: SecondMoments) -> dict[str, Any]:
@@ -37,7 +28,7 @@ def moments_of(module: TargetOptimizer, moments: SecondMoments) -> dict[str, Any
 
 
 def manifest_of(
-    module: TargetOptimizer, spread: WeightSpread, moments: Mapping[str, Any] | None, edits: int
+    module: TargetOptimizer, spread: WeightSpread, moments: Mapping[str, Any] | None, edit_batches: int, edits: int
 ) -> dict[str, Any]:
     """What a patch says about itself.
 
@@ -45,27 +36,21 @@ def manifest_of(
         module: The module with the model.
         spread: What has written it.
         moments: As :func:`moments_of` gives them.
-        edits: Edits that this run has written.
+        edit_batches: Edit batches in the patch.
+        edits: Edits in the patch.
     """
+    settings = settings_of("model", module) | settings_of("spread", spread)
     return {
         "model": module.model_name,
         "fingerprint": module.base_fingerprint,
         "dtype": str(next(module.model.parameters()).dtype).removeprefix("torch."),
-        "chat": module.chat,
-        "keep_float32": module.keep_float32,
         "layers": module.layers,
-        "sites": spread.sites,
-        "optimised": module.sites_optimised,
-        "lam": spread.lam,
-        "rule": spread.rule,
-        "null_space": spread.null_space,
-        "protect_past": spread.protect_past,
-        "rules": vars(module.rules),
         "optimizer": module.optimizer_settings,
         "contexts": module.contexts,
         "moments": moments,
-        "edit_batches": spread.report.edit_batch + 1 if spread.report else 0,
-        "edits": module.edits_done + edits,
+        "settings": {name: value for name, value in settings.items() if name not in _NOT_COMPARED},
+        "edit_batches": edit_batches,
+        "edits": edits,
         "versions": versions(),
     }
 
@@ -81,12 +66,16 @@ def check_same_settings(earlier: Mapping[str, Any], now: Mapping[str, Any], fold
     Raises:
         ValueError: If something differs; it says what.
     """
-    mine = json.loads(json.dumps(now, default=str))
+    was, mine = _compared(earlier), _compared(json.loads(json.dumps(now, default=str)))
     differences = [
-        f"{name}: {was} then, {mine[name]} now" for name in _SETTINGS if mine[name] != (was := earlier.get(name))
+        f"{name}: {was.get(name)} then, {value} now" for name, value in mine.items() if was.get(name) != value
     ]
     if differences:
         raise ValueError(
             f"--trainer.resume: {folder} holds a run with other settings ({'; '.join(differences)}); give the same "
             "ones, or another --trainer.run_dir"
         )
+
+
+def _compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: manifest.get(name) for name in _IDENTITY} | manifest.get("settings", {})

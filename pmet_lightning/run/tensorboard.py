@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.evaluation.generation import greedy_texts
-from pmet_lightning.evaluation.scores import METRICS
+from pmet_lightning.evaluation.scores import METRICS, table_of
 from pmet_lightning.report.logged_metrics import (
     answers_table,
     batch_points,
@@ -30,12 +30,14 @@ from pmet_lightning.report.logged_metrics import (
     step_points,
     write_points,
 )
-from pmet_lightning.run.hparams import hyper_parameters, session
-from pmet_lightning.run.recorder import RunRecorder, WrittenBatch
+from pmet_lightning.run.hparams import collect_hparams, hparams_summaries
+from pmet_lightning.run.recorder import RunRecorder
+from pmet_lightning.run.timing import PhaseProfiler
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import all_edits
 from pmet_lightning.utils.distributed import Team
 from pmet_lightning.utils.metric_names import DETAILS, EDIT_BATCHES, FIGURES, SCORES, TEXTS
+from pmet_lightning.write.write_report import BatchOutputs
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -43,19 +45,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MAIN = {name: name for name in METRICS} | {"perplexity": "text_perplexity", "kl": "text_kl"}  # first group's names
+_MAIN = {*METRICS, "perplexity", "kl"}  # in the first group
 _PHASES = ("before", "targets", "spread", "ledger", "after")  # that an edit batch takes its time in
 
 
-class Inspection(L.Callback):
-    """Logs what an edit batch has left; added by :class:`~pmet_lightning.run.trainer.EditTrainer` behind the recorder.
+class TensorBoardCallback(L.Callback):
+    """Logs what an edit batch has left; added by :class:`~pmet_lightning.run.trainer.EditTrainer` after the recorder.
 
     Nothing is asked of the device while targets are found: curves by step come from their histories, at the end of the
     edit batch. Numbers go to every logger; histograms, texts, figures and hyper-parameters to TensorBoard's. Of many
     edit batches, fewer and fewer keep curves and texts (:func:`~pmet_lightning.report.logged_metrics.is_shown`).
 
     Args:
-        recorder: What writes the run folder down; its scores, ledger, clock and figures are shown.
+        recorder: What writes the run folder; its figures are shown.
     """
 
     def __init__(self, recorder: RunRecorder) -> None:
@@ -75,15 +77,15 @@ class Inspection(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the hyper-parameters, and how TensorBoard shall show what comes."""
         assert isinstance(pl_module, EditableModel)
-        self._seconds = dict(self.recorder.clock.seconds)
+        self._seconds = _seconds(trainer)
         if not trainer.loggers:
             return
         self._begun = True
-        settings = hyper_parameters(trainer, pl_module)
+        settings = collect_hparams(trainer, pl_module)
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
         for writer in _writers(trainer):
-            for summary in session(settings, _final_tags())[:2]:
+            for summary in hparams_summaries(settings, _final_tags())[:2]:
                 writer._get_file_writer().add_summary(summary)
             writer.add_custom_scalars(layout())
         _save(trainer)
@@ -96,40 +98,30 @@ class Inspection(L.Callback):
         if not (isinstance(pl_module, TargetOptimizer) and batch.edits and _has_board(trainer)):
             return
         if is_shown(batch_idx + pl_module.batches_done):
-            team, places = Team.of(trainer), shown_edits(len(batch.edits))
-            texts = greedy_texts(
-                pl_module.model,
-                pl_module.encoder,
-                [batch.edits[i].question for i in team.own(places)],
-                tokens_per_batch=pl_module.tokens_per_batch,
-                device=pl_module.device,
-            )
-            self._said = team.gathered_objects(texts, len(places))
-            self.recorder.clock.end("before")
+            with trainer.profiler.profile("before"):
+                self._said = _answers(trainer, pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
         """Log what the edit batch has left, and have it read while the run goes on."""
-        seconds, self._seconds = self._seconds, dict(self.recorder.clock.seconds)
-        written = self.recorder.last
-        if written is None or not trainer.is_global_zero or not trainer.loggers:
+        seconds, self._seconds = self._seconds, _seconds(trainer)
+        with trainer.profiler.profile("report"):
+            if outputs is not None and "written" in outputs and trainer.is_global_zero and trainer.loggers:
+                assert isinstance(pl_module, TargetOptimizer)
+                self._log_batch(trainer, pl_module, outputs, seconds)
             _save(trainer)  # of a baseline, its epochs
-            return
-        assert isinstance(pl_module, TargetOptimizer)
-        self._log_batch(trainer, pl_module, written, seconds)
-        _save(trainer)
-        self.recorder.clock.end("report")
-        self._seconds = dict(self.recorder.clock.seconds)
+        self._seconds = _seconds(trainer)
 
     def _log_batch(
-        self, trainer: L.Trainer, pl_module: TargetOptimizer, written: WrittenBatch, seconds: Mapping[str, float]
+        self, trainer: L.Trainer, pl_module: TargetOptimizer, outputs: BatchOutputs, seconds: Mapping[str, float]
     ) -> None:
         """Numbers, histograms and texts of an edit batch; ``seconds`` are those of each phase before it."""
-        report = written.report
-        number, rules = report.edit_batch, pl_module.rules
+        report, rules = outputs["written"], pl_module.rules
+        number = report.edit_batch
         points = batch_points(report, rules.clamp) | _rates(len(report.edits), seconds, self._seconds)
-        points |= {f"{EDIT_BATCHES}/at_once_{name}": written.scores[name] for name in METRICS if name in written.scores}
+        scores = table_of(outputs["rows_at_once"]) if "rows_at_once" in outputs else {}
+        points |= {f"{EDIT_BATCHES}/at_once_{name}": float(scores[name]) for name in METRICS if name in scores}
         for layer in report.layers:
             points |= layer_points(layer)
         self._log(trainer, points, number)
@@ -139,7 +131,7 @@ class Inspection(L.Callback):
             for step, values in enumerate(step_points(report.targets, rules), start=number * rules.steps):
                 self._log(trainer, values, step)
             for writer in _writers(trainer):
-                self._show(writer, written)
+                self._show(writer, outputs)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what the end alone knows: the scores of a stream, the figures of the report, that all went well."""
@@ -152,24 +144,22 @@ class Inspection(L.Callback):
             for name, figure in self.recorder.drawn.items():
                 writer.add_figure(f"{FIGURES}/{name}", figure, self._edits(trainer))
             if self._begun:
-                writer._get_file_writer().add_summary(session({}, [])[2])
+                writer._get_file_writer().add_summary(hparams_summaries({}, [])[2])
 
-    def _show(self, writer: SummaryWriter, written: WrittenBatch) -> None:
+    def _show(self, writer: SummaryWriter, outputs: BatchOutputs) -> None:
         """Histograms and texts of an edit batch."""
-        number = written.report.edit_batch
-        for name, values in histograms(written.report).items():
-            writer.add_histogram(name, values, number)
-        places = shown_edits(len(written.report.edits))
-        questions = [written.report.edits[i].question for i in places]
-        writer.add_text(TEXTS, answers_table(questions, self._said, written.ledger[: len(places)]), number)
+        report = outputs["written"]
+        for name, values in histograms(report).items():
+            writer.add_histogram(name, values, report.edit_batch)
+        shown = shown_edits(len(report.edits))
+        questions = [report.edits[i].question for i in shown]
+        writer.add_text(TEXTS, answers_table(questions, self._said, outputs["ledger"][: len(shown)]), report.edit_batch)
 
     def _log_scores(self, trainer: L.Trainer, module: EditableModel, phase: str) -> None:
         """Scores of all records, at the number of edits that have been written."""
         values = module.results.get(phase, {})
         self._shown.add(phase)
-        points = {
-            f"{SCORES}/{_MAIN[name]}" if name in _MAIN else f"{DETAILS}/{name}": value for name, value in values.items()
-        }
+        points = {f"{SCORES if name in _MAIN else DETAILS}/{name}": value for name, value in values.items()}
         self._log(trainer, points, 0 if phase == "before" else self._edits(trainer))
 
     def _log(self, trainer: L.Trainer, points: Mapping[str, float], step: int) -> None:
@@ -195,6 +185,24 @@ def _final_tags() -> list[str]:
     return [f"{SCORES}/{name}" for name in reversed(METRICS)]
 
 
+def _seconds(trainer: L.Trainer) -> dict[str, float]:
+    """Seconds of each phase until now; nothing where the user has given a profiler of his own."""
+    return dict(trainer.profiler.seconds) if isinstance(trainer.profiler, PhaseProfiler) else {}
+
+
+def _answers(trainer: L.Trainer, module: TargetOptimizer, batch: EditBatch) -> list[str]:
+    """What the model says now about the first edits of an edit batch."""
+    team, shown = Team.of(trainer), shown_edits(len(batch.edits))
+    texts = greedy_texts(
+        module.model,
+        module.encoder,
+        [batch.edits[i].question for i in team.own(shown)],
+        tokens_per_batch=module.tokens_per_batch,
+        device=module.device,
+    )
+    return team.gathered_objects(texts, len(shown))
+
+
 def _rates(edits: int, before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
     """Edits per second, of the search for targets, of the writing, and of all that an edit batch takes.
 
@@ -203,6 +211,8 @@ def _rates(edits: int, before: Mapping[str, float], now: Mapping[str, float]) ->
         before: Seconds of each phase until the edit batch.
         now: The same behind it.
     """
+    if not now:
+        return {}
     taken = {phase: now.get(phase, 0.0) - before.get(phase, 0.0) for phase in _PHASES}
     rates = {"": sum(taken.values()), "_targets": taken["targets"], "_spread": taken["spread"]}
     return {

@@ -13,8 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from pmet_lightning.model.fsdp import ready
+from pmet_lightning.run.batch_scores import BatchScores
+from pmet_lightning.run.ledger import EditLedger
 from pmet_lightning.run.recorder import RunRecorder
-from pmet_lightning.run.tensorboard import Inspection
+from pmet_lightning.run.tensorboard import TensorBoardCallback
+from pmet_lightning.run.timing import PhaseProfiler
 from pmet_lightning.utils.progress import EditProgressBar
 
 # Lightning warns of what is meant here: the language model stays in eval mode, batches are text, edits are
@@ -66,17 +69,22 @@ class EditTrainer(L.Trainer):
                 CSVLogger(str(folder), name="", version=_free_version(folder) if resume else ""),
             ]
         self.run_dir, self.recorder = folder, RunRecorder(folder, resume)
-        own_callbacks = [] if kwargs.get("enable_progress_bar") is False else [EditProgressBar()]
-        # The recorder comes behind them: it stores what the other callbacks have done, and the inspection shows it.
-        kwargs["callbacks"] = [self.recorder.clock, *_as_list(kwargs.get("callbacks")), *own_callbacks]
-        kwargs["callbacks"] += [self.recorder, Inspection(self.recorder)]
+        if kwargs.get("profiler") is None:
+            kwargs["profiler"] = PhaseProfiler()
+        # In this order: each callback hands what it has found on to those after it.
+        given = _as_list(kwargs.get("callbacks"))
+        ledger = [] if any(isinstance(callback, EditLedger) for callback in given) else [EditLedger()]
+        bars = [] if kwargs.get("enable_progress_bar") is False else [EditProgressBar()]
+        own = [*ledger, BatchScores(), *bars, self.recorder, TensorBoardCallback(self.recorder)]
+        kwargs["callbacks"] = [*given, *own]
         super().__init__(**kwargs)
         ready(self.strategy, self.num_devices * self.num_nodes)
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Edit: optimise targets, write the weights after each edit batch, evaluate before and after."""
         self.recorder.check_free()
-        self.recorder.clock.start()
+        if isinstance(self.profiler, PhaseProfiler):
+            self.profiler.restart()
         with intended_warnings_off():
             super().fit(*args, **kwargs)
 

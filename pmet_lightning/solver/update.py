@@ -34,7 +34,7 @@ class Solution:
     Attributes:
         delta_OI: ΔW, float64, shape [O, I].
         ridge: What was added to the diagonal to make the system positive definite (0 as a rule).
-        relative_error: ‖ΔW·A − E·Kᵀ‖ / ‖E·Kᵀ‖ of the linear system as it was solved, estimated (to about a quarter)
+        solve_error: ‖ΔW·A − E·Kᵀ‖ / ‖E·Kᵀ‖ of the linear system as it was solved, estimated (to about a quarter)
             from random combinations of the outputs.
         condition_bound: A lower bound of the condition number of what was factorised: λC + KKᵀ or, with a stored
             factor, the worse one of C and the system of the edits.
@@ -42,7 +42,7 @@ class Solution:
 
     delta_OI: Tensor
     ridge: float
-    relative_error: float
+    solve_error: float
     condition_bound: float
 
 
@@ -68,8 +68,8 @@ def solve_update(residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: f
     _substitute(lower_II, delta_OI, transposed=True)
     preserved = partial(_preserved, moment_II=moment_II, lam=lam, ridge=ridge)
     solution = _checked(delta_OI, ridge, residual_NO, keys_NI, preserved, condition_bound(lower_II))
-    if solution.relative_error > _MUCH_ERROR:
-        log.warning("a badly conditioned system: solved to a relative error of %.1e only", solution.relative_error)
+    if solution.solve_error > _MUCH_ERROR:
+        log.warning("a badly conditioned system: solved to a relative error of %.1e only", solution.solve_error)
     return solution
 
 
@@ -138,9 +138,9 @@ def solve_with_factor(residual_NO: Tensor, keys_NI: Tensor, factor: Factor, lam:
         _substitute(lower_II, delta_OI, transposed=True)
     ridge, bound = lam * factor.ridge, max(condition_bound(lower_II), condition_bound(small_NN))
     solution = _checked(delta_OI, ridge, residual, keys_NI, lambda x_SI: lam * (x_SI @ lower_II @ lower_II.T), bound)
-    if solution.relative_error > _MUCH_ERROR:
+    if solution.solve_error > _MUCH_ERROR:
         raise FloatingPointError(
-            f"the second moment is too singular for a solve with its factor (error {solution.relative_error:.1e})"
+            f"the second moment is too singular for a solve with its factor (error {solution.solve_error:.1e})"
         )
     return solution
 

@@ -279,7 +279,7 @@ class TargetLoop:
             own += points[counted[:, place], place, :-1].tolist()
         now = points[-1][counted[-1]]
         means = dict(zip(PARTS, now[:, :-1].mean(dim=0).tolist(), strict=True)) if len(now) else {}
-        self.logged(means | {"active": float(len(now))})
+        self.logged(means | {"active_edits": float(len(now))})
         stopped: list[int] = (~flight.active).nonzero().flatten().tolist()
         if self.agreed is not None:  # a rounding error may decide: then it must be the same one everywhere
             stopped = self.agreed(stopped)
@@ -299,7 +299,7 @@ class TargetLoop:
             record = {
                 "steps": len(history),
                 "stop_reason": _REASONS[reasons[k]],
-                **{name: last[name] for name in ("loss", "nll", "kl", "norm")},
+                **{name: last[name] for name in PARTS[:4]},
                 "p_prompt_before": first["p_prompt"],
                 "p_before": first["p"],
                 "p_after": last["p"],

@@ -21,7 +21,7 @@ from pmet_lightning.model.architectures import SiteName
 from pmet_lightning.utils.files import atomic_path
 
 # What is kept of each step of an edit: the loss and its weighted parts, P(o*) over the contexts and at the bare prompt.
-PARTS = ("loss", "nll", "kl", "norm", "p", "p_prompt")
+PARTS = ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt")
 # Why the search for a target ends: its loss is low, its tokens are the argmax, it was out of steps.
 STOP_REASONS = ("loss", "argmax", "steps")
 _HISTORY = "history"  # its name in a file, among those of the sites
@@ -88,14 +88,14 @@ class TargetStore:
 
 
 def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
-    """Means at each step over the edits that took it, and how many they were (``active``)."""
+    """Means at each step over the edits that took it, and how many they were (``active_edits``)."""
     if not targets:
         return []
     points, lengths_B = [], torch.tensor([len(target.history_SP) for target in targets])
     for step, all_BP in enumerate(kept_histories(targets).unbind(dim=1)):
         here_AP = all_BP[lengths_B > step]
         means = dict(zip(PARTS, here_AP.mean(dim=0).tolist(), strict=True))
-        points.append({"step": float(step), **means, "active": float(len(here_AP))})
+        points.append({"step": float(step), **means, "active_edits": float(len(here_AP))})
     return points
 
 

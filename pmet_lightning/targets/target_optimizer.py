@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
@@ -30,6 +29,7 @@ from pmet_lightning.targets.store import Target, TargetStore
 from pmet_lightning.utils.distributed import Team
 from pmet_lightning.utils.metric_names import LIVE
 from pmet_lightning.utils.progress import counter
+from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 log = logging.getLogger(__name__)
 
@@ -87,20 +87,20 @@ class TargetOptimizer(EditableModel):
         model_name: str,
         optimise: Optimised = "attn+ffn",
         target_value: TargetValue = "realised",
-        steps: PositiveInt = 30,  # type: ignore[valid-type]
+        steps: PositiveInt = 30,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.2),
-        clamp: PositiveFloat = 0.75,  # type: ignore[valid-type]
-        nll_factor: NonNegativeFloat = 1.0,  # type: ignore[valid-type]
-        kl_factor: NonNegativeFloat = 1.0,  # type: ignore[valid-type]
-        norm_factor: NonNegativeFloat = 0.5,  # type: ignore[valid-type]
-        loss_tolerance: NonNegativeFloat = 0.05,  # type: ignore[valid-type]
+        clamp: PositiveFloat = 0.75,
+        nll_factor: NonNegativeFloat = 1.0,
+        kl_factor: NonNegativeFloat = 1.0,
+        norm_factor: NonNegativeFloat = 0.5,
+        loss_tolerance: NonNegativeFloat = 0.05,
         stop_at_argmax: bool = True,
         contexts: list[str] | None = None,
-        context_count: NonNegativeInt = 5,  # type: ignore[valid-type]
-        context_length: PositiveInt = 10,  # type: ignore[valid-type]
-        seed: NonNegativeInt = 0,  # type: ignore[valid-type]
+        context_count: NonNegativeInt = 5,
+        context_length: PositiveInt = 10,
+        seed: NonNegativeInt = 0,
         targets_folder: str | None = None,
-        micro_batch: PositiveInt | Literal["auto"] = "auto",  # type: ignore[valid-type]
+        micro_batch: PositiveInt | Literal["auto"] = "auto",
         suffix_only: bool = True,
         compile_ffn: bool = False,
         **kwargs: Any,
@@ -129,8 +129,6 @@ class TargetOptimizer(EditableModel):
             {site: nn.ParameterList([nn.Parameter(torch.zeros(0))]) for site in self.sites_optimised}
         )
         self.contexts: list[str] = []
-        # What was written before: by a run that is resumed (edit batches), by earlier runs of this object (both).
-        self.batches_done = self.edits_done = 0
         self._store: TargetStore | None = None
         self._store_batch = -1
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
-
-from pmet_lightning.data.records import Edit
 
 Found = TypeVar("Found", bound=L.Callback)
 
 
-def all_edits(trainer: L.Trainer) -> Sequence[Edit]:
-    """The edits of the trainer's data module; empty if it has none."""
+def all_edits(trainer: L.Trainer) -> Sequence[Any]:
+    """The edits of the trainer's data module; empty if it has none, or a stream of them."""
     return getattr(getattr(trainer, "datamodule", None), "edits", ())
+
+
+def is_stream(trainer: L.Trainer) -> bool:
+    """Whether the edits of the data module arrive while the run goes on."""
+    return bool(getattr(getattr(trainer, "datamodule", None), "stream", False))
 
 
 def find_callback(trainer: L.Trainer, kind: type[Found]) -> Found | None:

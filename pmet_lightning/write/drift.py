@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -25,14 +25,16 @@ from pmet_lightning.model.scoring import kl_divergence, target_scores
 from pmet_lightning.utils.callbacks import find_callback
 from pmet_lightning.utils.distributed import Team
 from pmet_lightning.utils.metric_names import EDIT_BATCHES
+from pmet_lightning.utils.types import PositiveFloat, PositiveInt
 from pmet_lightning.write.weight_spread import WeightSpread
+from pmet_lightning.write.write_report import WriteReport
 
 log = logging.getLogger(__name__)
 
 _MOST_LOGITS = 2**27
 
 
-class Drift(L.Callback):
+class Drift(HyperparametersMixin, L.Callback):
     """Perplexity of plain text at every evaluation, and KL(clean ‖ edited) of the next token after a fit.
 
     The clean model's distributions are kept for one position of each row, its last. With a limit, perplexity and the
@@ -53,13 +55,15 @@ class Drift(L.Callback):
         self,
         text: str | None = None,
         text_subset: str | None = None,
-        rows: PositiveInt = 64,  # type: ignore[valid-type]
-        length: PositiveInt = 64,  # type: ignore[valid-type]
+        rows: PositiveInt = 64,
+        length: PositiveInt = 64,
         seed: int = 1,
-        max_perplexity: PositiveFloat | None = None,  # type: ignore[valid-type]
-        max_growth: PositiveFloat | None = None,  # type: ignore[valid-type]
+        max_perplexity: PositiveFloat | None = None,
+        max_growth: PositiveFloat | None = None,
         on_limit: Literal["stop", "rollback"] = "rollback",
     ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
         if max_perplexity is not None and text is None:
             raise ValueError("--drift.max_perplexity needs text to measure it on; set --drift.text")
         self.max_perplexity, self.max_growth, self.on_limit = max_perplexity, max_growth, on_limit
@@ -75,7 +79,8 @@ class Drift(L.Callback):
         assert isinstance(pl_module, EditableModel)
         if self.text is None:
             return
-        perplexity, kl = self._measure(pl_module, self._own_rows(trainer, pl_module))
+        with trainer.profiler.profile(pl_module.phase):
+            perplexity, kl = self._measure(pl_module, self._own_rows(trainer, pl_module))
         if self._first_perplexity is None and pl_module.phase == "before":
             self._first_perplexity = perplexity
         pl_module.report({"perplexity": perplexity} | ({} if kl is None else {"kl": kl}))
@@ -95,7 +100,7 @@ class Drift(L.Callback):
         spread = find_callback(trainer, WeightSpread)
         if not self.limited or spread is None:
             return
-        spread.keep_before = self.on_limit == "rollback"
+        spread.edited.keep_previous = self.on_limit == "rollback"
         if self.max_perplexity is not None and self._first_perplexity is None:  # nothing was judged before
             self._first_perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
 
@@ -105,9 +110,10 @@ class Drift(L.Callback):
         """Look at the limits after an edit batch; beyond one of them, end the run."""
         assert isinstance(pl_module, EditableModel)
         spread = find_callback(trainer, WeightSpread)
-        if not self.limited or spread is None or spread.report is None:
+        if not self.limited or spread is None or "written" not in outputs:
             return
-        number, found = spread.report.edit_batch, {"growth": max(layer.growth for layer in spread.report.layers)}
+        report: WriteReport = outputs["written"]
+        number, found = report.edit_batch, {"growth": max(layer.growth for layer in report.layers)}
         limits = {"growth": self.max_growth}
         if self._first_perplexity is not None:
             perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
@@ -120,9 +126,11 @@ class Drift(L.Callback):
         self.ended = f"edit batch {number}: " + ", ".join(
             f"{name} {found[name]:.3g} times that of the unedited model, limit {limits[name]:g}" for name in beyond
         )
-        if self.on_limit == "rollback":
-            spread.undo()
-        self.advice = _advice(batch.edits, taken_back=spread.report is None)
+        taken_back = self.on_limit == "rollback"
+        if taken_back:
+            spread.edited.undo()
+            del outputs["written"]
+        self.advice = _advice(batch.edits, taken_back)
         log.warning("%s; the run ends here: %s", self.ended, self.advice)
         trainer.should_stop = True
 

@@ -6,22 +6,21 @@ Legend: N = edits of the edit batch, n = those of this process, O = out-features
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse.typing import PositiveFloat
+from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor, nn
 
 from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.data.records import Edit
 from pmet_lightning.model.architectures import Place, SiteName, WriteChoice, written_sites
-from pmet_lightning.model.fsdp import norm_of, own_rows, whole
+from pmet_lightning.model.fsdp import norm_of, whole
 from pmet_lightning.model.output_norms import pull_back
 from pmet_lightning.model.projections import add_to_weight, in_features
 from pmet_lightning.moments.second_moments import SecondMoments
@@ -33,10 +32,11 @@ from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import find_callback
 from pmet_lightning.utils.distributed import Team, sums_are_less
 from pmet_lightning.utils.progress import track
+from pmet_lightning.utils.types import PositiveFloat
+from pmet_lightning.write.edited_weights import Draft, EditedWeights
 from pmet_lightning.write.keys import Measurement, current_values, measure
 from pmet_lightning.write.residual import Aim, Arrival, SpreadRule, share
-from pmet_lightning.write.transaction import Before, all_or_nothing
-from pmet_lightning.write.write_report import LayerReport, SpreadReport, tell, with_outcomes
+from pmet_lightning.write.write_report import LayerReport, WriteReport, log_writes, with_outcomes
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +53,17 @@ class _Writing:
         second_moments: Where C comes from.
         team: The processes.
         count: N, the edits of all processes.
-        deltas: ΔW of what has been written, with that of the edit batches before.
-        past: K_past K_pastᵀ from now on, as in :class:`WeightSpread`.
+        draft: What has been written of it.
     """
 
     module: TargetOptimizer
     second_moments: SecondMoments
     team: Team
     count: int
-    deltas: dict[str, Tensor] = field(default_factory=dict)
-    past: dict[Place, Tensor] = field(default_factory=dict)
+    draft: Draft
 
 
-class WeightSpread(L.Callback):
+class WeightSpread(HyperparametersMixin, L.Callback):
     """Writes each edit batch into the weights by the closed-form update, spread over the edited layers.
 
     Args:
@@ -79,30 +77,23 @@ class WeightSpread(L.Callback):
             inside the null space too, which stays that of C).
 
     Attributes:
-        deltas: ΔW of every written weight, over all edit batches, on the CPU.
-        past: K_past K_pastᵀ of each written projection, of the first process: one triangle of it in float64, as
-            :func:`~pmet_lightning.solver.packed.packed_lower` has it, on the CPU; on the device for a solve.
-        report: What the last edit batch left; ``None`` if it left nothing.
-        before: The written weights as they were before the last edit batch, where ``keep_before``.
+        edited: What it has written, and the way back.
     """
 
     def __init__(
         self,
-        lam: PositiveFloat = 6000.0,  # type: ignore[valid-type]
+        lam: PositiveFloat = 6000.0,
         rule: SpreadRule = "sqrt",
         write: WriteChoice = "ffn",
-        null_space: PositiveFloat | None = None,  # type: ignore[valid-type]
+        null_space: PositiveFloat | None = None,
         protect_past: bool = False,
     ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
         self.lam, self.rule = float(lam), rule
         self.null_space, self.protect_past = null_space, protect_past
         self.sites = written_sites(write)
-        self.deltas: dict[str, Tensor] = {}
-        self.past: dict[Place, Tensor] = {}
-        self.keep_before = False
-        self.before: Before | None = None
-        self.base_norms: dict[str, float] = {}
-        self.report: SpreadReport | None = None
+        self.edited = EditedWeights(self.sites)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that what is written was optimised.
@@ -121,11 +112,10 @@ class WeightSpread(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Write the edit batch."""
+        """Write the edit batch, and hand its report on to the callbacks that follow."""
         assert isinstance(pl_module, TargetOptimizer)
-        self.report = None
         if batch.edits:
-            self.report = self.write_batch(
+            outputs["written"] = self.write_batch(
                 trainer, pl_module, batch.edits, outputs["targets"], batch_idx + pl_module.batches_done
             )
 
@@ -137,7 +127,7 @@ class WeightSpread(L.Callback):
         edits: Sequence[Edit],
         targets: Sequence[Target],
         edit_batch: int,
-    ) -> SpreadReport:
+    ) -> WriteReport:
         """Write one edit batch: all of its layers, or, if anything fails or interrupts, none.
 
         Each process measures its own edits, the first one solves, and all write the same.
@@ -155,13 +145,11 @@ class WeightSpread(L.Callback):
         second_moments = find_callback(trainer, SecondMoments)
         if second_moments is None:
             raise RuntimeError("WeightSpread needs the callback SecondMoments beside it in the Trainer")
-        if not self.base_norms:
-            self.keep_norms(module)
-        self.before = None  # what it holds is as large as what this edit batch will make
+        if not self.edited.base_norms:
+            self.edited.record_base_norms(module)
         team = Team.of(trainer)
         over = Measurement.of(team.own(edits), module.contexts, module.encoder, module.tokens_per_batch, module.device)
         _warn_of_overload(module, len(edits))
-        now = _Writing(module, second_moments, team, len(edits))
         aims = {site: self._aim(module, targets, site) for site in self.sites}
         projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
         stream: Place = ("hidden", module.target_layer)
@@ -169,7 +157,8 @@ class WeightSpread(L.Callback):
         *values, passed = current_values(module.model, module.sites, ends, over)
         arrival = Arrival({site: aim.lacking for site, aim in aims.items()}, values, passed, team, len(edits))
         reports: list[LayerReport] = []
-        with all_or_nothing(projections.values()) as kept:
+        with self.edited.transaction(list(projections.values())) as draft:
+            now = _Writing(module, second_moments, team, len(edits), draft)
             for place in track(trainer, list(projections), "Layers"):
                 site, layer = place
                 seen = [place, aims[site].place, stream]
@@ -185,16 +174,12 @@ class WeightSpread(L.Callback):
             *values, passed = current_values(module.model, module.sites, ends, over)
             left = {site: arrival.left(site, value) for site, value in zip(aims, values, strict=True)}
             arrival.pass_by(passed)
-        everyone = team.gathered_objects(targets, len(edits))
-        if self.keep_before:
-            self.before = Before(kept, dict(self.deltas), dict(self.past))
-        self.past |= now.past
-        self.deltas |= now.deltas
+            everyone = team.gathered_objects(targets, len(edits))
         means = {site: float(values_N.nanmean()) for site, values_N in left.items()}
         written = with_outcomes(reports, means, arrival.overshoots[1:])
-        tell(written, edit_batch)
+        log_writes(written, edit_batch)
         still = tuple(left["ffn"].nan_to_num(0.0).tolist())
-        return SpreadReport(edit_batch, tuple(edits), tuple(everyone), written, still)
+        return WriteReport(edit_batch, tuple(edits), tuple(everyone), written, still)
 
     def _write(
         self, now: _Writing, place: Place, projection: nn.Module, keys_nI: Tensor, wanted_nO: Tensor, residual: float
@@ -208,20 +193,21 @@ class WeightSpread(L.Callback):
         empty_OI = torch.empty(out_features, in_width, dtype=dtype, device=device)
         delta_OI, solution = now.team.from_first(partial(_parted, solve, dtype), empty_OI)
         norm_before = norm_of(weight, dtype)
-        written = add_to_weight(projection, delta_OI)
+        stored = add_to_weight(projection, delta_OI)
         name = now.module.sites.weight_name(*place)
-        now.deltas[name] = delta_OI.cpu()
-        if name in self.deltas:
-            now.deltas[name] = self.deltas[name] + now.deltas[name]
+        total_OI = delta_OI.cpu()
+        if name in self.edited.deltas:
+            total_OI = self.edited.deltas[name] + total_OI
+        now.draft.deltas[name] = total_OI
         return LayerReport(
             *place,
             residual,
             norm_ratio=float(delta_OI.norm()) / norm_before,
-            growth=float(now.deltas[name].norm()) / self.base_norms[name],
+            growth=self.edited.growth(name, total_OI),
+            solve_error=solution.solve_error,
             ridge=solution.ridge,
-            relative_error=solution.relative_error,
             condition_bound=solution.condition_bound,
-            written=written,
+            **vars(stored),
         )
 
     def _system(self, now: _Writing, place: Place, keys_nI: Tensor, wanted_nO: Tensor) -> Callable[[], Solution]:
@@ -231,24 +217,24 @@ class WeightSpread(L.Callback):
             products_II = now.team.total(products(keys_nI, keys_nI))
             right_OI = now.team.total(products(wanted_nO, keys_nI))
             if protect:
-                now.past[place] = self._with_past(place, products_II)
+                now.draft.past_keys[place] = self._with_past(place, products_II)
             return partial(self._solution_of_sums, right_OI, products_II, place, now)
         keys_NI = now.team.gathered(keys_nI, now.count)
         wanted_NO = now.team.gathered(wanted_nO, now.count)
         if protect:
-            now.past[place] = self._with_past(place, products(keys_NI, keys_NI))
+            now.draft.past_keys[place] = self._with_past(place, products(keys_NI, keys_NI))
         return partial(self._solution, wanted_NO, keys_NI, place, now)
 
     def _with_past(self, place: Place, products_II: Tensor) -> Tensor:
         """The sum with the products of earlier edit batches: a new tensor, one triangle, on the CPU."""
         packed = packed_lower(products_II.cpu())
-        return packed.add_(self.past[place]) if place in self.past else packed
+        return packed.add_(self.edited.past_keys[place]) if place in self.edited.past_keys else packed
 
     def _solution(self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, now: _Writing) -> Solution:
         if self.null_space is not None:
             space = now.second_moments.null_space(place, self.null_space)
             return solve_in_null_space(wanted_NO, keys_NI, space, self.lam, self._past_II(place, now))
-        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and place not in self.past:
+        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and place not in self.edited.past_keys:
             try:
                 return solve_with_factor(wanted_NO, keys_NI, now.second_moments.factor(place), self.lam)
             except FloatingPointError as error:
@@ -265,38 +251,15 @@ class WeightSpread(L.Callback):
 
     def _past_II(self, place: Place, now: _Writing) -> Tensor | None:
         """K_past K_pastᵀ, on the model's device, float64, shape [I, I]; ``None`` before the second edit batch."""
-        return unpacked_products(self.past[place], now.module.device) if place in self.past else None
+        return (
+            unpacked_products(self.edited.past_keys[place], now.module.device)
+            if place in self.edited.past_keys
+            else None
+        )
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """Where a written site's target and residual are measured (MEMIT: the layer's output)."""
         return site if site in module.sites_optimised else "hidden"
-
-    def keep_norms(self, module: TargetOptimizer) -> None:
-        """Keep the norms of the unedited weights, against which their growth is measured."""
-        for place in itertools.product(self.sites, module.layers):
-            weight = module.sites.module(*place).weight
-            assert isinstance(weight, Tensor)
-            self.base_norms[module.sites.weight_name(*place)] = norm_of(weight, module.delta_dtype)
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Take the last edit batch back, bit by bit; needs ``keep_before``."""
-        assert self.before is not None, "keep_before was not set"
-        self.restore(self.before)
-
-    def snapshot(self, module: TargetOptimizer) -> Before:
-        """What there is now, the weights as copies on the CPU."""
-        weights = [module.sites.module(*place).weight for place in itertools.product(self.sites, module.layers)]
-        kept = [(w, own_rows(w).to("cpu", copy=True)) for w in weights if isinstance(w, Tensor)]
-        return Before(kept, dict(self.deltas), dict(self.past))
-
-    @torch.no_grad()
-    def restore(self, before: Before) -> None:
-        """Put everything back, bit by bit, to what it was."""
-        for weight, kept in before.weights:
-            own_rows(weight).copy_(kept)
-        self.deltas, self.past = dict(before.deltas), dict(before.past)
-        self.before, self.report = None, None
 
     def _aim(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> Aim:
         where = self._value_site(module, site)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypedDict
+
+from torch import Tensor
 
 from pmet_lightning.data.records import Edit
 from pmet_lightning.model.architectures import SiteName
-from pmet_lightning.model.projections import Written
 from pmet_lightning.targets.store import Target
 
 log = logging.getLogger(__name__)
@@ -19,7 +21,7 @@ MUCH_ROUNDING = 0.5  # of ‖ΔW‖
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one write did.
+    """What one write did; its fields are the names of these figures in the report, in TensorBoard and in JSON.
 
     Attributes:
         site: Written projection.
@@ -28,13 +30,16 @@ class LayerReport:
             at their targets already do not count.
         norm_ratio: ‖ΔW‖ / ‖W‖.
         growth: The same of all edit batches so far together, relative to the unedited weight.
+        solve_error: Relative error of the linear system.
         ridge: Ridge of the solve, on the diagonal of λC + KKᵀ.
-        relative_error: Relative error of the linear system.
         condition_bound: Lower bound of the condition number, as in :class:`~pmet_lightning.solver.update.Solution`.
-        written: How much of ΔW the stored weight has.
-        residual_after: As ``residual``, behind this write (and that of the other site in the next layer, if both are
+        kept: How much of ΔW the stored weight has, as in :class:`~pmet_lightning.model.projections.StoredDelta`; and so
+            are the next two.
+        changed: Share of the entries that are now different.
+        rounding: ‖stored change − ΔW‖ / ‖ΔW‖.
+        residual_after: As ``residual``, after this write (and that of the other site in the next layer, if both are
             written).
-        overshoot: Mean over edits of how far the residual stream at the target layer has gone past its target behind
+        overshoot: Mean over edits of how far the residual stream at the target layer has gone past its target after
             this write (:func:`~pmet_lightning.write.residual.overshoot`).
     """
 
@@ -43,16 +48,23 @@ class LayerReport:
     residual: float
     norm_ratio: float
     growth: float
+    solve_error: float
     ridge: float
-    relative_error: float
     condition_bound: float
-    written: Written
+    kept: float
+    changed: float
+    rounding: float
     residual_after: float = math.nan
     overshoot: float = math.nan
 
+    @property
+    def name(self) -> str:
+        """Site and layer."""
+        return f"{self.site}/layer_{self.layer}"
+
 
 @dataclass(frozen=True)
-class SpreadReport:
+class WriteReport:
     """What one edit batch left behind.
 
     Attributes:
@@ -70,16 +82,38 @@ class SpreadReport:
     layers: tuple[LayerReport, ...]
     residual_left: tuple[float, ...]
 
+    def layer_lines(self) -> list[dict[str, Any]]:
+        """Each write as plain numbers, with the number of its edit batch."""
+        return [{"edit_batch": self.edit_batch, **asdict(layer)} for layer in self.layers]
+
+
+class BatchOutputs(TypedDict, total=False):
+    """What a training step and the callbacks after it hand on: the ``outputs`` of ``on_train_batch_end``.
+
+    Attributes:
+        targets: Of this process' edits, by the module's step.
+        written: By the spread; absent if nothing was written, or a limit has taken it back.
+        ledger: A line for every edit, measured once on the model just written.
+        rows_before: Score rows of the edits before they were written; of a stream.
+        rows_at_once: The same right after; where there are several edit batches.
+    """
+
+    targets: list[Target]
+    written: WriteReport
+    ledger: list[dict[str, Any]]
+    rows_before: Tensor
+    rows_at_once: Tensor
+
 
 def with_outcomes(
     reports: Sequence[LayerReport], left: Mapping[SiteName, float], overshoots: Sequence[float]
 ) -> tuple[LayerReport, ...]:
-    """The reports with what was measured behind each write, which is what was measured before the next one.
+    """The reports with what was measured after each write, which is what was measured before the next one.
 
     Args:
         reports: In the order of writing.
-        left: The mean residual of each site behind the last write.
-        overshoots: The mean overshoot behind each write.
+        left: The mean residual of each site after the last write.
+        overshoots: The mean overshoot after each write.
     """
     done: list[LayerReport] = []
     left = dict(left)
@@ -89,18 +123,17 @@ def with_outcomes(
     return tuple(reversed(done))
 
 
-def tell(reports: Sequence[LayerReport], edit_batch: int) -> None:
+def log_writes(reports: Sequence[LayerReport], edit_batch: int) -> None:
     """Say what was written, and warn where precision was lost."""
     for report in reports:
-        place = f"{report.site}/layer_{report.layer}"
         log.info(
             "edit batch %d: wrote %s, residual %.3f, then %.3f, overshoot %+.2f, |dW|/|W| %.4f, of dW stored %.1f %%",
-            edit_batch, place, report.residual, report.residual_after, report.overshoot, report.norm_ratio,
-            100 * report.written.kept,
+            edit_batch, report.name, report.residual, report.residual_after, report.overshoot, report.norm_ratio,
+            100 * report.kept,
         )  # fmt: skip
-        if report.written.rounding > MUCH_ROUNDING:
+        if report.rounding > MUCH_ROUNDING:
             log.warning(
                 "%s: rounding to the weight's precision changed dW by %.0f %% of its norm (%.0f %% of the entries "
                 "moved); set --model.keep_float32 true, or load the model with --model.dtype float32",
-                place, 100 * report.written.rounding, 100 * report.written.changed,
+                report.name, 100 * report.rounding, 100 * report.changed,
             )  # fmt: skip

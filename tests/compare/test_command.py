@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmet_lightning.cli.dispatch import main
-from pmet_lightning.compare.command import options_of
 from pmet_lightning.compare.results import score_plot
 from pmet_lightning.data.readers import read_edits
 from pmet_lightning.evaluation.scores import NAMES, score_difference
 from pmet_lightning.report.html import write_svg
+from pmet_lightning.run import lightning_cli
+from pmet_lightning.run.lightning_cli import run_fit
 from pmet_lightning.utils.resources import locate
 
 FAST = {
@@ -28,7 +29,7 @@ FAST = {
 def finetuned(folder: Path, **options) -> dict:
     """The report of a fine-tuning of six edits."""
     shared = {"trainer.run_dir": str(folder), "trainer.logger": False, "trainer.enable_progress_bar": False}
-    main(["finetune", "--config", "finetune.yaml", *options_of(FAST | shared | {"data.limit": 6} | options)])
+    run_fit("finetune.yaml", FAST | shared | {"data.limit": 6} | options, "finetune")
     return json.loads((folder / "report.json").read_text())
 
 
@@ -79,7 +80,7 @@ def comparison(tmp_path_factory):
         "methods": {
             "PMET": {"options": moments},
             "MEMIT": {"options": moments | {"model.optimise": "hidden", "spread.rule": "even"}},
-            "fine-tuning": {"config": "finetune.yaml", "verb": "finetune", "options": {"model.epochs": 5}},
+            "fine-tuning": {"config": "finetune.yaml", "command": "finetune", "options": {"model.epochs": 5}},
         },
     }))  # fmt: skip
     main(["compare", "--config", str(config)])
@@ -144,10 +145,8 @@ def test_all_methods_see_the_same_records_and_contexts(comparison):
 
 
 def test_a_comparison_goes_on_where_it_was(comparison, monkeypatch):
-    from pmet_lightning.cli import dispatch as cli
-
     called = []
-    monkeypatch.setattr(cli, "edit_cli", lambda arguments: called.append(arguments))
+    monkeypatch.setattr(lightning_cli, "run_fit", lambda *given: called.append(given))
     before = (comparison / "out" / "comparison.json").read_text()
     main(["compare", "--config", str(comparison / "small.yaml")])
     assert not called

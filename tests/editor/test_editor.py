@@ -18,11 +18,12 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from pmet_lightning import Editor, read_edits
-from pmet_lightning.cli.dispatch import edit_cli, main
+from pmet_lightning.cli.dispatch import main
 from pmet_lightning.data.fields import RecordError
-from pmet_lightning.editor import edit_report as editor_report
 from pmet_lightning.model.patch import PatchError, load_patch
 from pmet_lightning.moments.store import MomentError
+from pmet_lightning.run import ledger as ledger_module
+from pmet_lightning.run.lightning_cli import build_fit, run_command
 from pmet_lightning.utils.files import write_json
 from tests.harness import tiny_fit
 from tests.tiny import CONFIGS, RECORDS, save_tiny
@@ -102,11 +103,10 @@ def test_it_is_the_command_line(base, tmp_path, family):
 def test_validate_is_evaluate(base, tmp_path, make, caplog):
     path = tmp_path / "facts.json"
     path.write_text(json.dumps(FACTS))
-    cli = edit_cli(
-        ["--model.model_name", str(base / "gptj"), "--model.free_tokens", "2", "--data.path", str(path),
-         "--trainer.run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--trainer.logger", "false",
-         "--trainer.enable_progress_bar", "false", "--model.layers", "[1, 2]"], run=False
-    )  # fmt: skip
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {layers: [1, 2], free_tokens: 2}\ntrainer: {accelerator: cpu, logger: false}")
+    paths = {"model.model_name": str(base / "gptj"), "data.path": str(path), "trainer.run_dir": str(tmp_path / "run")}
+    cli = build_fit(str(config), {**paths, "trainer.enable_progress_bar": False})
     cli.trainer.validate(cli.model, cli.datamodule)
     editor, _ = make()
     assert editor.evaluate(FACTS) == editor.evaluate(path) == cli.model.results["test"]
@@ -114,14 +114,16 @@ def test_validate_is_evaluate(base, tmp_path, make, caplog):
 
 @pytest.mark.parametrize("arguments", [[], ["predict"], ["--config", "pmet.yaml"]], ids=str)
 def test_a_verb_that_is_none_is_named(arguments):
-    with pytest.raises(ValueError, match=r"unknown verb '.*', expected one of fit, validate, test, stats, finetune"):
-        edit_cli(arguments)
+    with pytest.raises(ValueError, match=r"unknown command '.*', expected one of fit, validate, test, stats, finetune"):
+        run_command("".join(arguments[:1]), arguments[1:])
 
 
 def test_no_setting_has_a_default_of_its_own(base, tmp_path, monkeypatch):
     """An editor without settings is the command line without options."""
     monkeypatch.chdir(tmp_path)
-    cli = edit_cli(["--model.model_name", str(base / "gptj"), "--data.path", "none.json"], run=False)
+    config = tmp_path / "config.yaml"
+    config.write_text("data: {path: none.json}")
+    cli = build_fit(str(config), {"model.model_name": str(base / "gptj")})
     editor = Editor(str(base / "gptj"), device="cpu")
     module, spread, moments = editor._module, editor._spread, editor._moments
     theirs = {type(c).__name__: c for c in cli.trainer.callbacks}
@@ -132,11 +134,11 @@ def test_no_setting_has_a_default_of_its_own(base, tmp_path, monkeypatch):
         assert getattr(module, name) == getattr(cli.model, name), name
     for optimizer in (o.optimizer_callable([torch.nn.Parameter(torch.zeros(1))]) for o in (module, cli.model)):
         assert (type(optimizer), optimizer.defaults["lr"]) == (torch.optim.Adam, 0.2)
-    assert vars(spread) == vars(theirs["WeightSpread"])
-    assert vars(moments) == vars(theirs["SecondMoments"])
+    assert spread.hparams == theirs["WeightSpread"].hparams
+    assert moments.hparams == theirs["SecondMoments"].hparams
     assert editor._data_settings["edit_batch"] is cli.datamodule.edit_batch is None
     assert editor._data_settings["evaluation_batch"] == cli.datamodule.evaluation_batch
-    assert vars(editor._drift) == vars(theirs["Drift"])
+    assert editor._drift.hparams == theirs["Drift"].hparams
 
 
 def test_later_calls_are_further_edit_batches(make):
@@ -168,12 +170,12 @@ def test_undo_and_revert_are_exact(make, tmp_path):
     editor, model = make()
     clean = bits(model)
     editor.edit(FACTS[:2], evaluate=False)
-    first, patch = bits(model), dict(editor._spread.deltas)
+    first, patch = bits(model), dict(editor._spread.edited.deltas)
     editor.edit(FACTS[2:], evaluate=False)
     assert not same(first, bits(model))
     editor.undo()
     assert same(first, bits(model))
-    assert same(patch, editor._spread.deltas)
+    assert same(patch, editor._spread.edited.deltas)
     with pytest.raises(RuntimeError, match="only the last call"):
         editor.undo()
     second = editor.edit(FACTS[2:], evaluate=False)
@@ -268,7 +270,7 @@ def test_a_run_folder_and_progress_where_asked_for(make, tmp_path, capfd):
     lines = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == list(report.edits)
     deltas, manifest = load_patch(tmp_path / "run" / "patch.safetensors")
-    assert same(deltas, editor._spread.deltas)
+    assert same(deltas, editor._spread.edited.deltas)
     assert (manifest["edit_batches"], manifest["edits"]) == (2, 3)
     assert "Targets" in "".join(capfd.readouterr())
 
@@ -278,27 +280,39 @@ def test_what_fails_or_is_interrupted_writes_nothing(make, monkeypatch, error):
     """In the second of two edit batches, after the first was written."""
     editor, model = make(edit_batch=1)
     editor.edit(FACTS[2:3], evaluate=False)
-    before, deltas, handler = bits(model), dict(editor._spread.deltas), signal.getsignal(signal.SIGINT)
-    calls, ledger_lines = [], editor_report.ledger_lines
+    before, deltas, handler = bits(model), dict(editor._spread.edited.deltas), signal.getsignal(signal.SIGINT)
+    calls, measure_ledger = [], ledger_module.measure_ledger
 
     def fail(*given):
         calls.append(given)
         if len(calls) == 2:
             raise error
-        return ledger_lines(*given)
+        return measure_ledger(*given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(editor_report, "ledger_lines", fail)
+        patched.setattr(ledger_module, "measure_ledger", fail)
         with pytest.raises(error if isinstance(error, type) else type(error)):
             editor.edit(FACTS[:2], evaluate=False)
     assert len(calls) == 2
     assert same(before, bits(model))
-    assert same(deltas, editor._spread.deltas)
+    assert same(deltas, editor._spread.edited.deltas)
     assert signal.getsignal(signal.SIGINT) is handler
     editor.edit(FACTS[:2], evaluate=False)
     twin, other = make(edit_batch=1)
     twin.edit([FACTS[2], *FACTS[:2]], evaluate=False)
     assert same(bits(model), bits(other)), "as if nothing had happened"
+
+
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_an_edit_batch_is_measured_once(make, monkeypatch, tmp_path, with_folder):
+    editor, _ = make(edit_batch=1)
+    calls, measure_ledger = [], ledger_module.measure_ledger
+    monkeypatch.setattr(ledger_module, "measure_ledger", lambda *given: calls.append(1) or measure_ledger(*given))
+    report = editor.edit(FACTS[:2], evaluate=False, run_dir=str(tmp_path / "run") if with_folder else None)
+    assert len(calls) == len(report.edits) == 2
+    if with_folder:
+        lines = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == list(report.edits), "the same ones"
 
 
 def test_a_limit_takes_the_batch_back_and_says_so(make):

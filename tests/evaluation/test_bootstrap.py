@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -38,7 +36,7 @@ def test_only_edits_that_are_shown_are_described(monkeypatch):
     seen = []
     scores = report_data.row_scores
     monkeypatch.setattr(report_data, "row_scores", lambda row: seen.append(1) or scores(row))
-    ledger = (json.dumps({"prompt": "{} is", "subject": str(i)}) for i in range(40, 50))
+    ledger = ({"prompt": "{} is", "subject": str(i)} for i in range(40, 50))
     lines = edit_lines([], ledger, {"after": rows}, first=40)
     assert [line["question"] for line in lines] == [f"{i} is" for i in range(40, 50)]
     assert [line["after"][NAMES[0]] for line in lines] == pytest.approx(range(40, 50))

@@ -140,6 +140,6 @@ def test_a_device_map(tmp_path):
         folder.mkdir()
         spread, _ = edit(module, RECORDS[:3], moments, folder, lam=2.0)
         assert ("lm" in dict(module.named_children())) == (device_map is None)  # Lightning moves what it knows
-        written.append(spread.deltas)
+        written.append(spread.edited.deltas)
     for weight, delta in written[0].items():
         torch.testing.assert_close(written[1][weight], delta, rtol=1e-12, atol=0)

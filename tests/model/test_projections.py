@@ -49,7 +49,7 @@ def test_half_precision_models_are_edited_in_float32(folder, tmp_path, dtype, ca
     spread, reports = edit(module, RECORDS[:3], moments_for(folder), tmp_path, lam=2.0)
     assert module.model.dtype == getattr(torch, dtype)
     assert {delta.dtype for delta in module.deltas.parameters()} == {torch.float32}
-    assert {delta.dtype for delta in spread.deltas.values()} == {torch.float32}
+    assert {delta.dtype for delta in spread.edited.deltas.values()} == {torch.float32}
     assert {v.dtype for t in reports[0].targets for v in t.values.values()} == {torch.float32}
     assert all(0.5 < layer.written.kept < 1.5 for layer in reports[0].layers)
     assert all(layer.written.rounding > 1e-3 for layer in reports[0].layers)
@@ -69,7 +69,7 @@ def test_edited_matrices_can_stay_in_float32(folder, tmp_path, caplog):
     assert {name for name, kind in kinds.items() if kind == torch.float32} == {
         module.sites.weight_name(site, layer) for site in ("attn", "ffn") for layer in (1, 2)
     }
-    assert set(spread.deltas) <= set(kinds)
+    assert set(spread.edited.deltas) <= set(kinds)
 
 
 def test_a_float32_projection_in_a_half_precision_model_computes_what_it_did(folder):

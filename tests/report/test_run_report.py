@@ -66,12 +66,13 @@ def full_data(count: int = 60) -> dict:
             {"edit_batch": i, "at_once": score_table(95.0 - i), "at_the_end": score_table(90.0 - i)} for i in (0, 1)
         ],
         "curves": {
-            "step": list(range(5)), "loss": [5.0, 1.0, 0.1, 4.0, 0.5], "nll": [4.0, 0.9, 0.1, 3.0, 0.4],
-            "kl": [0.0, 0.1, 0.2, 0.0, 0.1], "norm": [0.0] * 5, "p": [0.1, 0.5, 0.9, 0.2, 0.8], "active": active,
+            "step": list(range(5)), "loss": [5.0, 1.0, 0.1, 4.0, 0.5], "loss_nll": [4.0, 0.9, 0.1, 3.0, 0.4],
+            "loss_kl": [0.0, 0.1, 0.2, 0.0, 0.1], "loss_norm": [0.0] * 5, "p": [0.1, 0.5, 0.9, 0.2, 0.8],
+            "active_edits": active,
         },
         "layers": [
             {"edit_batch": b, "site": "ffn", "layer": layer, "residual": 1 - 0.2 * layer - 0.01 * b,
-             "norm_ratio": 0.05 + 0.01 * layer + 0.001 * b, "relative_error": 1e-12, "kept": 1.0}
+             "norm_ratio": 0.05 + 0.01 * layer + 0.001 * b, "solve_error": 1e-12, "kept": 1.0}
             for b in (0, 1) for layer in (0, 1, 2)
         ],
         "edits": edits,
@@ -310,8 +311,8 @@ def test_bars_of_steps_and_stop_reasons():
 def test_curves_show_every_step():
     data = full_data()
     loss, p, active = figures(data)["loss_curves"].axes
-    for name in ("loss", "nll"):
-        assert line(loss, name) == (data["curves"]["step"], data["curves"][name])
+    for label, name in (("loss", "loss"), ("nll", "loss_nll")):
+        assert line(loss, label) == (data["curves"]["step"], data["curves"][name])
     assert line(p, "p") == (data["curves"]["step"], data["curves"]["p"])
     assert [one.get_label() for one in loss.lines] == ["loss", "nll", "kl"], "a part that is 0 throughout is left out"
     assert len(loss.lines[0].get_xdata()) == 6, "a gap between the edit batches"

@@ -18,7 +18,7 @@ from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_edits, stream_edits
 from pmet_lightning.moments import second_moments as stats
 from pmet_lightning.moments.store import MomentStore
-from pmet_lightning.run import recorder as recorder_module
+from pmet_lightning.run import patch_file
 from pmet_lightning.run.journal import Journal
 from pmet_lightning.solver.null_space import null_space
 from pmet_lightning.solver.update import solve_update
@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_and_ends_alike(inputs, whole, tmp_path, monkeypat
 
 def test_going_on_with_other_settings_is_refused(inputs, whole):
     before = (whole / "patch.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"other settings \(lam: 2.0 then, 3.0 now\)"):
+    with pytest.raises(ValueError, match=r"other settings \(spread.lam: 2.0 then, 3.0 now\)"):
         fit(inputs, whole, "--trainer.resume", "true", "--spread.protect_past", "true", "--spread.lam", "3")
     assert (whole / "patch.safetensors").read_bytes() == before
 
@@ -120,7 +120,7 @@ def test_going_on_with_other_settings_is_refused(inputs, whole):
 @pytest.mark.parametrize("when", ["before the patch", "behind the patch"])
 def test_a_kill_beside_the_patch_harms_nothing(inputs, whole, tmp_path, monkeypatch, when):
     """The protected keys are those of the patch, whichever of the two files the kill came behind."""
-    seen, save = [], recorder_module.save_patch
+    seen, save = [], patch_file.save_patch
 
     def dying(*arguments):
         seen.append(1)
@@ -133,7 +133,7 @@ def test_a_kill_beside_the_patch_harms_nothing(inputs, whole, tmp_path, monkeypa
     arguments = ("--spread.protect_past", "true", "--trainer.resume", "true")
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(recorder_module, "save_patch", dying)
+        patched.setattr(patch_file, "save_patch", dying)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(inputs, folder, *arguments)
     assert {path.name for path in folder.glob("past*")} == {"past-1.safetensors", "past-2.safetensors"}
@@ -153,7 +153,7 @@ def test_a_kill_before_the_first_patch_leaves_no_edits_behind(inputs, tmp_path, 
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(recorder_module, "save_patch", dying)
+        patched.setattr(patch_file, "save_patch", dying)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(inputs, folder)
     assert len(ledger(folder)) == 3
@@ -351,10 +351,11 @@ def test_past_sums_are_there_once_and_once_before(inputs, tmp_path, monkeypatch)
 
     def writing(self, *arguments):
         write(self, *arguments)
-        assert {(past.ndim, len(past), past.device.type) for past in self.past.values()} == {(1, 128 * 129 // 2, "cpu")}
+        now = self.edited.past_keys
+        assert {(past.ndim, len(past), past.device.type) for past in now.values()} == {(1, 128 * 129 // 2, "cpu")}
         if kept:
-            assert all(self.before.past[place] is found() for place, found in kept[-1].items())
-        kept.append({place: weakref.ref(past) for place, past in self.past.items()})
+            assert all(self.edited.previous.past_keys[place] is found() for place, found in kept[-1].items())
+        kept.append({place: weakref.ref(past) for place, past in now.items()})
 
     def measuring(*arguments):
         if len(kept) > 1:

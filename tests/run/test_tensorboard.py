@@ -21,7 +21,7 @@ from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_END_INF
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
-from pmet_lightning.cli.dispatch import edit_cli, main
+from pmet_lightning.cli.dispatch import main
 from pmet_lightning.data.encoder import load_tokenizer
 from pmet_lightning.data.records import parse_record
 from pmet_lightning.evaluation.scores import METRICS
@@ -29,14 +29,15 @@ from pmet_lightning.model.architectures import architecture_of
 from pmet_lightning.model.loading import load_config, load_model
 from pmet_lightning.model.projections import Sites, add_to_weight
 from pmet_lightning.report.logged_metrics import is_shown
+from pmet_lightning.run.lightning_cli import build_fit
 from pmet_lightning.run.recorder import RunRecorder
-from pmet_lightning.run.tensorboard import Inspection
+from pmet_lightning.run.tensorboard import TensorBoardCallback
 from pmet_lightning.solver.cholesky import condition_bound
 from pmet_lightning.utils.distributed import Team
 from pmet_lightning.utils.resources import locate
 from pmet_lightning.write.residual import Arrival
 from tests.conftest import ROOT
-from tests.harness import edit
+from tests.harness import as_overrides, edit
 from tests.plain import plain_record
 from tests.targets.test_target_optimizer import moments_for, tiny_module
 from tests.tiny import RECORDS, save_tiny
@@ -136,7 +137,7 @@ def promised(scores: dict, written=("ffn",), optimised=("attn", "ffn")) -> dict[
         "place": [f"{site}_layer_{layer}" for site in written for layer in LAYERS],
         "figure": ("loss_curves", "steps", "residual", "norms", "relations", "forgetting"),
         "detail": [name for name in scores["after"] if name not in main_scores],
-        "live": ("loss", "nll", "kl", "norm", "p", "p_prompt", "active"),
+        "live": ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt", "active_edits"),
     }
     tags: dict[str, str] = {}
     for cells in re.findall(r"^\| (`.*?`) \| (\w+) \| .*\|$", DOCS, re.MULTILINE):
@@ -208,9 +209,9 @@ def check_points(events: EventAccumulator, tags: dict[str, str], ledger: list[li
     for tag, kind in tags.items():
         if tag in events.Tags()["scalars"]:
             assert all(map(math.isfinite, values(events, tag))), tag
-            once = kind == "edits" and tag.split("/")[1].removeprefix("text_") not in scores["before"]
+            once = kind == "edits" and tag.split("/")[1] not in scores["before"]
             assert steps(events, tag) == places[kind][once:], tag
-    assert sum(values(events, "9_live/active")) == sum(line["steps"] for lines in ledger for line in lines)
+    assert sum(values(events, "9_live/active_edits")) == sum(line["steps"] for lines in ledger for line in lines)
     for tag in events.Tags()["images"]:
         assert [point.step for point in events.Images(tag)] == [sum(SIZES)], tag
     for tag in events.Tags()["histograms"]:
@@ -231,7 +232,7 @@ def test_scores_are_those_of_the_run(run, events):
         assert values(events, f"1_scores/{name}") == pytest.approx(both)
         at_once = [batch["at_once"][name] for batch in scores["edit_batches"]]
         assert values(events, f"3_edit_batches/at_once_{name}") == pytest.approx(at_once)
-    assert values(events, "1_scores/text_kl") == pytest.approx([scores["after"]["kl"]])
+    assert values(events, "1_scores/kl") == pytest.approx([scores["after"]["kl"]])
     assert values(events, "9_details/count") == [7, 7]
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     written = [float(row["1_scores/score"]) for row in rows if row.get("1_scores/score")]
@@ -242,9 +243,9 @@ def test_curves_by_step_end_where_the_ledger_does(run, events, ledger):
     """What stopped keeps its last value, so that the last point of a batch is over all of its edits."""
     points = {tag: dict(zip(steps(events, tag), values(events, tag), strict=True)) for tag in events.Tags()["scalars"]}
     curves = json.loads((run / "report.json").read_text())["curves"]
-    assert points["9_active/edits"] == dict(zip(points["2_targets/p"], curves["active"], strict=True))
-    assert values(events, "9_active/loss_kl") == pytest.approx(curves["kl"], rel=1e-5)
-    names = {"loss": "loss", "loss_nll": "nll", "loss_kl": "kl", "loss_norm": "norm", "p": "p_after"}
+    assert points["9_active/active_edits"] == dict(zip(points["2_targets/p"], curves["active_edits"], strict=True))
+    assert values(events, "9_active/loss_kl") == pytest.approx(curves["loss_kl"], rel=1e-5)
+    names = {**{part: part for part in ("loss", "loss_nll", "loss_kl", "loss_norm")}, "p": "p_after"}
     for number, lines in enumerate(ledger):
         last = number * STEPS + max(line["steps"] for line in lines) - 1
         for name, field in names.items():
@@ -420,7 +421,8 @@ class Watcher(L.Callback):
 
 
 def test_a_run_can_be_watched_while_it_goes_on(inputs, tmp_path):
-    cli = edit_cli(options(inputs, tmp_path / "out"), run=False)
+    config, *arguments = options(inputs, tmp_path / "out")[1:]
+    cli = build_fit(config, as_overrides(arguments))
     watcher = Watcher()
     cli.trainer.callbacks.append(watcher)
     cli.trainer.fit(cli.model, cli.datamodule)
@@ -451,7 +453,7 @@ class Kept:
 
 
 def test_numbers_that_are_not_finite_are_left_out_with_a_word(caplog):
-    logger, inspection = Kept(), Inspection(RunRecorder(Path("none")))
+    logger, inspection = Kept(), TensorBoardCallback(RunRecorder(Path("none")))
     trainer = SimpleNamespace(loggers=[logger], is_global_zero=True)
     for step in range(3):
         inspection._log(trainer, {"a": 1.0, "b": math.nan if step else 2.0, "c": math.inf if step else 3.0}, step)
@@ -503,7 +505,7 @@ def test_overshoot_and_residual_by_whole_passes(family, write, optimise, tmp_pat
         behind = []
         for layer in report.layers:
             name = sites.weight_name(layer.site, layer.layer)
-            add_to_weight(sites.module(layer.site, layer.layer), spread.deltas[name])
+            add_to_weight(sites.module(layer.site, layer.layer), spread.edited.deltas[name])
             moved = ((state("hidden") - start) * wanted).sum(-1) / (wanted * wanted).sum(-1)
             assert layer.overshoot == pytest.approx(float((moved - 1).mean()), rel=1e-4, abs=1e-5)
             left = {s: (goal(s) - state(value_sites[s])).norm(dim=-1) / lacking[s].norm(dim=-1) for s in written}

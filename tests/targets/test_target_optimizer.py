@@ -78,7 +78,7 @@ def run(folder: str, tmp_path, records=RECORDS, data=None, **changed):
         tiny_module(folder, **changed), records, moments_for(folder), tmp_path, lam=2.0, **(data or {})
     )
     values = {e.question: t.values["ffn"] for r in reports for e, t in zip(r.edits, r.targets, strict=True)}
-    return values, spread.deltas, reports
+    return values, spread.edited.deltas, reports
 
 
 def certainty(model, tokenizer, asked: Edit) -> float:
@@ -329,7 +329,7 @@ def test_curves_are_means_over_the_edits_that_took_a_step(folder_of, tmp_path):
     assert len(points) == max(map(len, histories))
     for step, point in enumerate(points):
         there = [h[step, PARTS.index("loss")] for h in histories if len(h) > step]
-        assert point["active"] == len(there)
+        assert point["active_edits"] == len(there)
         assert point["loss"] == pytest.approx(float(sum(there)) / len(there))
 
 

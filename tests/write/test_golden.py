@@ -108,7 +108,7 @@ def test_loss_of_every_step(golden_run, arch, name):
     run = golden_run(arch, name)
     close = partial(np.testing.assert_allclose, rtol=0, atol={"gpt2": 1e-8, "gptj": 1e-5}[arch])
     for i, history in enumerate(run.histories):
-        for ours, theirs in (("loss", "loss"), ("kl", "kl"), ("norm", "wd"), ("p", "prob")):
+        for ours, theirs in (("loss", "loss"), ("loss_kl", "kl"), ("loss_norm", "wd"), ("p", "prob")):
             if f"steps/{i}/{theirs}" in run.npz.files:
                 expected = run.npz[f"steps/{i}/{theirs}"]
                 close([point[ours] for point in history], expected, err_msg=f"edit {i}: {ours}")

@@ -1,0 +1,52 @@
+"""A callback that scores the edits of each edit batch right after it, and those of a stream right before it too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from pmet_lightning.data.datamodule import EditBatch
+from pmet_lightning.evaluation.editable import EditableModel, Phase
+from pmet_lightning.evaluation.scores import record_rows
+from pmet_lightning.utils.callbacks import all_edits, is_stream
+from pmet_lightning.utils.distributed import Team
+
+
+class BatchScores(L.Callback):
+    """Hands on ``outputs["rows_before"]`` (of a stream) and ``outputs["rows_at_once"]``.
+
+    Of a single edit batch the evaluations before and after the run say it all.
+    """
+
+    def __init__(self) -> None:
+        self._rows_before: Tensor | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
+    ) -> None:
+        """Score what a stream has brought, before it is written."""
+        self._rows_before = None
+        if is_stream(trainer) and batch.edits:
+            self._rows_before = _evaluate(trainer, pl_module, batch, "before")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
+    ) -> None:
+        """Score what was written, unless it is all there is."""
+        if outputs is None or "written" not in outputs:
+            return
+        if self._rows_before is not None:
+            outputs["rows_before"] = self._rows_before
+        if is_stream(trainer) or len(all_edits(trainer)) > len(batch.edits):
+            outputs["rows_at_once"] = _evaluate(trainer, pl_module, batch, "after")
+
+
+def _evaluate(trainer: L.Trainer, module: L.LightningModule, batch: EditBatch, phase: Phase) -> Tensor:
+    """Score rows of an edit batch on the model as it is now; each process scores its own edits."""
+    assert isinstance(module, EditableModel)
+    team, count = Team.of(trainer), len(batch.edits)
+    with trainer.profiler.profile(phase):
+        rows = record_rows(module.evaluate(team.own(batch.edits), team.own(batch.positions)))
+        return team.gathered(rows.to(module.device), count).cpu()

@@ -1,0 +1,67 @@
+"""The patch of a run folder, and beside it the protected keys that belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.patch import load_patch, save_patch
+from pmet_lightning.write.edited_weights import EditedWeights
+from pmet_lightning.write.past_keys import load_products, save_products
+
+
+class PatchFile:
+    """``patch.safetensors``, replaced as one file after each edit batch; ``past-N.safetensors`` for protected keys.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "patch.safetensors"
+
+    def save(self, edited: EditedWeights, manifest: Mapping[str, Any], protect_past: bool) -> None:
+        """Replace the patch; the protected keys that belong to the old one go after it, those of the new come before.
+
+        Wherever a kill comes, the keys that the patch's manifest asks for are there.
+
+        Args:
+            edited: What was written.
+            manifest: What the patch says about itself, the number of its edit batches among it.
+            protect_past: Whether earlier keys are protected.
+        """
+        past = self._past_path(manifest["edit_batches"])
+        if protect_past:
+            save_products(past, edited.past_keys)
+        save_patch(self.path, edited.deltas, manifest)
+        for path in self.path.parent.glob("past-*.safetensors"):
+            if path != past:
+                path.unlink()
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """ΔW and manifest."""
+        return load_patch(self.path)
+
+    def past_keys(self, edit_batches: int) -> dict[Place, Tensor]:
+        """The protected keys of so many edit batches."""
+        return load_products(self._past_path(edit_batches))
+
+    def check_past_keys(self, edit_batches: int) -> None:
+        """See that the protected keys of so many edit batches are there.
+
+        Raises:
+            FileNotFoundError: If they are not.
+        """
+        path = self._past_path(edit_batches)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {str(path)!r}, the protected keys of the {edit_batches} edit batches in {self.path.name}; "
+                "expected them beside it: put the file back, or begin a new run in another --trainer.run_dir"
+            )
+
+    def _past_path(self, edit_batches: int) -> Path:
+        return self.path.with_name(f"past-{edit_batches}.safetensors")

@@ -1,0 +1,79 @@
+"""A run that goes on: what its folder says was done, and doing it again to the model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+
+from pmet_lightning.model.patch import apply_patch
+from pmet_lightning.run.journal import Journal
+from pmet_lightning.run.manifest import check_same_settings, manifest_of
+from pmet_lightning.run.patch_file import PatchFile
+from pmet_lightning.targets.target_optimizer import TargetOptimizer
+from pmet_lightning.utils.callbacks import find_callback
+from pmet_lightning.utils.distributed import Team
+from pmet_lightning.write.weight_spread import WeightSpread
+
+
+def restore_progress(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    patch: PatchFile,
+    journal: Journal,
+    moments: Mapping[str, Any] | None,
+) -> tuple[int, int]:
+    """Have module, spread and data go on after the patch, and cut what a kill has left beyond it from the journal.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        patch: That of the run folder.
+        journal: That of the run folder.
+        moments: What the second moments came from.
+
+    Returns:
+        Edit batches and edits that the patch holds.
+
+    Raises:
+        FileNotFoundError: If something that the run has written is missing.
+        ValueError: If it was another run.
+    """
+    batches = 0
+    if patch.path.is_file():
+        assert isinstance(module, TargetOptimizer)
+        batches = _resume_after(trainer, module, patch, journal, moments)
+    return batches, Team.of(trainer).object_from_first(lambda: journal.keep(batches))
+
+
+def reapply_patch(trainer: L.Trainer, module: TargetOptimizer, patch: PatchFile) -> None:
+    """Write the patch of the run that goes on into the model again."""
+    spread = find_callback(trainer, WeightSpread)
+    assert spread is not None
+    spread.edited.record_base_norms(module)
+    apply_patch(module.model, module.sites, patch.path, module.base_fingerprint)
+
+
+def _resume_after(
+    trainer: L.Trainer,
+    module: TargetOptimizer,
+    patch: PatchFile,
+    journal: Journal,
+    moments: Mapping[str, Any] | None,
+) -> int:
+    spread = find_callback(trainer, WeightSpread)
+    assert spread is not None
+    deltas, manifest = patch.load()
+    batches = int(manifest["edit_batches"])
+    module.contexts = module.given_contexts or manifest["contexts"]
+    check_same_settings(manifest, manifest_of(module, spread, moments, 0, 0), patch.path.parent)
+    if spread.protect_past:
+        patch.check_past_keys(batches)
+    trainer.datamodule.go_on_behind(itertools.islice(journal.edits(), manifest["edits"]))  # type: ignore[attr-defined]
+    # The process that solves needs them; they are as large as the second moments.
+    past_keys = patch.past_keys(batches) if spread.protect_past and trainer.is_global_zero else {}
+    spread.edited.resume(deltas, past_keys)
+    module.batches_done = batches - 1  # the first of this epoch is what was written
+    return batches

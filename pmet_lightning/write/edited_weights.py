@@ -1,0 +1,137 @@
+"""The weights that edit batches are written into: ΔW so far, the keys to protect, and the way back.
+
+Legend: O = out-features, I = in-features (d_k).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.model.architectures import Place, SiteName
+from pmet_lightning.model.fsdp import is_finite, norm_of, own_rows
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state to go back to: each weight with a copy of this process' rows, ΔW and protected keys then.
+
+    An edit batch makes new tensors and leaves the old ones as they are, so ΔW and keys here are no copies.
+    """
+
+    weights: list[tuple[Tensor, Tensor]]
+    deltas: dict[str, Tensor]
+    past_keys: dict[Place, Tensor]
+
+
+@dataclass
+class Draft:
+    """What an edit batch has changed so far; it counts once the whole batch is written.
+
+    Attributes:
+        deltas: ΔW of the written weights, with that of the edit batches before.
+        past_keys: K_past K_pastᵀ from now on.
+    """
+
+    deltas: dict[str, Tensor] = field(default_factory=dict)
+    past_keys: dict[Place, Tensor] = field(default_factory=dict)
+
+
+class EditedWeights:
+    """ΔW, protected keys and norms of the written weights over all edit batches.
+
+    Args:
+        sites: Written sites.
+
+    Attributes:
+        deltas: ΔW of every written weight by its name, shape [O, I], on the CPU.
+        past_keys: K_past K_pastᵀ of each written projection, on the first process: one triangle of it in float64, as
+            :func:`~pmet_lightning.solver.packed.packed_lower` has it, on the CPU.
+        base_norms: ‖W‖ of every weight before the first edit.
+        keep_previous: Whether the state before the last edit batch is kept for :meth:`undo`.
+        previous: That state.
+    """
+
+    def __init__(self, sites: Sequence[SiteName]) -> None:
+        self.sites = tuple(sites)
+        self.deltas: dict[str, Tensor] = {}
+        self.past_keys: dict[Place, Tensor] = {}
+        self.base_norms: dict[str, float] = {}
+        self.keep_previous = False
+        self.previous: Snapshot | None = None
+
+    def record_base_norms(self, module: EditableModel) -> None:
+        """Keep the norms of the unedited weights, against which their growth is measured."""
+        for place, weight in self._weights(module).items():
+            name = module.sites.weight_name(*place)
+            self.base_norms[name] = norm_of(weight, torch.promote_types(weight.dtype, torch.float32))
+
+    def growth(self, name: str, delta_OI: Tensor) -> float:
+        """‖ΔW‖ of all edit batches relative to the norm of the unedited weight."""
+        return float(delta_OI.norm()) / self.base_norms[name]
+
+    def resume(self, deltas: dict[str, Tensor], past_keys: dict[Place, Tensor]) -> None:
+        """Take over what an earlier run has written."""
+        self.deltas, self.past_keys = dict(deltas), dict(past_keys)
+
+    @contextmanager
+    def transaction(self, projections: Sequence[nn.Module]) -> Iterator[Draft]:
+        """All of an edit batch or nothing: if the block fails or is interrupted, everything is what it was, bit by bit.
+
+        Args:
+            projections: What is written.
+
+        Raises:
+            FloatingPointError: If a written weight is not finite.
+        """
+        self.previous = None  # it is as large as the copies made now
+        weights: list[tuple[Tensor, Tensor]] = [(p.weight, own_rows(p.weight).clone()) for p in projections]  # type: ignore[arg-type,misc]
+        draft = Draft()
+        try:
+            yield draft
+            for weight, _ in weights:
+                if not is_finite(weight):
+                    raise FloatingPointError("a written weight is not finite in its own precision")
+        except BaseException:
+            _copy_back(weights)
+            raise
+        if self.keep_previous:
+            self.previous = Snapshot(weights, self.deltas, self.past_keys)
+        self.deltas = self.deltas | draft.deltas
+        self.past_keys = self.past_keys | draft.past_keys
+
+    def undo(self) -> None:
+        """Take the last edit batch back, bit by bit; needs ``keep_previous``."""
+        assert self.previous is not None, "keep_previous was not set"
+        self.restore(self.previous)
+
+    def snapshot(self, module: EditableModel) -> Snapshot:
+        """What there is now, the weights as copies on the CPU."""
+        weights = [(w, own_rows(w).to("cpu", copy=True)) for w in self._weights(module).values()]
+        return Snapshot(weights, self.deltas, self.past_keys)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put everything back, bit by bit, to what it was."""
+        _copy_back(snapshot.weights)
+        self.resume(snapshot.deltas, snapshot.past_keys)
+        self.previous = None
+
+    def _weights(self, module: EditableModel) -> dict[Place, Tensor]:
+        found = {}
+        for place in itertools.product(self.sites, module.layers):
+            weight = module.sites.module(*place).weight
+            assert isinstance(weight, Tensor)
+            found[place] = weight
+        return found
+
+
+@torch.no_grad()
+def _copy_back(weights: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for weight, kept in weights:
+        own_rows(weight).copy_(kept)
