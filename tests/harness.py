@@ -162,7 +162,8 @@ def golden_moments(case: Case, hp: dict[str, Any]) -> dict[tuple[str, int], torc
     moments = {}
     for layer in hp["layers"]:
         for site, template in (("ffn", hp["mlp_module_tmp"]), ("attn", hp["attn_module_tmp"])):
-            moments[site, layer] = torch.from_numpy(cov[template.format(layer)])
+            if template.format(layer) in cov.files:
+                moments[site, layer] = torch.from_numpy(cov[template.format(layer)])
     return moments
 
 
