@@ -3,7 +3,7 @@
     python benchmarks/bound.py [--rows 268] [--tokens 5] [--repeat 15]
 
 Value and gradient of the layers above L of Atlas, as the package loads them and as torch.compile fuses them, without
-anything that the target optimisation adds: no deltas, padding, tokens before the subject, vocabulary head, loss or
+anything that the target optimization adds: no deltas, padding, tokens before the subject, vocabulary head, loss or
 Adam. Their share of the rate says how much of its floor ``benchmarks/targets.py`` might reach at such a size.
 """
 

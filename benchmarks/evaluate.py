@@ -26,7 +26,7 @@ import transformers
 from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
 from pmet_lightning.data.readers import read_edits
 from pmet_lightning.data.records import Probe
-from pmet_lightning.evaluation.answer_scores import answers
+from pmet_lightning.evaluation.answer_scores import score_answers
 from pmet_lightning.evaluation.probes import ProbeResult, score_probes
 from pmet_lightning.model.loading import load_model
 
@@ -128,7 +128,7 @@ def compare(name: str, path: str, options: argparse.Namespace) -> None:
     # Before an edit few free answers are right, so that their being right or wrong says little of the texts.
     asked = [probe.prompt for record in records for probe in record if probe.kind in FREE_KINDS]
     encoder, device = PromptEncoder(tokenizer), model.device
-    _, said = answers(model, encoder.encode_all(asked), encoder.pad_id, options.tokens, device, NEW_TOKENS)
+    _, said = score_answers(model, encoder.encode_all(asked), encoder.pad_id, options.tokens, device, NEW_TOKENS)
     other = sum(free_text(model, tokenizer, prompt) != encoder.decode(said[i]) for i, prompt in enumerate(asked))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.repeat):

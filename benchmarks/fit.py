@@ -76,7 +76,7 @@ def timed(command: Sequence[str]) -> tuple[float, float, str]:
 
 
 def child(arguments: Sequence[str]) -> None:
-    """Run a verb in this process, and print its peak memory in KiB.
+    """Run a command in this process, and print its peak memory in KiB.
 
     Not ``ru_maxrss``: that begins with what the parent had.
     """
@@ -165,7 +165,7 @@ def show(found: Sequence[Point], start: float) -> None:
 def main() -> None:
     """Measure the starts, then the runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--world", type=Path, help="a folder made by the verb demo; by default the shipped Atlas")
+    parser.add_argument("--world", type=Path, help="a folder made by the command demo; by default the shipped Atlas")
     parser.add_argument("--edits", type=int, nargs="+", help="by default 10 100 1000, on the shipped Atlas 10 50 200")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -29,13 +29,13 @@ from pmet_lightning import TargetOptimizer
 from pmet_lightning.data.readers import read_edits
 from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import TokenRow
-from pmet_lightning.editor.isolation import as_guest
+from pmet_lightning.editor.isolation import preserve_caller_state
 from pmet_lightning.model.projections import in_features
 from pmet_lightning.moments.sums import MomentSums
-from pmet_lightning.solver.cholesky import factorise
-from pmet_lightning.solver.update import products, solve_update, solve_with_factor
+from pmet_lightning.solver.cholesky import factorize
+from pmet_lightning.solver.update import multiply_transposed, solve_update, solve_with_factor
 from pmet_lightning.utils.resources import locate
-from pmet_lightning.write.keys import Measurement, measure
+from pmet_lightning.write.keys import KeyRows, measure_keys
 from pmet_lightning.write.weight_spread import FEW_EDITS
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -74,7 +74,7 @@ class Clock:
 
 
 def module_of(shape: str, device: torch.device, dtype: torch.dtype) -> TargetOptimizer:
-    """The target optimisation of a model with random weights."""
+    """The target optimization of a model with random weights."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(locate("atlas"))
     torch.manual_seed(0)
     config = transformers.GPTJConfig(n_positions=2048, bos_token_id=0, eos_token_id=0, **SHAPES[shape])
@@ -91,7 +91,7 @@ def module_of(shape: str, device: torch.device, dtype: torch.dtype) -> TargetOpt
         optimizer=lambda params: torch.optim.Adam(params, lr=SETTINGS["lr"]),
         **NO_STOP,
     )
-    module.borrow(model, tokenizer)
+    module.attach(model, tokenizer)
     module.setup("fit")
     module.configure_model()
     module.to(device)
@@ -112,10 +112,10 @@ def plain(module: TargetOptimizer, edits: list[Edit]) -> None:
 
 def keys(module: TargetOptimizer, edits: list[Edit]) -> None:
     """Keys and values of all layers, as the writes measure them."""
-    over = Measurement.of(edits, CONTEXTS, module.encoder, module.tokens_per_batch, module.device)
+    over = KeyRows.of(edits, CONTEXTS, module.encoder, module.tokens_per_batch, module.device)
     for layer in module.layers:
         ends = [("ffn", module.target_layer), ("hidden", module.target_layer)]
-        measure(module.model, module.sites, ("ffn", layer), ends, over)
+        measure_keys(module.model, module.sites, ("ffn", layer), ends, over)
 
 
 def moments(module: TargetOptimizer, rows: list[TokenRow]) -> None:
@@ -129,12 +129,12 @@ def solves(module: TargetOptimizer, count: int, clock: Clock) -> tuple[float, fl
     """Seconds of making one factor of C, where it is used, and of one solve."""
     ffn = module.sites.module("ffn", module.target_layer)
     width, device = in_features(ffn), module.device
-    moment_II = products(*[torch.randn(2 * width, width, device=device)] * 2) / (2 * width)
+    moment_II = multiply_transposed(*[torch.randn(2 * width, width, device=device)] * 2) / (2 * width)
     keys_NI, wanted_NO = torch.randn(count, width, device=device), torch.randn(count, module.width, device=device)
     if count > FEW_EDITS * width:
         return 0.0, clock.seconds(lambda: solve_update(wanted_NO, keys_NI, moment_II, LAM))
     made = []
-    once = clock.seconds(lambda: made.append(factorise(moment_II.clone)))
+    once = clock.seconds(lambda: made.append(factorize(moment_II.clone)))
     return once, clock.seconds(lambda: solve_with_factor(wanted_NO, keys_NI, made[0], LAM))
 
 
@@ -156,9 +156,9 @@ def main() -> None:
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     out(f"{place}, torch {torch.__version__}, {options.shape}, {options.dtype}, {len(edits)} edits, ")
     out(f"{SETTINGS['steps']} steps, {len(CONTEXTS)} contexts, layers {module.layers}\n")
-    with as_guest(module.model, device):
-        module.optimise(edits[:8])  # warm
-        rate = len(edits) / clock.seconds(lambda: module.optimise(edits))
+    with preserve_caller_state(module.model, device):
+        module.find_targets(edits[:8])  # warm
+        rate = len(edits) / clock.seconds(lambda: module.find_targets(edits))
         few = edits[: options.plain_edits]
         slow = len(few) / clock.seconds(lambda: plain(module, few))
         out(f"targets: ours {rate:.2f} edits/s, plain {slow:.3f} edits/s, ratio {rate / slow:.1f}\n")

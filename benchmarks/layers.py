@@ -2,7 +2,7 @@
 
     python benchmarks/layers.py [--records atlas-tuning] [--limit 100] [--layers "[0]" "[0,1]"] [--facts 100]
     python -m pmet_lightning demo --architecture llama --out llama      # about ten minutes
-    python benchmarks/layers.py --model llama --settings model.optimise=ffn model.clamp=2
+    python benchmarks/layers.py --model llama --settings model.optimize=ffn model.clamp=2
 
 Every range gets the same settings: those of configs/pmet.yaml, which were chosen for layers 0 to 2 of the shipped
 Atlas, and --settings. A range for which others would be better is at a disadvantage. The proposal is made on the same
@@ -66,7 +66,7 @@ def ranges(asked: argparse.Namespace, first: list[int]) -> list[list[int]]:
 def main() -> None:
     """Propose, then sweep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a folder made by the verb demo; its tuning.json and corpus.txt are used")
+    parser.add_argument("--model", help="a folder made by the command demo; its tuning.json and corpus.txt are used")
     parser.add_argument("--records", default="atlas-tuning", help="without --model")
     parser.add_argument("--settings", nargs="*", default=[], metavar="NAME=VALUE", help="options of fit")
     parser.add_argument("--limit", type=int, default=100, help="edits, in one edit batch")

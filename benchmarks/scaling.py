@@ -23,7 +23,7 @@ import torch
 from pmet_lightning.utils.distributed import sums_are_less, travelling_bytes
 
 LAYERS, WIDTH, KEYS = 3, 192, 768  # edited layers, model width and key dimensions of the shipped model
-NUMBER = 4  # bytes of an entry of ΔW
+NUMBER = 4  # bytes of an partial_forward of ΔW
 RECORDS = ["atlas-records", "atlas-spare", "atlas-tuning"]  # 840
 
 

@@ -49,7 +49,7 @@ def chosen(way: dict[str, Any], lams: list[float]) -> float:
 def main() -> None:
     """Choose and report every way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("world", type=Path, help="a folder made by the verb demo with 1,000 records at least")
+    parser.add_argument("world", type=Path, help="a folder made by the command demo with 1,000 records at least")
     parser.add_argument(
         "--lam", nargs="+", type=float, default=[300, 1000, 3000], help="tried for several edit batches"
     )

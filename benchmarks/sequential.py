@@ -5,7 +5,7 @@
     python benchmarks/sequential.py /tmp/llama
     python benchmarks/sequential.py /tmp/gpt2 --layers 0 --clamp 30 --lr 2 --lam 50
 
-Both deltas with v* as stored (clean output plus delta) or as realised (the model's output with both deltas), and the
+Both deltas with v* as stored (clean output plus delta) or as realized (the model's output with both deltas), and the
 FFN's delta alone, where the two are the same. For each every --lam on 200 tuning records; the highest efficacy, then
 Score, wins. The table is made on 200 other records.
 """
@@ -26,18 +26,18 @@ from pmet_lightning.run.lightning_cli import run_fit
 
 VARIANTS = {
     "both deltas, stored": ("attn+ffn", "stored"),
-    "both deltas, realised": ("attn+ffn", "realised"),
+    "both deltas, realized": ("attn+ffn", "realized"),
     "the FFN's delta alone": ("ffn", "stored"),
 }
 
 
 def run(base: Path, model: str, variant: str, records: str, lam: float, asked: argparse.Namespace) -> dict[str, float]:
     """Scores after one run; statistics and target vectors are kept between runs."""
-    optimise, value = VARIANTS[variant]
+    optimize, value = VARIANTS[variant]
     options = {
         "moments.folder": str(base / "moments"), "drift.text": None, "model.free_tokens": 0,
         "model.model_name": f"{model}/model", "model.layers": asked.layers, "model.clamp": asked.clamp,
-        "model.optimizer.init_args.lr": asked.lr, "model.optimise": optimise, "model.target_value": value,
+        "model.optimizer.init_args.lr": asked.lr, "model.optimize": optimize, "model.target_value": value,
         "model.targets_folder": str(base / "targets"), "spread.lam": lam,
         "data.path": f"{model}/{records}.json", "data.limit": 200,
     }  # fmt: skip
@@ -47,7 +47,7 @@ def run(base: Path, model: str, variant: str, records: str, lam: float, asked: a
 def main() -> None:
     """Tune and report every model with every variant."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", help="folders made by the verb demo")
+    parser.add_argument("models", nargs="+", help="folders made by the command demo")
     parser.add_argument("--layers", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--clamp", type=float, default=2)
     parser.add_argument("--lr", type=float, default=0.5)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmet_lightning.solver.cholesky import Factor, factorise
+from pmet_lightning.solver.cholesky import Factor, factorize
 from pmet_lightning.solver.update import solve_update, solve_with_factor
 from pmet_lightning.write.weight_spread import FEW_EDITS
 
@@ -149,7 +149,7 @@ def main() -> None:
         torch.manual_seed(0)
         moment, root = distribution(width)
         start = time.perf_counter()
-        factor = factorise(moment.double)
+        factor = factorize(moment.double)
         sys.stdout.write(f"d_k {width}: the factor of C takes {time.perf_counter() - start:.2f} s, once\n")
         for count in options.counts:
             keys = (torch.randn(count, width, dtype=torch.float64) @ root.T).float()

@@ -23,7 +23,7 @@ from pmet_lightning.data.token_rows import TokenRow
 from pmet_lightning.model.architectures import ARCHITECTURES
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.moments.sums import MomentSums
-from pmet_lightning.solver.packed import symmetric
+from pmet_lightning.solver.packed import symmetrize
 
 LAYERS = range(3, 9)
 ROWS, LENGTH, AT_ONCE = 16, 128, 16
@@ -43,7 +43,7 @@ def ours(model: torch.nn.Module, sites: Sites, rows: list[TokenRow]) -> dict[int
     sums = MomentSums(model, sites, [("ffn", layer) for layer in LAYERS], pad_id=0, device=torch.device("cpu"))
     for start in range(0, len(rows), AT_ONCE):
         sums.add(rows[start : start + AT_ONCE])
-    return {layer: symmetric(sums.lower["ffn", layer]) for layer in LAYERS}
+    return {layer: symmetrize(sums.lower["ffn", layer]) for layer in LAYERS}
 
 
 @torch.no_grad()

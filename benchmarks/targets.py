@@ -93,7 +93,7 @@ class Bench:
 
     def ours(self, edits: list[Edit]) -> list[torch.Tensor]:
         """All edits together."""
-        targets = self.module.optimise(edits)
+        targets = self.module.find_targets(edits)
         check_steps([target.record["steps"] for target in targets])
         return [target.values["ffn"] for target in targets]
 
@@ -194,7 +194,7 @@ def main() -> None:
     """Compare on every shape asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=list(LAYER), default=list(LAYER))
-    parser.add_argument("--edits", type=int, default=200, help="edits optimised together")
+    parser.add_argument("--edits", type=int, default=200, help="edits optimized together")
     parser.add_argument("--plain_edits", type=int, default=4, help="edits found the plain way")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

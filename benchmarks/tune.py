@@ -28,7 +28,7 @@ LAM = "spread.lam"
 _PMET = {"model.clamp": (3, 5), "model.kl_factor": (0, 0.0625), LAM: (50, 200, 400)}
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "PMET": _PMET,
-    "attention not optimised": _PMET,
+    "attention not optimized": _PMET,
     "attention written too": _PMET,
     "even spread": _PMET,
     "PMET to the loss": _PMET,
@@ -63,7 +63,7 @@ class Bench:
             "data.path": self.records, "data.limit": self.limit, "data.skip": skip, "model.free_tokens": 0,
             "drift.text": None,
         }  # fmt: skip
-        if method.verb == "fit":
+        if method.command == "fit":
             options["model.targets_folder"] = str(self.base / "targets")
         after = read_report(run_fit(method.config, quiet(options, folder), method.command))["scores"]["after"]
         rank = Rank(after["efficacy"], after["score"])

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "pmet_lightning"
 version = release = version_of("pmet-lightning")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "verbs"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "commands"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 2
 autodoc_preserve_defaults = True

@@ -12,7 +12,7 @@ _EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # ImportErro
 
 
 def main() -> None:
-    """Run a verb; an error the user can mend ends in one message and exit code 2."""
+    """Run a command; an error the user can mend ends in one message and exit code 2."""
     from pmet_lightning.cli.dispatch import main as run
 
     try:

@@ -17,13 +17,13 @@ import yaml
 
 from pmet_lightning import EditDataModule, SecondMoments, TargetOptimizer, WeightSpread
 from pmet_lightning.cli.dispatch import main
-from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.loading import load_model
 from pmet_lightning.moments.store import MomentKey, MomentStore
 from pmet_lightning.targets.store import PARTS
 from pmet_lightning.write import weight_spread as spread_module
-from pmet_lightning.write.keys import measure
+from pmet_lightning.write.keys import measure_keys
 from pmet_lightning.write.write_report import WriteReport
 from tests.tiny import RECORDS
 
@@ -33,11 +33,11 @@ class KeepReports(L.Callback):
 
     def __init__(self) -> None:
         self.reports: list[WriteReport] = []
-        self.measured: list[tuple[Place, torch.Tensor, torch.Tensor]] = []
+        self.measured: list[tuple[ProjectionId, torch.Tensor, torch.Tensor]] = []
 
     def measure(self, model, sites, place, values_at, over):
         """In the place of the package's own."""
-        keys, values = measure(model, sites, place, values_at, over)
+        keys, values = measure_keys(model, sites, place, values_at, over)
         self.measured.append((place, keys, values[1]))
         return keys, values
 
@@ -109,7 +109,7 @@ class GoldenRun:
     meta: dict[str, Any]
     npz: Any
     report: WriteReport
-    measured: list[tuple[Place, torch.Tensor, torch.Tensor]]
+    measured: list[tuple[ProjectionId, torch.Tensor, torch.Tensor]]
     deltas: dict[str, torch.Tensor]
 
     @property
@@ -141,7 +141,7 @@ def golden_module(case: Case, **changed: Any) -> tuple[TargetOptimizer, dict[str
             "model_name": str(case.folder / "model"),
             "layers": hp["layers"],
             "target_value": "stored",
-            "optimise": "hidden" if memit else "attn+ffn",
+            "optimize": "hidden" if memit else "attn+ffn",
             "steps": hp["v_num_grad_steps"],
             "optimizer": partial(torch.optim.Adam, lr=hp["v_lr"]),
             "clamp": hp["clamp_norm_factor"],
@@ -172,7 +172,7 @@ def run_golden(case: Case, folder: Path, **data: Any) -> GoldenRun:
     module, meta = golden_module(case)
     settings = meta["sets"][case.name]
     keep = KeepReports()
-    with patch.object(spread_module, "measure", keep.measure):
+    with patch.object(spread_module, "measure_keys", keep.measure):
         spread, reports = edit(
             module,
             [{"case_id": r["case_id"], "requested_rewrite": r} for r in meta["requests"]],

@@ -10,7 +10,7 @@ from pmet_lightning.cli.dispatch import main
 from pmet_lightning.moments import second_moments as stats
 from pmet_lightning.utils.distributed import sums_are_less
 from pmet_lightning.write import weight_spread as spread
-from pmet_lightning.write.keys import measure
+from pmet_lightning.write.keys import measure_keys
 
 # Edits, and edits of an edit batch: 7 edits on 2 or 3 processes are uneven, one edit leaves a process without any.
 # In "sums" K Kᵀ and E Kᵀ travel, as if edits were more than key dimensions.
@@ -52,9 +52,9 @@ def fit_until_one_dies(rank: str, folder: Path, model: str, records: Path, corpu
         seen.append(1)
         if len(seen) == 3 and os.environ.get("LOCAL_RANK", "0") == rank:
             os._exit(9)
-        return measure(*arguments)
+        return measure_keys(*arguments)
 
-    spread.measure = dying  # type: ignore[assignment]
+    spread.measure_keys = dying  # type: ignore[assignment]
     fit(folder, model, records, corpus, 2, "--data.edit_batch", "3", "--trainer.resume", "true")
 
 

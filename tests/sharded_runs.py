@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.projections import add_to_weight, in_features
-from pmet_lightning.write.keys import Measurement, current_values
-from pmet_lightning.write.transaction import all_or_nothing
+from pmet_lightning.write.edited_weights import EditedWeights
+from pmet_lightning.write.keys import KeyRows, measure_values
 
 FAMILIES = ("gpt2", "gptj")  # a sequential and a parallel block
 
@@ -42,7 +42,7 @@ class Watch(L.Callback):
         """Write twice: something finite, and something with a NaN in the last row."""
         projection = module.sites.module("ffn", 1)
         delta = torch.ones(module.width, in_features(projection), dtype=torch.float64)
-        with all_or_nothing([projection]):
+        with EditedWeights(("ffn",)).transaction([projection]):
             written = add_to_weight(projection, delta)
             assert written.kept == pytest.approx(1)
             assert (written.changed, written.rounding) == (1, pytest.approx(0, abs=1e-12))
@@ -60,8 +60,8 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         """After a pass that ends inside a layer."""
-        over = Measurement.of(batch.edits, [], pl_module.encoder, 100, pl_module.device)
-        current_values(pl_module.model, pl_module.sites, [("attn", 1)], over)
+        over = KeyRows.of(batch.edits, [], pl_module.encoder, 100, pl_module.device)
+        measure_values(pl_module.model, pl_module.sites, [("attn", 1)], over)
         self.check(pl_module)
         found = fingerprint(pl_module.model)
         if trainer.is_global_zero:

@@ -10,7 +10,7 @@ import yaml
 
 from pmet_lightning.baselines.finetuning import FineTuning
 from pmet_lightning.compare.plan import Method
-from pmet_lightning.model.architectures import ARCHITECTURES, advised_layers
+from pmet_lightning.model.architectures import ARCHITECTURES, suggest_layers
 from pmet_lightning.run.lightning_cli import build_fit
 from tests.conftest import ROOT
 from tests.harness import tiny_fit
@@ -99,7 +99,7 @@ def test_layers_suit_the_model(name):
     assert family in ARCHITECTURES
     assert max(layers) < depth / 2
     if "by depth" in (ROOT / "configs" / f"{name}.yaml").read_text():
-        assert layers == advised_layers(depth)
+        assert layers == suggest_layers(depth)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -115,4 +115,4 @@ def test_every_configuration_edits_a_tiny_model_of_its_family(name, tmp_path):
     ("depth", "expected"), [(8, [0, 1, 2]), (28, [3, 4, 5, 6, 7]), (32, [4, 5, 6, 7, 8]), (1, [0])]
 )
 def test_advised_layers(depth, expected):
-    assert advised_layers(depth) == expected
+    assert suggest_layers(depth) == expected

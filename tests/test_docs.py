@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from pmet_lightning import EditDataModule, Editor
 from pmet_lightning.baselines.finetuning import FineTuning
-from pmet_lightning.cli.dispatch import FILE_VERBS, TRAINER_VERBS
+from pmet_lightning.cli.dispatch import FILE_COMMANDS, TRAINER_COMMANDS
 from pmet_lightning.model.architectures import ARCHITECTURES
 from pmet_lightning.run.settings import add_shared_sections, section_parser
 from pmet_lightning.run.trainer import EditTrainer
@@ -23,12 +23,12 @@ from tests.conftest import ROOT
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 TEXTS = PAGES | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
-VERBS = (*TRAINER_VERBS, *FILE_VERBS)
+COMMANDS = (*TRAINER_COMMANDS, *FILE_COMMANDS)
 
 
 @pytest.fixture(scope="module")
 def options():
-    """The options of each verb."""
+    """The options of each command."""
     edit, baseline = section_parser(), LightningArgumentParser(exit_on_error=False)
     baseline.add_lightning_class_args(FineTuning, "model")
     baseline.add_lightning_class_args(EditDataModule, "data")
@@ -39,11 +39,11 @@ def options():
         dests = {action.dest for action in parser._actions} | {"config", "print_config"}
         found |= dict.fromkeys(["finetune"] if parser is baseline else ["fit", "validate", "test", "stats"], dests)
     found["stats"] = found["stats"] | {"list"}
-    for verb, module in FILE_VERBS.items():
-        function = getattr(import_module(module), verb)
+    for command, module in FILE_COMMANDS.items():
+        function = getattr(import_module(module), command)
         parser = capture_parser(lambda function=function: auto_cli(function, args=[], as_positional=False))
-        found[verb] = {action.dest for action in parser._actions}
-    assert set(found) == set(VERBS)
+        found[command] = {action.dest for action in parser._actions}
+    assert set(found) == set(COMMANDS)
     return found
 
 
@@ -53,14 +53,14 @@ def settings_in(text: str) -> set[str]:
 
 
 def commands(page: str) -> list[tuple[str, str]]:
-    """Verbs and what stands behind them: in lines of code, and in words set as code that begin with a verb."""
-    text, verbs = page.replace("\\\n", " "), "|".join(VERBS)
+    """Commands and what stands behind them: in lines of code, and in words set as code that begin with a command."""
+    text, commands = page.replace("\\\n", " "), "|".join(COMMANDS)
     blocks = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
     rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line.split(" #")[0] for block in blocks for line in block.splitlines()]
-    found = [re.search(rf"-m pmet_lightning ({verbs})\b(.*)", line) for line in lines]
+    found = [re.search(rf"-m pmet_lightning ({commands})\b(.*)", line) for line in lines]
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
-    found += [re.search(rf"(?:^|-m pmet_lightning )({verbs})(?= --| *$)(.*)", span) for span in spans]
+    found += [re.search(rf"(?:^|-m pmet_lightning )({commands})(?= --| *$)(.*)", span) for span in spans]
     return [(match[1], match[2]) for match in found if match]
 
 
@@ -71,11 +71,11 @@ def test_every_setting_on_a_page_exists(page, options):
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_every_setting_is_one_of_the_verb_that_it_stands_with(page, options):
-    for verb, rest in commands(TEXTS[page]):
-        assert settings_in(rest) <= options[verb], (verb, rest)
+def test_every_setting_is_one_of_the_command_that_it_stands_with(page, options):
+    for command, rest in commands(TEXTS[page]):
+        assert settings_in(rest) <= options[command], (command, rest)
     for line in TEXTS[page].splitlines():
-        named = {verb for verb, rest in commands(line) if not rest}  # one with options has them beside it
+        named = {command for command, rest in commands(line) if not rest}  # one with options has them beside it
         if len(named) == 1:
             assert {name for name in settings_in(line) if "." in name} <= options[named.pop()], line
 
@@ -84,7 +84,7 @@ def test_commands_are_found(options):
     code = "python -m pmet_lightning fit --data.path x \\\n  --a.b 1 # --c"
     text = f"a `fit --model.clamp 1`, `stats` b\n```sh\n{code}\n```"
     found = commands(text)
-    assert [(verb, settings_in(rest)) for verb, rest in found] == [
+    assert [(command, settings_in(rest)) for command, rest in found] == [
         ("fit", {"data.path", "a.b"}), ("fit", {"model.clamp"}), ("stats", set())
     ]  # fmt: skip
     assert sum(len(commands(page)) for page in TEXTS.values()) > 30
@@ -127,8 +127,8 @@ def test_every_equation_is_where_the_page_says():
     names = re.findall(r"^\|[^|]+\| `([\w.]+)` \|$", PAGES["method.md"], re.MULTILINE)
     assert len(names) >= 15
     assert set(names) <= definitions()
-    assert {"TargetLoop._iterate", "share"} <= definitions()
-    assert not {"TargetLoop.share", "_iterate"} & definitions()
+    assert {"TargetLoop.iterate", "share"} <= definitions()
+    assert not {"TargetLoop.share", "iterate"} & definitions()
 
 
 def test_the_list_of_families_is_that_of_the_program():
@@ -181,7 +181,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    reference, verbs = ((tmp_path / f"{name}.html").read_text() for name in ("reference", "verbs"))
+    reference, commands = ((tmp_path / f"{name}.html").read_text() for name in ("reference", "commands"))
     assert "torch.optim.Adam(lr=0.2)" in reference
     for name in (
         "model.clamp",
@@ -192,5 +192,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
         "trainer.resume",
     ):
         assert f"--{name}" in reference
-    assert all(f'id="{verb}"' in verbs for verb in FILE_VERBS)
-    assert all(f"  {verb}" in verbs for verb in TRAINER_VERBS)
+    assert all(f'id="{command}"' in commands for command in FILE_COMMANDS)
+    assert all(f"  {command}" in commands for command in TRAINER_COMMANDS)

@@ -38,11 +38,11 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 @pytest.mark.parametrize("arguments", [["export", "--help"], ["analyze", "--help"], ["stats", "--list"]], ids=" ".join)
-def test_file_verbs_need_no_lightning(arguments):
+def test_file_commands_need_no_lightning(arguments):
     assert imported(f"from pmet_lightning.cli.dispatch import main; main({arguments})") == {"torch"}
 
 
-def test_the_other_verbs_need_no_data_sets_to_show_their_settings():
+def test_the_other_commands_need_no_data_sets_to_show_their_settings():
     heavy = imported("from pmet_lightning.cli.dispatch import main; main(['fit', '--help'])")
     assert "lightning" in heavy
     assert not heavy & {"datasets", "sklearn"}

@@ -1,4 +1,4 @@
-"""The verb ``analyze``: where a model keeps its facts, and which of its layers to edit."""
+"""The command ``analyze``: where a model keeps its facts, and which of its layers to edit."""
 
 from __future__ import annotations
 
@@ -134,12 +134,12 @@ def _study(model: ModelOptions, data: DataOptions, tracing: TracingOptions, top:
     from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
     from pmet_lightning.model.loading import load_config, load_model
     from pmet_lightning.model.patch import load_patch
-    from pmet_lightning.utils.resources import usable_device
+    from pmet_lightning.utils.resources import check_device
 
     dtype = model.dtype
     if model.patch is not None and dtype == "auto":
         dtype = load_patch(model.patch)[1]["dtype"]
-    device = usable_device(model.device, "--model.device")
+    device = check_device(model.device, "--model.device")
     architecture = architecture_of(load_config(model.model_name), model.architecture)
     encoder = PromptEncoder.of(load_tokenizer(model.model_name), model.chat)
     lm = load_model(model.model_name, dtype, model.attn_implementation).to(device)

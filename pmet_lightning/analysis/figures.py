@@ -10,7 +10,7 @@ from matplotlib import rc_context
 
 from pmet_lightning.analysis.components import ATTN, COMPONENTS, FFN, LAST, SUBJECT, TOKENS
 from pmet_lightning.analysis.facts import NEW, TRUE
-from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, summarise
+from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, summarize
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import PLACES, RESTORED
 from pmet_lightning.report.html import BLUE, GREEN, ORANGE, PURPLE, STYLE, panels, write_svg
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _WIDTH = 9.4
-_COLOURS = {ATTN: ORANGE, FFN: BLUE, TRUE: GREEN, NEW: PURPLE}
+_COLORS = {ATTN: ORANGE, FFN: BLUE, TRUE: GREEN, NEW: PURPLE}
 _LINES = {"before": "-", "after": "--"}
 _TITLES = {SUBJECT: "subject's last token", LAST: "prompt's last token"}
 _RESTORED = {"hidden": "residual stream", ATTN: "attention output", FFN: "FFN output"}
@@ -60,11 +60,11 @@ def _line(ax: Axes, values_NL: Tensor, label: str, name: str, phase: str) -> Non
     """Mean over facts by layer, with its 95 % interval if they are enough; nothing where no fact has such a number."""
     if values_NL.isnan().all():
         return
-    mean, low, high, count = (column.tolist() for column in summarise(values_NL))
+    mean, low, high, count = (column.tolist() for column in summarize(values_NL))
     layers = range(len(mean))
-    ax.plot(layers, mean, _LINES[phase], color=_COLOURS[name], label=label)
+    ax.plot(layers, mean, _LINES[phase], color=_COLORS[name], label=label)
     if min(count) >= LEAST_FACTS:
-        ax.fill_between(layers, low, high, color=_COLOURS[name], alpha=0.15, lw=0)
+        ax.fill_between(layers, low, high, color=_COLORS[name], alpha=0.15, lw=0)
 
 
 def _finish(figure: Figure, axes: Sequence[Axes]) -> Figure:

@@ -19,7 +19,7 @@ from pmet_lightning.data.token_rows import RowBatch, TokenRow, pad_rows
 from pmet_lightning.model.architectures import UnknownArchitectureError
 from pmet_lightning.model.forward import label_logits, model_inputs
 from pmet_lightning.model.hooks import stop_before
-from pmet_lightning.model.partial_forward import beginning_at
+from pmet_lightning.model.partial_forward import start_at_layer
 from pmet_lightning.model.projections import Sites
 
 _MOST_LOGITS = 2**26
@@ -81,19 +81,19 @@ class Lens:
             Shape [P, N], float32, on the CPU.
         """
         slope_NF = self._slope(streams_NF, tokens_N)
-        whole = self._centre(streams_NF.float()) * self.gain
+        whole = self._center(streams_NF.float()) * self.gain
         normed = self._run_norm(streams_NF) - self.shift
         # normed = whole / scale; by least squares, since single entries may be zero
         inverse_N = (whole * normed).sum(-1) / whole.square().sum(-1).clamp_min(1e-30)
-        pieces = self._centre(parts_PNF.float()) * self.gain
+        pieces = self._center(parts_PNF.float()) * self.gain
         return ((pieces * slope_NF).sum(-1) * inverse_N).cpu()
 
     def _ending_with(self, vectors_NF: Tensor) -> AbstractContextManager[None]:
         """Have the last layer hand on these vectors in the passes inside."""
         layers = list(self.sites.layers)
-        return beginning_at(layers, len(layers), vectors_NF.unsqueeze(1).to(self.device), self.tuples)
+        return start_at_layer(layers, len(layers), vectors_NF.unsqueeze(1).to(self.device), self.tuples)
 
-    def _centre(self, x: Tensor) -> Tensor:
+    def _center(self, x: Tensor) -> Tensor:
         return x - x.mean(dim=-1, keepdim=True) if self.centred else x
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmet_lightning.evaluation.bootstrap import RESAMPLES, interval_of, picks_of
+from pmet_lightning.evaluation.bootstrap import RESAMPLES, bootstrap_indices, confidence_interval
 
 LEAST_FACTS = 10  # with fewer, bootstrap intervals are too narrow; with one they have no width
 TOO_FEW = "too few facts to say"
@@ -45,7 +45,7 @@ class Measure:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each place: its names, mean, 95 % interval, and number of facts."""
-        summary = summarise(self.values)
+        summary = summarize(self.values)
         names = itertools.product(*self.axes.values())
         columns = (column.flatten().tolist() for column in summary)
         for place, mean, low, high, count in zip(names, *columns, strict=True):
@@ -55,7 +55,7 @@ class Measure:
                 }  # fmt: skip
 
 
-def joined(parts: Sequence[Measure]) -> Measure:
+def concatenate_measures(parts: Sequence[Measure]) -> Measure:
     """The facts of several measures with the same axes, one after the other."""
     return replace(parts[0], values=torch.cat([part.values for part in parts]))
 
@@ -67,7 +67,7 @@ def resampled_means(values_NM: Tensor) -> Tensor:
         values_NM: Shape [N, ...]; NaN is left out.
     """
     count = len(values_NM)
-    picks_BN = picks_of(count)
+    picks_BN = bootstrap_indices(count)
     weights_BN = torch.zeros(RESAMPLES, count, dtype=torch.float64)
     weights_BN.scatter_add_(1, picks_BN, torch.ones_like(picks_BN, dtype=torch.float64))
     flat = values_NM.double().reshape(count, -1)
@@ -75,15 +75,15 @@ def resampled_means(values_NM: Tensor) -> Tensor:
     return ((weights_BN @ flat.nan_to_num()) / (weights_BN @ there)).reshape(RESAMPLES, *values_NM.shape[1:])
 
 
-def summarise(values_NM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def summarize(values_NM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, both ends of its 95 % bootstrap interval, and number of facts, of each column."""
     shape = values_NM.shape[1:]
-    low, high = interval_of(resampled_means(values_NM).reshape(RESAMPLES, -1))
+    low, high = confidence_interval(resampled_means(values_NM).reshape(RESAMPLES, -1))
     count = (~values_NM.isnan()).sum(dim=0)
     return values_NM.double().nanmean(dim=0), low.reshape(shape), high.reshape(shape), count
 
 
 def interval(values_N: Tensor) -> dict[str, float]:
     """Mean and 95 % bootstrap interval of one number of each fact."""
-    mean, low, high, count = (float(value) for value in summarise(values_N))
+    mean, low, high, count = (float(value) for value in summarize(values_N))
     return {"mean": mean, "low": low, "high": high, "count": int(count)}

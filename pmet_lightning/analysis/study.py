@@ -16,7 +16,7 @@ from pmet_lightning.analysis.components import component_measures
 from pmet_lightning.analysis.facts import Fact, Question, ask, followed, is_said, next_token, with_own_answers
 from pmet_lightning.analysis.layer_choice import Proposal, propose
 from pmet_lightning.analysis.lens import Lens
-from pmet_lightning.analysis.measures import Measure, joined
+from pmet_lightning.analysis.measures import Measure, concatenate_measures
 from pmet_lightning.analysis.streams import is_parallel
 from pmet_lightning.analysis.tracing import SUBJECT_LAST, Tracer, draw_noise, embedding_spread, trace
 from pmet_lightning.data.encoder import PromptEncoder
@@ -165,7 +165,7 @@ class Study:
             order += part
             for name, measure in measured.items():
                 found.setdefault(name, []).append(measure)
-        return {name: _in_order(joined(parts), order) for name, parts in found.items()}
+        return {name: _in_order(concatenate_measures(parts), order) for name, parts in found.items()}
 
     def _trace(
         self, questions: Sequence[Question], answers: Sequence[str], noise: Sequence[Tensor], phase: str
@@ -188,7 +188,7 @@ class Study:
             parts.append(traced.effect)
             corrupt[part] = traced.corrupt
             order += part
-        return _in_order(joined(parts), order), corrupt
+        return _in_order(concatenate_measures(parts), order), corrupt
 
     def _batches(self, questions: Sequence[Question], rows: int) -> list[list[int]]:
         """Facts whose states in all layers are held together."""

@@ -21,7 +21,7 @@ from pmet_lightning.data.token_rows import RowBatch, TokenRow, pad_rows
 from pmet_lightning.model.architectures import SiteName
 from pmet_lightning.model.forward import label_logits
 from pmet_lightning.model.hooks import record_whole, replace_output
-from pmet_lightning.model.partial_forward import beginning_at
+from pmet_lightning.model.partial_forward import start_at_layer
 from pmet_lightning.model.projections import Sites
 
 RESTORED: tuple[SiteName, ...] = ("hidden", "attn", "ffn")
@@ -228,7 +228,7 @@ def _restore_together(
     start = min(tracer.restored_layers(site, layer)[0] for site in present)
     with ExitStack() as stack:
         layers, entering = list(tracer.sites.layers), corrupt.entering[start][pair_X]
-        stack.enter_context(beginning_at(layers, start, entering, tracer.tuples))
+        stack.enter_context(start_at_layer(layers, start, entering, tracer.tuples))
         for site in present:
             own = (site_X == RESTORED.index(site)).nonzero()[:, 0]
             places = own * shape[1] + column_X[own]

@@ -1,6 +1,6 @@
 """The honest baseline: plain fine-tuning of one layer, as a LightningModule.
 
-The FFN output projection of one layer learns the targets by gradient descent on the rows that the target optimisation
+The FFN output projection of one layer learns the targets by gradient descent on the rows that the target optimization
 uses too. What is learnt goes nowhere but into that matrix, so it can be compared with what an editor writes.
 """
 
@@ -32,7 +32,7 @@ class FineTuning(EditableModel):
         model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
         epochs: Most passes over the edits.
         batch: Edits of a gradient step.
-        optimizer: Any optimiser.
+        optimizer: Any optimizer.
         loss_tolerance: Training stops when the mean negative log-likelihood of an epoch is below this.
         max_change: Longest change of the matrix, in norms of the matrix; null bounds nothing.
         seed: Seed of the order of the edits.
@@ -70,7 +70,7 @@ class FineTuning(EditableModel):
             self.projection.weight.requires_grad_(True)  # type: ignore[operator,union-attr]
 
     def configure_optimizers(self) -> Any:
-        """The optimiser of the one matrix."""
+        """The optimizer of the one matrix."""
         return self.optimizer_callable([self.projection.weight])  # type: ignore[list-item]
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""The command line: which verb is meant. Nothing is imported here that a verb, or its help, can do without."""
+"""The command line: which command is meant. Nothing is imported here that a command, or its help, can do without."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from importlib import import_module
 
 from pmet_lightning.utils.resources import locate_config
 
-# Verbs that are a function of the same name, and its module.
-FILE_VERBS = {
+# Commands that are a function of the same name, and its module.
+FILE_COMMANDS = {
     "export": "pmet_lightning.cli.export",
     "demo": "pmet_lightning.demo",
     "compare": "pmet_lightning.compare.command",
     "harness": "pmet_lightning.cli.lm_eval",
     "analyze": "pmet_lightning.analysis.command",
 }
-TRAINER_VERBS = ("fit", "validate", "test", "stats", "finetune")
-USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
+TRAINER_COMMANDS = ("fit", "validate", "test", "stats", "finetune")
+USAGE = """usage: python -m pmet_lightning COMMAND [--config FILE] [options]
 
-  fit       optimise targets, write the weights, evaluate before and after
+  fit       optimize targets, write the weights, evaluate before and after
   validate  evaluate a model on the questions of the edits (with --model.patch: an edited one)
   test      the same as validate
   stats     collect the second moments of the edited layers (--list: show what is kept)
@@ -31,36 +31,36 @@ USAGE = """usage: python -m pmet_lightning VERB [--config FILE] [options]
   harness   hand an exported model to lm-evaluation-harness
   demo      rebuild the embedded world and its model from a seed
 
-VERB --help lists the options of a verb; VERB --config FILE --print_config shows its settings."""
+COMMAND --help lists the options of a command; COMMAND --config FILE --print_config shows its settings."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb; every expected error is one message and exit code 2."""
+    """Run one command; every expected error is one message and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verb = arguments[0] if arguments else "--help"
-    if verb in ("-h", "--help"):
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
         sys.stdout.write(USAGE + "\n")
-    elif verb == "stats" and "--list" in arguments:
+    elif command == "stats" and "--list" in arguments:
         from pmet_lightning.moments.store import list_moments
 
         _call(list_moments, [a for a in arguments[1:] if a != "--list"])
-    elif verb in FILE_VERBS:
+    elif command in FILE_COMMANDS:
         _start_log(arguments)
-        _call(getattr(import_module(FILE_VERBS[verb]), verb), _with_located_configs(arguments[1:]))
-    elif verb in TRAINER_VERBS:
+        _call(getattr(import_module(FILE_COMMANDS[command]), command), _locate_configs(arguments[1:]))
+    elif command in TRAINER_COMMANDS:
         _start_log(arguments)
         from pmet_lightning.run.lightning_cli import run_command  # seconds of imports
 
-        run_command(verb, _with_located_configs(arguments[1:]))
+        run_command(command, _locate_configs(arguments[1:]))
     else:
-        sys.stderr.write(f"unknown verb {verb!r}\n{USAGE}\n")
+        sys.stderr.write(f"unknown command {command!r}\n{USAGE}\n")
         raise SystemExit(2)
 
 
 def _start_log(arguments: Sequence[str]) -> None:
     """Show messages as they are, and of several processes those of the first.
 
-    Lightning, where a verb uses it, is imported before: after, it shows its own twice.
+    Lightning, where a command uses it, is imported before: after, it shows its own twice.
     """
     level = logging.INFO
     if arguments[0] not in ("export", "harness", "analyze") and "--help" not in arguments:
@@ -76,7 +76,7 @@ def _call(function: Callable[..., None], arguments: Sequence[str]) -> None:
     auto_cli(function, args=list(arguments), as_positional=False)
 
 
-def _with_located_configs(arguments: Sequence[str]) -> list[str]:
+def _locate_configs(arguments: Sequence[str]) -> list[str]:
     """The arguments, with the names of shipped configurations replaced by their paths."""
     located = list(arguments)
     for i, argument in enumerate(located):

@@ -1,4 +1,4 @@
-"""The verb ``export``: base model plus patch as a Hugging Face folder that anything can open."""
+"""The command ``export``: base model plus patch as a Hugging Face folder that anything can open."""
 
 from __future__ import annotations
 

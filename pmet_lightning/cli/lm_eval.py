@@ -1,4 +1,4 @@
-"""The verb ``harness``: an exported model handed over to lm-evaluation-harness."""
+"""The command ``harness``: an exported model handed over to lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pmet_lightning.utils.files import write_json
-from pmet_lightning.utils.resources import locate, usable_device
+from pmet_lightning.utils.resources import check_device, locate
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def harness(
     if include is not None and not Path(include).is_dir():
         raise FileNotFoundError(f"--include {include}: expected a folder with task YAMLs, there is none")
     lm_eval = _imported()
-    device = usable_device(device, "--device")
+    device = check_device(device, "--device")
     model_args = {"pretrained": _located(model)}
     manager = lm_eval.tasks.TaskManager(include_path=include, metadata=model_args)
     _check_tasks(tasks, manager.all_tasks)
@@ -77,7 +77,7 @@ def _imported() -> Any:
         import lm_eval.utils
     except ImportError as error:
         raise ImportError(
-            f'the verb harness needs lm-evaluation-harness ({error}): pip install "pmet-lightning[harness]"'
+            f'the command harness needs lm-evaluation-harness ({error}): pip install "pmet-lightning[harness]"'
         ) from error
     return lm_eval
 

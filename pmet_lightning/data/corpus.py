@@ -80,7 +80,7 @@ def _digest(path: Path, size: int, changed: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def packed_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[TokenRow]:
+def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[TokenRow]:
     """Join texts, with a space between them, into rows of ``length`` tokens; the last may be shorter.
 
     Every row begins with what the tokenizer puts before a text (BOS, or nothing): a model that has learned to lean on

@@ -16,7 +16,7 @@ from pmet_lightning.data.encoder import LocationError, PromptEncoder, load_token
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_edits, stream_edits
 from pmet_lightning.data.records import Edit, check_no_contradictions, skip_written
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ class EditBatches(IterableDataset[EditBatch]):
         size: Edits of a batch.
         done: Edits that were written before them. They are one batch without edits, so that an epoch is never empty.
         count: How many edits there are, with those; ``None`` for a stream.
-        team: Processes that work on what the first of them reads, since the end of a growing file is not the same to
-            all; each reads by itself where ``None``.
+        processes: They work on what the first of them reads, since the end of a growing file is not the same to all;
+            each process reads by itself where ``None``.
         check: Raises if the edits of a batch cannot be written together.
     """
 
@@ -76,10 +76,10 @@ class EditBatches(IterableDataset[EditBatch]):
         size: int,
         done: int,
         count: int | None,
-        team: Team | None = None,
+        processes: ProcessGroup | None = None,
         check: Callable[[Sequence[Edit]], None] = lambda _: None,
     ) -> None:
-        self.edits, self.size, self.done, self.count, self.team = edits, size, done, count, team
+        self.edits, self.size, self.done, self.count, self.processes = edits, size, done, count, processes
         self.check = check
 
     def __iter__(self) -> Iterator[EditBatch]:
@@ -101,7 +101,7 @@ class EditBatches(IterableDataset[EditBatch]):
             self.check(batch)
             return batch
 
-        return read() if self.team is None else self.team.object_from_first(read)
+        return read() if self.processes is None else self.processes.compute_object_on_rank_zero(read)
 
 
 class _EditRows:
@@ -125,7 +125,7 @@ def _collate(items: Sequence[tuple[Edit, int]]) -> EditBatch:
 class EditDataModule(L.LightningDataModule):
     """Edits of a file or hub data set, checked before anything else starts.
 
-    An *edit batch* is written into the weights by one solve; how many of its edits are optimised at a time is the
+    An *edit batch* is written into the weights by one solve; how many of its edits are optimized at a time is the
     module's ``micro_batch``. A stream is read as it is worked on: each edit batch is checked, written, judged and
     saved by itself, and nothing is judged before the first or after the last.
 
@@ -183,15 +183,15 @@ class EditDataModule(L.LightningDataModule):
 
         Args:
             edits: The edits.
-            tokenizer: As for :meth:`borrow`.
+            tokenizer: As for :meth:`attach`.
             settings: The other arguments of the class.
         """
         data = cls(**{"path": "facts", **settings})
         data._at_hand = list(edits)
-        data.borrow(tokenizer)
+        data.attach(tokenizer)
         return data
 
-    def borrow(self, tokenizer: Any) -> None:
+    def attach(self, tokenizer: Any) -> None:
         """Take a tokenizer that is loaded already, instead of loading one."""
         self._tokenizer = tokenizer
 
@@ -231,13 +231,13 @@ class EditDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[EditBatch]:
         """The edit batches, the same on every process."""
         if self.stream:
-            batches = EditBatches(self._streamed, self.edit_batch or 1, self.done, None, self._team, self._check)
+            batches = EditBatches(self._streamed, self.edit_batch or 1, self.done, None, self._processes, self._check)
         else:
             left, count = self.edits[self.done :], len(self.edits)
             batches = EditBatches(lambda: iter(left), self.edit_batch or count, self.done, count)
         return DataLoader(batches, batch_size=None)
 
-    def go_on_behind(self, written: Iterable[Mapping[str, Any]]) -> None:
+    def resume_after(self, written: Iterable[Mapping[str, Any]]) -> None:
         """Leave out the edits that an earlier run has written: the first of these, which must be the same ones.
 
         Args:
@@ -255,7 +255,7 @@ class EditDataModule(L.LightningDataModule):
             self._left = self._all_streamed()
             return skip_written(self._left, written, name)
 
-        self.done = skip() if self._team is None else self._team.object_from_first(skip)
+        self.done = skip() if self._processes is None else self._processes.compute_object_on_rank_zero(skip)
 
     def _all_streamed(self) -> Iterator[Edit]:
         return stream_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, wait=self.stream_wait)
@@ -272,7 +272,7 @@ class EditDataModule(L.LightningDataModule):
         """All edits with their questions, for the scores before and after; each process gets its part."""
         if self.stream:
             return []
-        share = (self._team.rank, self._team.size) if self._team else (0, 1)
+        share = (self._processes.rank, self._processes.size) if self._processes else (0, 1)
         return self._loader(BatchSampler(len(self.edits), self.evaluation_batch, *share))
 
     def test_dataloader(self) -> DataLoader[EditBatch] | list[Any]:
@@ -280,8 +280,8 @@ class EditDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     @property
-    def _team(self) -> Team | None:
-        return Team.of(self.trainer) if self.trainer else None
+    def _processes(self) -> ProcessGroup | None:
+        return ProcessGroup.of(self.trainer) if self.trainer else None
 
     def _loader(self, sampler: BatchSampler) -> DataLoader[EditBatch]:
         if self._rows is None:

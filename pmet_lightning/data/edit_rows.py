@@ -13,7 +13,7 @@ BARE = "{}"
 
 
 def target_rows(edit: Edit, contexts: Sequence[str], encoder: PromptEncoder) -> list[TokenRow]:
-    """Rows of the target optimisation, ``len(contexts) + 2`` of them.
+    """Rows of the target optimization, ``len(contexts) + 2`` of them.
 
     Args:
         edit: The edit.

@@ -16,9 +16,9 @@ from typing import Any
 from pmet_lightning.data.token_rows import TokenRow
 from pmet_lightning.utils.pretrained import load_pretrained
 
-Tokenised = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
-_MOST_KEPT = 2**15  # texts; about 3 KB each
-_HALF_CHARACTER = "\ufffd"  # what decoding gives for bytes that are no whole character yet
+Tokenized = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
+MOST_KEPT_TEXTS = 2**15  # texts; about 3 KB each
+REPLACEMENT_CHARACTER = "\ufffd"  # what decoding gives for bytes that are no whole character yet
 
 
 class LocationError(ValueError):
@@ -48,7 +48,7 @@ class PromptEncoder:
 
     tokenizer: Any
     chat: tuple[str, str] | None = None
-    _kept: dict[str, Tokenised] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _kept: dict[str, Tokenized] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
     def of(cls, tokenizer: Any, chat: bool = False) -> PromptEncoder:
@@ -106,13 +106,13 @@ class PromptEncoder:
         text, subject_start = (prompt, 0) if subject is None else fill(prompt, subject)
         text, prompt_start = fill(context, text)
         text, full = self._texts(text, target)
-        ((ids, offsets),) = self._tokenised([full])
+        ((ids, offsets),) = self._tokenize_kept([full])
         position = -1
         if subject is not None:
             position = self._subject_tokens(offsets, prompt_start + subject_start, subject, full)[-1]
         if stop_at_subject:
             return TokenRow(ids[: position + 1], position)
-        return _with_target(TokenRow(ids, position), offsets, text, target)
+        return _add_target(TokenRow(ids, position), offsets, text, target)
 
     def subject_tokens(self, prompt: str, subject: str) -> range:
         """Places of all of the subject's tokens in the row that :meth:`encode` makes of the bare prompt.
@@ -126,7 +126,7 @@ class PromptEncoder:
         """
         text, start = fill(prompt, subject)
         _, full = self._texts(text, None)
-        ((_, offsets),) = self._tokenised([full])
+        ((_, offsets),) = self._tokenize_kept([full])
         return self._subject_tokens(offsets, start, subject, full)
 
     def _subject_tokens(self, offsets: Sequence[tuple[int, int]], start: int, subject: str, full: str) -> range:
@@ -151,19 +151,19 @@ class PromptEncoder:
         """
         wanted = [None] * len(prompts) if targets is None else targets
         texts = [self._texts(prompt, target) for prompt, target in zip(prompts, wanted, strict=True)]
-        tokenised = self._tokenised([full for _, full in texts])
+        tokenised = self._tokenize_kept([full for _, full in texts])
         return [
-            _with_target(TokenRow(ids), offsets, text, target)
+            _add_target(TokenRow(ids), offsets, text, target)
             for (text, _), target, (ids, offsets) in zip(texts, wanted, tokenised, strict=True)
         ]
 
-    def _tokenised(self, texts: Sequence[str]) -> list[Tokenised]:
-        """As :func:`_tokenise`; the latest texts are kept, since every text of an edit comes again."""
+    def _tokenize_kept(self, texts: Sequence[str]) -> list[Tokenized]:
+        """As :func:`tokenize`; the latest texts are kept, since every text of an edit comes again."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._kept]
-        made = _tokenise(self.tokenizer, missing, special=self.chat is None)
+        made = tokenize(self.tokenizer, missing, special=self.chat is None)
         self._kept.update(zip(missing, made, strict=True))
         found = [self._kept[text] for text in texts]
-        for text in list(itertools.islice(self._kept, max(0, len(self._kept) - _MOST_KEPT))):
+        for text in list(itertools.islice(self._kept, max(0, len(self._kept) - MOST_KEPT_TEXTS))):
             del self._kept[text]
         return found
 
@@ -189,7 +189,7 @@ def _chat_frame(tokenizer: Any) -> tuple[str, str]:
     return head, tail
 
 
-def _with_target(row: TokenRow, offsets: Sequence[tuple[int, int]], text: str, target: str | None) -> TokenRow:
+def _add_target(row: TokenRow, offsets: Sequence[tuple[int, int]], text: str, target: str | None) -> TokenRow:
     """The row with the tokens behind the text as labels, the last of which is not read."""
     if target is None:
         return row
@@ -200,7 +200,7 @@ def _with_target(row: TokenRow, offsets: Sequence[tuple[int, int]], text: str, t
     return TokenRow(row.ids[:-1], row.subject, labels)
 
 
-def _tokenise(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Tokenised]:
+def tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Tokenized]:
     """Ids and character offsets of each text, without special tokens that the tokenizer puts at its end.
 
     Args:
@@ -243,9 +243,9 @@ def offsets_by_decoding(tokenizer: Any, text: str, ids: Sequence[int]) -> list[t
     spans, done = [], 0  # characters that are whole so far
     for i in range(1, len(ids) + 1):
         decoded = str(tokenizer.decode(ids[:i], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        whole = decoded.rstrip(_HALF_CHARACTER).lstrip()
+        whole = decoded.rstrip(REPLACEMENT_CHARACTER).lstrip()
         before, done = done, indent + len(whole) if whole else 0
-        spans.append((before, done + (1 if decoded.endswith(_HALF_CHARACTER) else 0)))
+        spans.append((before, done + (1 if decoded.endswith(REPLACEMENT_CHARACTER) else 0)))
     if not ids or decoded.strip() != text.strip():
         raise LocationError(
             f"the slow tokenizer does not give {text!r} back, so that nothing can be located in it; expected a fast "

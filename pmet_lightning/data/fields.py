@@ -1,4 +1,4 @@
-"""Fields of a record, each checked: a text, several texts, a name; and names that are probably misspelt."""
+"""Fields of a record, each checked: a text, several texts, a name; and names that are probably misspelled."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def name_in(fields: Any, name: str, origin: str) -> str | None:
     return found
 
 
-def misspelt(record: Any) -> dict[str, str]:
+def find_misspelled(record: Any) -> dict[str, str]:
     """Names of fields that are not known, but nearly, and what was probably meant.
 
     Args:

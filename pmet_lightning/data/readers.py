@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.data.fields import RecordError, misspelt
+from pmet_lightning.data.fields import RecordError, find_misspelled
 from pmet_lightning.data.records import Edit, check_no_contradictions, parse_records
 from pmet_lightning.utils.resources import locate
 
@@ -188,7 +188,7 @@ def _warn_of_names(record: Any, origin: str, warned: set[str]) -> None:
         warned: Files of which it was said.
     """
     file = re.split(r", record \d|\[\d", origin)[0]
-    names = {} if file in warned else misspelt(record)
+    names = {} if file in warned else find_misspelled(record)
     if names:
         warned.add(file)
         log.warning(

@@ -90,12 +90,12 @@ class RowBatch:
         used = self.attention_mask[rows].any(dim=0).nonzero().flatten()
         return slice(int(used[0]), int(used[-1]) + 1)
 
-    def label_places(self) -> Tensor:
+    def label_positions(self) -> Tensor:
         """``label_columns`` counted over all columns of all rows, shape [R, K]."""
         starts = torch.arange(len(self), device=self.label_columns.device).unsqueeze(1) * self.input_ids.shape[1]
         return starts + self.label_columns
 
-    def real_places(self) -> Tensor:
+    def real_positions(self) -> Tensor:
         """Places of the real tokens, counted over all columns of all rows."""
         return self.attention_mask.flatten().nonzero().flatten()
 

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pmet_lightning.demo.recall import recalled
+from pmet_lightning.demo.recall import measure_recall
 from pmet_lightning.demo.world import World, training_sentences
 
 log = logging.getLogger(__name__)
@@ -292,6 +292,6 @@ def measure(folder: Path, world: World, seed: int = 0) -> dict[str, float]:
     for name, prompts in (("trained", world.trained_prompts()), ("held_out", world.held_out_prompts())):
         in_context = [(f"{rng.choice(world.fillers)} {prompt}", answer) for prompt, answer in prompts]
         for label, asked in ((name, prompts), (f"{name}_in_context", in_context)):
-            right = recalled(model, tokenizer, asked)
+            right = measure_recall(model, tokenizer, asked)
             shares[label] = sum(right) / len(right)
     return shares

@@ -18,14 +18,14 @@ from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.readers import as_edits
 from pmet_lightning.data.records import Edit
 from pmet_lightning.editor.edit_report import EditReport
-from pmet_lightning.editor.isolation import as_guest
-from pmet_lightning.editor.loading import LOADING, checked, loaded, name_of, tokenizer_of
+from pmet_lightning.editor.isolation import preserve_caller_state
+from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.model.patch import save_patch
 from pmet_lightning.run.ledger import EditLedger
 from pmet_lightning.run.manifest import manifest_of, moments_of
-from pmet_lightning.run.settings import parts_of, written_settings
+from pmet_lightning.run.settings import make_objects, read_sections
 from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.progress import EditProgressBar
@@ -59,7 +59,7 @@ class Editor:
         moments: The same of 'moments' (:class:`~pmet_lightning.SecondMoments`).
         spread: The same of 'spread' (:class:`~pmet_lightning.WeightSpread`).
         drift: The same of 'drift' (:class:`~pmet_lightning.write.drift.Drift`).
-        settings: Those of 'model': ``clamp``, ``steps``, ``optimise`` and all else that
+        settings: Those of 'model': ``clamp``, ``steps``, ``optimize`` and all else that
             :class:`~pmet_lightning.TargetOptimizer` takes.
 
     Raises:
@@ -98,13 +98,13 @@ class Editor:
             "spread": dict(spread or {}) | _given(lam=lam),
             "drift": dict(drift or {}),
         }
-        name = model if isinstance(model, str) else name_of(model)
-        parts = parts_of(name, sections)  # before anything is loaded
-        self.model: Any = loaded(model, settings, device) if isinstance(model, str) else checked(model, settings)
-        self.tokenizer: Any = tokenizer_of(name, tokenizer)
+        name = model if isinstance(model, str) else model_name_of(model)
+        parts = make_objects(name, sections)  # before anything is loaded
+        self.model: Any = load(model, settings, device) if isinstance(model, str) else check_model(model, settings)
+        self.tokenizer: Any = load_tokenizer_for(name, tokenizer)
         self._module, self._moments, self._spread = parts.module, parts.moments, parts.spread
         self._drift, self._data_settings, self._progress = parts.drift, parts.data, progress
-        self._module.borrow(self.model, self.tokenizer)
+        self._module.attach(self.model, self.tokenizer)
         self._module.setup("fit")
         self._module.configure_model()
         self._clean: Snapshot | None = None  # before the first edit
@@ -130,7 +130,7 @@ class Editor:
             FileNotFoundError: If there is no such configuration.
             ValueError: If it is none of an edit run, or a change is unusable.
         """
-        written = written_settings(config)
+        written = read_sections(config)
         named = written["model"].pop("model_name")
         unused = (*(LOADING if isinstance(model, nn.Module) else ()), *(("optimizer",) if "lr" in changes else ()))
         settings = {name: value for name, value in written.pop("model").items() if name not in unused}
@@ -148,7 +148,7 @@ class Editor:
         return self._module.edits_done
 
     def evaluate(self, facts: Facts) -> dict[str, float]:
-        """Ask the model, as it is now, the questions of some facts (the verb ``validate``).
+        """Ask the model, as it is now, the questions of some facts (the command ``validate``).
 
         Args:
             facts: As for :meth:`edit`.
@@ -160,8 +160,8 @@ class Editor:
             RecordError: If a fact is unusable; the message names it, such as "facts[3]".
         """
         data = self._data(facts)
-        self._module.forget()
-        with as_guest(self.model, self._device):
+        self._module.reset_results()
+        with preserve_caller_state(self.model, self._device):
             self._trainer([self._drift], None, True).validate(self._module, data, verbose=False)
         return dict(self._module.results.get("test", {}))
 
@@ -182,7 +182,7 @@ class Editor:
                     f"prompts[{number}] is {prompts[number]!r}, which has no token; expected a text that the model can "
                     "go on with"
                 )
-        with as_guest(self.model, self._device):
+        with preserve_caller_state(self.model, self._device):
             return greedy_texts(
                 self.model,
                 self._module.encoder,
@@ -193,7 +193,7 @@ class Editor:
             )
 
     def edit(self, facts: Facts, *, evaluate: bool = True, run_dir: str | None = None) -> EditReport:
-        """Write facts into the model's weights, after what earlier calls have written (the verb ``fit``).
+        """Write facts into the model's weights, after what earlier calls have written (the command ``fit``).
 
         All of them are written, or, if anything fails or interrupts, none.
 
@@ -214,10 +214,10 @@ class Editor:
         self._check_unchanged()
         before = self._spread.edited.snapshot(self._module)
         ledger = EditLedger(keep=True)
-        self._module.forget()
+        self._module.reset_results()
         self._drift.ended = ""
         try:
-            with as_guest(self.model, self._device):
+            with preserve_caller_state(self.model, self._device):
                 callbacks = [self._moments, self._spread, self._drift, ledger]
                 self._trainer(callbacks, run_dir, evaluate).fit(self._module, data)
         except BaseException:
@@ -250,7 +250,7 @@ class Editor:
             self._put_back(self._clean, 0, 0)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model as it is now, and its tokenizer, as a Hugging Face folder (the verb ``export``).
+        """Write the model as it is now, and its tokenizer, as a Hugging Face folder (the command ``export``).
 
         Args:
             folder: Must not exist, or be empty.
@@ -289,7 +289,7 @@ class Editor:
         paths = _paths_of(facts)
         if paths is not None:
             data = EditDataModule(**{**self._data_settings, "path": paths})
-            data.borrow(self.tokenizer)
+            data.attach(self.tokenizer)
         else:
             single = isinstance(facts, (Mapping, Edit))
             edits = as_edits([facts] if single else facts)  # type: ignore[list-item,arg-type]
@@ -324,10 +324,10 @@ class Editor:
     def _weight_sums(self) -> dict[str, str]:
         """Checksums of the weights that are edited."""
         sites, sums = self._module.sites, {}
-        for place in itertools.product(self._spread.sites, self._module.layers):
-            weight = sites.module(*place).weight
+        for projection_id in itertools.product(self._spread.sites, self._module.layers):
+            weight = sites.module(*projection_id).weight
             assert isinstance(weight, Tensor)
-            sums[sites.weight_name(*place)] = f"{weight.dtype} {checksum(weight.detach())}"
+            sums[sites.weight_name(*projection_id)] = f"{weight.dtype} {checksum(weight.detach())}"
         return sums
 
     def _check_unchanged(self) -> None:

@@ -13,13 +13,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from pmet_lightning.model.loading import fuse_gelu
-from pmet_lightning.run.trainer import intended_warnings_off
+from pmet_lightning.run.trainer import ignore_expected_warnings
 
 _TALKATIVE = ("lightning.pytorch", "lightning.fabric")  # they say which devices there are, and how a fit ended
 
 
 @contextmanager
-def as_guest(model: nn.Module, device: torch.device) -> Iterator[None]:
+def preserve_caller_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Work on someone else's model; afterwards nothing but its weights may be different.
 
     The model is frozen and in eval mode meanwhile. Gradients can be taken inside whatever the surroundings say.
@@ -34,7 +34,7 @@ def as_guest(model: nn.Module, device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_interrupts_raised())
         stack.enter_context(isolate_rng())
-        stack.enter_context(intended_warnings_off())
+        stack.enter_context(ignore_expected_warnings())
         stack.enter_context(_quiet())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

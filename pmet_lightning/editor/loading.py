@@ -10,18 +10,18 @@ from torch import nn
 
 from pmet_lightning.data.encoder import load_tokenizer
 from pmet_lightning.model.loading import load_model
-from pmet_lightning.utils.resources import usable_device
+from pmet_lightning.utils.resources import check_device
 
 # Settings of the section 'model' that say how to load one.
 LOADING = ("dtype", "attn_implementation", "device_map")
 
 
-def name_of(model: Any) -> str:
+def model_name_of(model: Any) -> str:
     """What a model object is called: where it came from, or else its class."""
     return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 
-def loaded(name: str, settings: Mapping[str, Any], device: str | torch.device | None) -> nn.Module:
+def load(name: str, settings: Mapping[str, Any], device: str | torch.device | None) -> nn.Module:
     """A model by its name, on a device.
 
     Args:
@@ -36,11 +36,11 @@ def loaded(name: str, settings: Mapping[str, Any], device: str | torch.device | 
     wanted = {option: settings[option] for option in LOADING if option in settings}
     model = load_model(name, **wanted)
     if wanted.get("device_map") is None:
-        model.to(usable_device(None if device is None else str(device), "device"))
+        model.to(check_device(None if device is None else str(device), "device"))
     return model
 
 
-def checked(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+def check_model(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     """A model object, if it can be edited.
 
     Args:
@@ -67,7 +67,7 @@ def checked(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def tokenizer_of(name: str, tokenizer: Any) -> Any:
+def load_tokenizer_for(name: str, tokenizer: Any) -> Any:
     """A tokenizer: the object that is given, or that of a name.
 
     Args:

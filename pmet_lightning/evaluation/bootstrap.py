@@ -12,16 +12,16 @@ from torch import Tensor
 
 RESAMPLES = 1000
 _INTERVAL = (0.025, 0.975)
-_MOST_PICKS = 2**21  # at a time: 16 MiB, and as much again for what is picked
+MOST_INDICES = 2**21  # at a time: 16 MiB, and as much again for what is picked
 
 
-def picks_of(count: int) -> Tensor:
+def bootstrap_indices(count: int) -> Tensor:
     """Which records each resample holds: int64, shape [B, N], drawn with replacement; the same at every call."""
     return torch.cat(list(_parts(count)))
 
 
-def means_of_resamples(columns_NK: Tensor) -> Tensor:
-    """Means of each column over each resample of :func:`picks_of`, shape [K, B]; NaN is left out.
+def resample_means(columns_NK: Tensor) -> Tensor:
+    """Means of each column over each resample of :func:`bootstrap_indices`, shape [K, B]; NaN is left out.
 
     Only some resamples are held at a time, so that memory does not grow with their number times that of the records.
     """
@@ -39,16 +39,16 @@ def means_of_resamples(columns_NK: Tensor) -> Tensor:
     return means_KB
 
 
-def interval_of(resampled_B: Tensor) -> tuple[Tensor, Tensor]:
+def confidence_interval(resampled_B: Tensor) -> tuple[Tensor, Tensor]:
     """Both ends of the 95 % interval, along the first axis; NaN is left out."""
     low, high = resampled_B.nanquantile(torch.tensor(_INTERVAL, dtype=torch.float64), dim=0)
     return low, high
 
 
 def _parts(count: int) -> Iterator[Tensor]:
-    """The rows of :func:`picks_of`, some at a time."""
+    """The rows of :func:`bootstrap_indices`, some at a time."""
     generator = torch.Generator().manual_seed(0)
-    most = max(1, _MOST_PICKS // count)
+    most = max(1, MOST_INDICES // count)
     for first in range(0, RESAMPLES, most):
         yield torch.randint(count, (min(most, RESAMPLES - first), count), generator=generator)
 

@@ -17,8 +17,8 @@ from pmet_lightning.utils.resources import locate
 log = logging.getLogger(__name__)
 
 _SNIPPETS = "attribute_snippets.json"
-_MOST_REFERENCES = 100  # texts of a corpus that one target is compared with
-_MOST_TEXTS = 100_000  # texts read of a corpus: a hub one may have millions
+MOST_REFERENCES = 100  # texts of a corpus that one target is compared with
+MOST_TEXTS = 100_000  # texts read of a corpus: a hub one may have millions
 
 
 class References:
@@ -54,7 +54,7 @@ class References:
         if path.is_dir() or path.name == _SNIPPETS:
             return cls._of_snippets(path / _SNIPPETS if path.is_dir() else path)
         try:
-            texts = list(itertools.islice(corpus_texts(source, subset), _MOST_TEXTS))
+            texts = list(itertools.islice(corpus_texts(source, subset), MOST_TEXTS))
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"no reference texts {source!r}: not a local file or folder, and not to be had from the hub. Expected "
@@ -69,7 +69,7 @@ class References:
         by_fact = _read_snippets(path)
         idf, vocabulary = path.with_name("idf.npy"), path.with_name("tfidf_vocab.json")
         if idf.is_file() and vocabulary.is_file():
-            vectoriser = _given_vectoriser(idf, vocabulary)
+            vectoriser = _given_vectorizer(idf, vocabulary)
         else:
             log.info("TF-IDF is fitted on %s: no %s and %s beside it", path, idf.name, vocabulary.name)
             vectoriser, _ = _fitted([text for texts in by_fact.values() for text in texts], str(path))
@@ -113,7 +113,7 @@ class References:
         candidates = sorted(set.intersection(*having)) if having else range(len(self._corpus))
         whole = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
         hits = (self._corpus[i] for i in candidates if whole.search(self._corpus[i]))
-        return list(itertools.islice(hits, _MOST_REFERENCES))
+        return list(itertools.islice(hits, MOST_REFERENCES))
 
 
 def _read_snippets(path: Path) -> dict[tuple[str, str], list[str]]:
@@ -135,7 +135,7 @@ def _read_snippets(path: Path) -> dict[tuple[str, str], list[str]]:
     return by_fact
 
 
-def _given_vectoriser(idf_path: Path, vocabulary_path: Path) -> Any:
+def _given_vectorizer(idf_path: Path, vocabulary_path: Path) -> Any:
     """COUNTERFACT's own vectoriser."""
     import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer

@@ -20,12 +20,12 @@ from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
 from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import PaddingSide
 from pmet_lightning.evaluation.consistency import References
-from pmet_lightning.evaluation.fluency import fluency, sampled_texts
-from pmet_lightning.evaluation.probes import ProbeResult, RecordResult, compared, score_probes
+from pmet_lightning.evaluation.fluency import fluency, sample_texts
+from pmet_lightning.evaluation.probes import ProbeResult, RecordResult, compare_with_clean, score_probes
 from pmet_lightning.evaluation.scores import EditScores, table_of
-from pmet_lightning.model.architectures import Architecture, advised_layers, architecture_of, depth_of, written_sites
+from pmet_lightning.model.architectures import Architecture, architecture_of, depth_of, suggest_layers, written_sites
 from pmet_lightning.model.fingerprint import fingerprint
-from pmet_lightning.model.fsdp import in_turn, shard
+from pmet_lightning.model.fsdp import load_in_turn, shard
 from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load_model
 from pmet_lightning.model.patch import apply_patch
 from pmet_lightning.model.projections import Sites, keep_in_float32
@@ -111,7 +111,7 @@ class EditableModel(L.LightningModule):
         self.chat, self.keep_float32, self.patch, self.device_map = chat, keep_float32, patch, device_map
 
         self.lm: nn.Module | None = None
-        self._lent: tuple[nn.Module, Any] | None = None
+        self._attached: tuple[nn.Module, Any] | None = None
         self.base_fingerprint = ""
         # What was written before: by a run that is resumed (edit batches), by earlier runs of this object (both).
         self.batches_done = self.edits_done = 0
@@ -127,7 +127,7 @@ class EditableModel(L.LightningModule):
 
     # ---- the model -------------------------------------------------------------------------------------
 
-    def borrow(self, model: nn.Module, tokenizer: Any) -> None:
+    def attach(self, model: nn.Module, tokenizer: Any) -> None:
         """Work on a model that is loaded already, where it is and as it is, instead of loading one.
 
         It does not become a part of this module: Lightning neither moves it nor changes its mode.
@@ -136,20 +136,20 @@ class EditableModel(L.LightningModule):
             model: A causal language model of transformers, frozen and in eval mode while this module works.
             tokenizer: Its tokenizer.
         """
-        self._lent = model, tokenizer
+        self._attached = model, tokenizer
 
-    def forget(self) -> None:
+    def reset_results(self) -> None:
         """Forget what was evaluated and logged, for a run that is told apart from those before it."""
         self.results, self.record_rows, self.curves, self.inner_step = {}, {}, [], 0
         self._before = {}
 
     def setup(self, stage: str) -> None:
         """Check the layers and the family by the configuration alone, before any weight is read."""
-        config: Any = load_config(self.model_name) if self._lent is None else self._lent[0].config
+        config: Any = load_config(self.model_name) if self._attached is None else self._attached[0].config
         self._architecture = architecture_of(config, self.architecture_override)
         self.depth = depth = depth_of(config)
         if self.layers_wanted is None:
-            self.layers = advised_layers(depth)
+            self.layers = suggest_layers(depth)
             log.info("--model.layers auto: layers %s of %d, by depth alone", self.layers, depth)
         outside = [layer for layer in self.layers if layer >= depth]
         if outside or not self.layers or len(set(self.layers)) < len(self.layers):
@@ -161,15 +161,15 @@ class EditableModel(L.LightningModule):
             self._references = References.of(self.texts.references, self.texts.references_subset)
             log.info("consistency: likeness to %s", self._references.label)
         if self._encoder is None:
-            tokenizer = load_tokenizer(self.model_name) if self._lent is None else self._lent[1]
+            tokenizer = load_tokenizer(self.model_name) if self._attached is None else self._attached[1]
             self._encoder = PromptEncoder.of(tokenizer, self.chat)
 
     def configure_model(self) -> None:
         """Load the language model, once."""
         if self.lm is not None:
             return
-        model = self._loaded() if self._lent is None else self._lent[0]
-        if self.device_map is None and self._lent is None:
+        model = self._loaded() if self._attached is None else self._attached[0]
+        if self.device_map is None and self._attached is None:
             self.lm = model
         else:
             self.__dict__["lm"] = model  # not as a submodule: Lightning would move all of it to one device
@@ -191,7 +191,7 @@ class EditableModel(L.LightningModule):
                 f"--trainer.devices 1, got {self.trainer.world_size} processes; to shard it over processes, take "
                 "ModelParallelStrategy as --trainer.strategy and no device map"
             )
-        with in_turn(self):
+        with load_in_turn(self):
             model = load_model(self.model_name, self.dtype_name, self.attn_implementation, self.device_map)
             if self.device_mesh is not None:
                 shard(model, self._architecture.layers, self.device_mesh)
@@ -270,7 +270,7 @@ class EditableModel(L.LightningModule):
         results = []
         for position, record, text in zip(positions, found, texts, strict=True):
             clean = self._before.get(position)
-            kept = tuple(record) if clean is None else compared(record, clean)
+            kept = tuple(record) if clean is None else compare_with_clean(record, clean)
             results.append(RecordResult(position, kept, *text))
         return results
 
@@ -279,7 +279,7 @@ class EditableModel(L.LightningModule):
         if self.texts is None:
             return [(None, None)] * len(edits)
         asked = [(i, prompt) for i, edit in enumerate(edits) for prompt in edit.generation_prompts]
-        texts = sampled_texts(
+        texts = sample_texts(
             self.model,
             self.encoder,
             [prompt for _, prompt in asked],

@@ -48,7 +48,7 @@ def fluency(texts: Sequence[str]) -> float:
 
 
 @torch.no_grad()
-def sampled_texts(
+def sample_texts(
     model: nn.Module,
     encoder: PromptEncoder,
     prompts: Sequence[str],
@@ -91,7 +91,7 @@ def sampled_texts(
         noise_RSK = nn.utils.rnn.pad_sequence([noise[i] for i in indices], batch_first=True).to(device)
         output = _generate(model, [rows[i] for i in indices], encoder.pad_id, noise_RSK)
         for i, ids in zip(indices, output, strict=True):
-            texts[i] += _continuation(encoder, rows[i].ids, ids[: steps[i]])
+            texts[i] += continuation(encoder, rows[i].ids, ids[: steps[i]])
     return texts
 
 
@@ -179,7 +179,7 @@ class _TopKGumbel:
         return torch.full_like(scores, -math.inf).scatter(1, top.indices, top.values + noise_RK)
 
 
-def _continuation(encoder: PromptEncoder, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+def continuation(encoder: PromptEncoder, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
     """Text of the ids behind a prompt: some tokenizers drop the space before what they decode on its own."""
     head, whole = encoder.decode(prompt_ids), encoder.decode([*prompt_ids, *ids])
     text = whole[len(head) :] if whole.startswith(head) else encoder.decode(ids)

@@ -13,7 +13,7 @@ from torch import nn
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
 from pmet_lightning.model.kv_prefix import Prefix
-from pmet_lightning.model.prefix_passes import without_last
+from pmet_lightning.model.prefix_passes import drop_last_token
 
 NEW_TOKENS = 16
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -72,7 +72,7 @@ def greedy_ids(
     shortened = None
     # Beams are not rows, and a cache of another kind is not to be had with one of ours.
     if prefix is not None and own.num_beams in (None, 1) and own.cache_implementation is None:
-        shortened = without_last(prefix)  # its logits are not kept: generate begins with the last token
+        shortened = drop_last_token(prefix)  # its logits are not kept: generate begins with the last token
     batch = pad_rows(rows, pad_id, "left").to(device)
     output = model.generate(  # type: ignore[operator]
         input_ids=batch.input_ids,
@@ -92,7 +92,7 @@ def first_sentence(text: str) -> str:
     return stripped if end is None else stripped[: end.start()]
 
 
-def normalised(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous spaces (the usual form for comparing answers)."""
     plain = "".join(" " if c in string.punctuation else c for c in text.casefold())
     return " ".join(_ARTICLES.sub(" ", plain).split())
@@ -100,9 +100,9 @@ def normalised(text: str) -> str:
 
 def is_exact(text: str, answer: str) -> bool:
     """Whether the first sentence is the answer."""
-    return normalised(first_sentence(text)) == normalised(answer)
+    return normalize_text(first_sentence(text)) == normalize_text(answer)
 
 
 def contains(text: str, answer: str) -> bool:
     """Whether the answer stands, as whole words, in the text."""
-    return f" {normalised(answer)} " in f" {normalised(text)} "
+    return f" {normalize_text(answer)} " in f" {normalize_text(text)} "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.records import Probe, ProbeKind
-from pmet_lightning.evaluation.answer_scores import RowScore, answers
+from pmet_lightning.evaluation.answer_scores import RowScore, score_answers
 from pmet_lightning.evaluation.generation import contains, is_exact
 
 FREE_KINDS: tuple[ProbeKind, ...] = ("efficacy", "generalisation", "portability", "multihop")
@@ -60,7 +60,7 @@ class RecordResult:
     consistency: float | None = None
 
 
-def compared(after: Sequence[ProbeResult], before: Sequence[ProbeResult]) -> tuple[ProbeResult, ...]:
+def compare_with_clean(after: Sequence[ProbeResult], before: Sequence[ProbeResult]) -> tuple[ProbeResult, ...]:
     """Results with ``kept``, from those of the unedited model (KnowEdit's locality is that of the neighbours)."""
     pairs = zip(after, before, strict=True)
     return tuple(replace(a, kept=sum(map(int.__eq__, a.tokens, b.tokens)) / len(a.tokens)) for a, b in pairs)
@@ -94,7 +94,7 @@ def score_probes(
     asked = [i for i, probe in enumerate(flat) if free_tokens and probe.kind in FREE_KINDS]
     wanted = [*forms, *rivals, *((i, None) for i in asked)]
     rows = encoder.encode_all([flat[i].prompt for i, _ in wanted], [text for _, text in wanted])
-    scores, said = answers(model, rows, encoder.pad_id, tokens_per_batch, device, free_tokens)
+    scores, said = score_answers(model, rows, encoder.pad_id, tokens_per_batch, device, free_tokens)
     of_forms: dict[int, list[RowScore]] = {}
     for row, (i, _) in enumerate(forms):
         of_forms.setdefault(i, []).append(scores[row])

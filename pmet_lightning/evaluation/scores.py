@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pmet_lightning.data.records import ProbeKind
-from pmet_lightning.evaluation.bootstrap import interval_of, means_of_resamples
+from pmet_lightning.evaluation.bootstrap import confidence_interval, resample_means
 from pmet_lightning.evaluation.probes import FREE_KINDS, ProbeResult, RecordResult, harmonic_mean
 
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
@@ -89,7 +89,7 @@ def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
     asked = {name: i for i, name in enumerate(NAMES) if not rows[:, i].isnan().all()}
     means = {name: rows[:, i].nanmean() for name, i in asked.items()}
     drawn = [name for name in asked if "magnitude" not in name]
-    resampled = dict(zip(drawn, means_of_resamples(rows[:, [asked[name] for name in drawn]]), strict=True))
+    resampled = dict(zip(drawn, resample_means(rows[:, [asked[name] for name in drawn]]), strict=True))
     table = {"count": torch.tensor(float(len(rows)))}
     for name, mean in means.items():
         table |= _with_interval(name, mean, resampled[name]) if name in resampled else {name: mean}
@@ -118,7 +118,7 @@ def score_difference(record_rows_NC: Tensor, others_NC: Tensor) -> dict[str, Ten
     columns = [1 + NAMES.index(kind) for kind in CORE]
     both = [100 * rows[:, columns] for rows in (record_rows_NC, others_NC)]
     value, other = (harmonic_mean(rows.nanmean(dim=0)) for rows in both)
-    resampled, others = (harmonic_mean(means_of_resamples(rows).T) for rows in both)
+    resampled, others = (harmonic_mean(resample_means(rows).T) for rows in both)
     return _with_interval("difference", value - other, resampled - others)
 
 
@@ -140,5 +140,5 @@ def _text_scores(result: RecordResult) -> list[float]:
 
 
 def _with_interval(name: str, value: Tensor, resampled: Tensor) -> dict[str, Tensor]:
-    low, high = interval_of(resampled)
+    low, high = confidence_interval(resampled)
     return {name: value, f"{name}_low": low, f"{name}_high": high}

@@ -106,7 +106,7 @@ def depth_of(config: Any) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-def advised_layers(depth: int) -> list[int]:
+def suggest_layers(depth: int) -> list[int]:
     """Layers to edit in a model without published settings: up to five, the last a quarter of the way up.
 
     The published ranges end between 0.23 (GPT-NeoX, 10 of 44) and 0.35 (GPT-2 XL, 17 of 48) of the depth, at 0.29 in
@@ -119,7 +119,7 @@ def advised_layers(depth: int) -> list[int]:
     return list(range(max(0, last - 4), last + 1))
 
 
-Place = tuple[SiteName, int]
+ProjectionId = tuple[SiteName, int]
 WriteChoice = Literal["ffn", "attn+ffn"]
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.model.fsdp import first_row, own_rows, summed
+from pmet_lightning.model.fsdp import first_local_row, local_rows, sum_over_shards
 
 _CHUNK = 1 << 22  # elements hashed at a time
 
@@ -28,12 +28,12 @@ def fingerprint(model: nn.Module) -> str:
 def checksum(tensor: Tensor) -> str:
     """Exact sums of a tensor's bits, plain and weighted by position."""
     views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = own_rows(tensor).contiguous().flatten().view(views[tensor.element_size()])
-    before = first_row(tensor) * math.prod(tensor.shape[1:])
+    bits = local_rows(tensor).contiguous().flatten().view(views[tensor.element_size()])
+    before = first_local_row(tensor) * math.prod(tensor.shape[1:])
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)  # modulo 2^64
     for start in range(0, bits.numel(), _CHUNK):
         chunk = bits[start : start + _CHUNK].to(torch.int64)
         position = torch.arange(before + start, before + start + chunk.numel(), device=chunk.device)
         sums += torch.stack([chunk.sum(), (chunk * (2 * position + 1)).sum()])
-    plain, weighted = summed(tensor, sums).tolist()
+    plain, weighted = sum_over_shards(tensor, sums).tolist()
     return f"{plain % (1 << 64):x}:{weighted % (1 << 64):x}"

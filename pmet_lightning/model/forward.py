@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.data.token_rows import RowBatch
-from pmet_lightning.model.fsdp import left_sharded
+from pmet_lightning.model.fsdp import reshard_on_exit
 from pmet_lightning.model.hooks import narrow_input
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def label_logits(
-    model: nn.Module, rows: RowBatch, prefix: Prefix | None = None, places: Tensor | None = None
+    model: nn.Module, rows: RowBatch, prefix: Prefix | None = None, positions: Tensor | None = None
 ) -> Tensor:
     """Logits at the labels only: the vocabulary head is most of a small model's work.
 
@@ -28,13 +28,13 @@ def label_logits(
         model: The language model.
         rows: What is run.
         prefix: What stands before the rows, if anything does.
-        places: Tokens whose logits are wanted, counted over all of all rows; by default those of the labels, [R, K].
+        positions: Tokens whose logits are wanted, counted over all of all rows; by default those of the labels, [R, K].
 
     Returns:
-        A vector of V for each place, in the model's dtype.
+        A vector of V for each position, in the model's dtype.
     """
-    places = rows.label_places() if places is None else places
-    with narrow_input(model.get_output_embeddings(), places):  # type: ignore[operator]
+    positions = rows.label_positions() if positions is None else positions
+    with narrow_input(model.get_output_embeddings(), positions):  # type: ignore[operator]
         logits: Tensor = model(**model_inputs(model, rows, prefix)).logits
         return logits.to(rows.input_ids.device)
 
@@ -42,7 +42,7 @@ def label_logits(
 def run_to(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> None:
     """Run the layers for the sake of hooks; there is no vocabulary head."""
     body: nn.Module = model.base_model  # type: ignore[assignment]
-    with left_sharded(body):
+    with reshard_on_exit(body):
         body(**model_inputs(body, rows, prefix))
 
 

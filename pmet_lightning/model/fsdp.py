@@ -1,7 +1,7 @@
 """A frozen model that is spread over the devices of several processes (FSDP2): all that differs from a whole one.
 
 Each process holds some rows of every weight. A layer's weights are put together when the layer runs, and are gone again
-after it; so all processes must run the same passes (see :class:`~pmet_lightning.utils.distributed.Team`). The
+after it; so all processes must run the same passes (see :class:`~pmet_lightning.utils.distributed.ProcessGroup`). The
 functions below take whole weights too, and then do nothing special.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def ready(strategy: Strategy, processes: int) -> None:
+def prepare_strategy(strategy: Strategy, processes: int) -> None:
     """Let a strategy whose sizes are left to it shard the model over all processes, and refuse what cannot be used.
 
     Lightning's own choice for ModelParallelStrategy is to split single weights' products within a node.
@@ -77,7 +77,7 @@ def shard(model: nn.Module, layers: str, mesh: DeviceMesh) -> None:
 
 
 @contextmanager
-def in_turn(module: L.LightningModule) -> Iterator[None]:
+def load_in_turn(module: L.LightningModule) -> Iterator[None]:
     """Let the processes of a host load what they shard one after another: it is there whole once, not many times."""
     if module.device_mesh is None:
         yield
@@ -93,7 +93,7 @@ def in_turn(module: L.LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def left_sharded(model: nn.Module) -> Iterator[None]:
+def reshard_on_exit(model: nn.Module) -> Iterator[None]:
     """Leave no weight put together, even where a pass inside ends early and the layers' hooks do not run."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -111,14 +111,14 @@ def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
-def own_rows(weight: Tensor) -> Tensor:
+def local_rows(weight: Tensor) -> Tensor:
     """This process' rows of a weight, not a copy."""
     rows: Tensor = weight.to_local() if _is_sharded(weight) else weight
     return rows.detach()
 
 
-def first_row(weight: Tensor) -> int:
-    """Which row of the weight :func:`own_rows` begin with."""
+def first_local_row(weight: Tensor) -> int:
+    """Which row of the weight :func:`local_rows` begin with."""
     if not _is_sharded(weight):
         return 0
     assert weight.placements[0].is_shard(0), weight.placements
@@ -126,13 +126,13 @@ def first_row(weight: Tensor) -> int:
     return min(weight.device_mesh.get_local_rank() * rows, weight.shape[0])
 
 
-def rows_for(weight: Tensor, matrix: Tensor) -> Tensor:
-    """Those rows of a matrix of the weight's shape that belong to :func:`own_rows`, on their device."""
-    own = own_rows(weight)
-    return matrix.narrow(0, first_row(weight), len(own)).to(own.device)
+def local_part(weight: Tensor, matrix: Tensor) -> Tensor:
+    """Those rows of a matrix of the weight's shape that belong to :func:`local_rows`, on their device."""
+    own = local_rows(weight)
+    return matrix.narrow(0, first_local_row(weight), len(own)).to(own.device)
 
 
-def summed(weight: Tensor, values: Tensor) -> Tensor:
+def sum_over_shards(weight: Tensor, values: Tensor) -> Tensor:
     """The sum, over the processes that hold a weight, of what each has found in its own rows."""
     if not _is_sharded(weight):
         return values
@@ -141,17 +141,17 @@ def summed(weight: Tensor, values: Tensor) -> Tensor:
     return DTensor.from_local(values, weight.device_mesh, [Partial()]).full_tensor()
 
 
-def norm_of(weight: Tensor, dtype: torch.dtype) -> float:
+def weight_norm(weight: Tensor, dtype: torch.dtype) -> float:
     """‖W‖, computed in a precision."""
-    return float(summed(weight, own_rows(weight).to(dtype).square().sum()).sqrt())
+    return float(sum_over_shards(weight, local_rows(weight).to(dtype).square().sum()).sqrt())
 
 
 def is_finite(weight: Tensor) -> bool:
     """Whether every entry is, on every process."""
-    return int(summed(weight, (~own_rows(weight).isfinite()).sum())) == 0
+    return int(sum_over_shards(weight, (~local_rows(weight).isfinite()).sum())) == 0
 
 
-def whole(module: nn.Module, device: torch.device) -> nn.Module:
+def unshard(module: nn.Module, device: torch.device) -> nn.Module:
     """A small module, such as a norm, to be run by itself: as it is, or a copy whose weights are whole and there."""
     weights = {name: p.full_tensor() if _is_sharded(p) else p for name, p in module.named_parameters()}
     if all(weights[name] is p and p.device == device for name, p in module.named_parameters()):

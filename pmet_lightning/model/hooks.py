@@ -123,20 +123,20 @@ def record_whole(module: nn.Module, rows: int, *, output: bool = True) -> Iterat
 
 
 @contextmanager
-def replace_output(module: nn.Module, shape: tuple[int, int], places_N: Tensor, values_NF: Tensor) -> Iterator[None]:
+def replace_output(module: nn.Module, shape: tuple[int, int], positions_N: Tensor, values_NF: Tensor) -> Iterator[None]:
     """Have a module give something else at some tokens.
 
     Args:
         module: A projection, or a layer, which may return a tuple with its output first.
         shape: R and T.
-        places_N: int64, counted over all tokens of all rows.
+        positions_N: int64, counted over all tokens of all rows.
         values_NF: What it gives there.
     """
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         whole = output[0] if isinstance(output, tuple) else output
         flat = whole.reshape(shape[0] * shape[1], -1)
-        changed = flat.index_copy(0, places_N.to(whole.device), values_NF.to(whole)).view_as(whole)
+        changed = flat.index_copy(0, positions_N.to(whole.device), values_NF.to(whole)).view_as(whole)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = module.register_forward_hook(hook)
@@ -147,18 +147,18 @@ def replace_output(module: nn.Module, shape: tuple[int, int], places_N: Tensor, 
 
 
 @contextmanager
-def narrow_input(module: nn.Module, places: Tensor) -> Iterator[None]:
+def narrow_input(module: nn.Module, positions: Tensor) -> Iterator[None]:
     """Let a module, such as the vocabulary head, see some tokens instead of all of them.
 
     Unlike the ``logits_to_keep`` of transformers, they may differ from row to row.
 
     Args:
         module: Takes [R, T, F].
-        places: int64, counted over all tokens of all rows, of any shape; the module then sees [..., F].
+        positions: int64, counted over all tokens of all rows, of any shape; the module then sees [..., F].
     """
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0].flatten(0, 1)[places.to(inputs[0].device)], *inputs[1:])
+        return (inputs[0].flatten(0, 1)[positions.to(inputs[0].device)], *inputs[1:])
 
     handle = module.register_forward_pre_hook(hook)
     try:

@@ -52,7 +52,7 @@ class Prefix:
         return cache
 
 
-def joined(parts: Sequence[Prefix]) -> Prefix:
+def concatenate_prefixes(parts: Sequence[Prefix]) -> Prefix:
     """The rows of several prefixes of one model, one after the other; the shorter ones get empty columns in front."""
     longest = max(parts, key=lambda part: part.mask_RP.shape[1])
     layers = [copy.copy(layer) for layer in longest.cache.layers]
@@ -67,7 +67,7 @@ def joined(parts: Sequence[Prefix]) -> Prefix:
     return Prefix(longest._with_layers(layers), mask_RP)
 
 
-def gathered(prefixes: Sequence[Prefix], rows: Sequence[int]) -> Prefix:
+def gather_rows(prefixes: Sequence[Prefix], rows: Sequence[int]) -> Prefix:
     """Some rows of several prefixes of one model, as long as the longest of these.
 
     Args:
@@ -81,4 +81,4 @@ def gathered(prefixes: Sequence[Prefix], rows: Sequence[int]) -> Prefix:
         if own:
             parts.append(prefix.select(torch.tensor(own, device=prefix.mask_RP.device)))
         start = end
-    return joined(parts)
+    return concatenate_prefixes(parts)

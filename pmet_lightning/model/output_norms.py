@@ -1,7 +1,7 @@
 """Families that norm a projection's output before adding it to the residual stream (Gemma 2 and 3, OLMo-2).
 
 What a layer contributes there is norm(p), p being the projection's output, and its length is given: only its direction
-can be edited. Target vectors live in p, behind which the optimisation meets the norm as the model has it; what a layer
+can be edited. Target vectors live in p, behind which the optimization meets the norm as the model has it; what a layer
 shall add to the residual stream is pulled back through its own norm before the solve.
 Legend: N = edits, O = width.
 """

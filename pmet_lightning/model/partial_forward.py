@@ -18,7 +18,7 @@ from pmet_lightning.model.hooks import run_at, stop_after, stop_before
 from pmet_lightning.model.kv_prefix import Prefix
 
 
-class Entry:
+class PartialForward:
     """Lets forward passes begin at a layer, with hidden states that entered it in a pass before.
 
     Args:
@@ -46,7 +46,7 @@ class Entry:
         self._tuples = False
 
     @torch.no_grad()
-    def states(self, model: nn.Module, rows: RowBatch, prefix: Prefix | None) -> tuple[Tensor, Tensor]:
+    def entering_states(self, model: nn.Module, rows: RowBatch, prefix: Prefix | None) -> tuple[Tensor, Tensor]:
         """What enters the last layer but one and the last, shape [R, S, F] each; the pass ends there."""
         seen: list[Tensor] = []
 
@@ -60,12 +60,12 @@ class Entry:
             run_to(model, rows, prefix)
         return seen[0].to(rows.input_ids.device), seen[1].to(rows.input_ids.device)
 
-    def begin_with(self, hidden_RSF: Tensor, at: nn.Module) -> AbstractContextManager[None]:
+    def start_from(self, hidden_RSF: Tensor, at: nn.Module) -> AbstractContextManager[None]:
         """Have the passes inside begin with these states, at one of the last two layers."""
         layers = [*self.below, self.layer]
-        return beginning_at(layers, layers.index(at), hidden_RSF, self._tuples)
+        return start_at_layer(layers, layers.index(at), hidden_RSF, self._tuples)
 
-    def read(self, model: nn.Module, hidden_NF: Tensor) -> Tensor:
+    def logits(self, model: nn.Module, hidden_NF: Tensor) -> Tensor:
         """Logits [N, V] of what leaves the last layer at some tokens."""
         from transformers import DynamicCache
 
@@ -73,11 +73,11 @@ class Entry:
         # A row for each token. Neither of input ids nor without a cache: then a model looks for padding in them, or for
         # several texts in one row, and waits for the device.
         nothing = hidden_NF.new_zeros(len(hidden_NF), 1, model.get_input_embeddings().embedding_dim)  # type: ignore[operator]
-        with beginning_at(layers, len(layers), hidden_NF.unsqueeze(1), self._tuples):
+        with start_at_layer(layers, len(layers), hidden_NF.unsqueeze(1), self._tuples):
             logits: Tensor = model(inputs_embeds=nothing, past_key_values=DynamicCache(), use_cache=False).logits
         return logits.squeeze(1).to(hidden_NF.device)
 
-    def kept(
+    def unaffected_outputs(
         self, model: nn.Module, rows: RowBatch, prefix: Prefix | None, hidden_RSF: Tensor
     ) -> dict[nn.Module, Tensor]:
         """What projections and FFN of the last layer give that a change at the rows' first tokens does not reach there.
@@ -114,7 +114,7 @@ class Entry:
         with ExitStack() as stack:
             for module in self._in_layer:
                 stack.callback(module.register_forward_hook(record).remove)
-            stack.enter_context(self.begin_with(hidden_RSF, self.layer))
+            stack.enter_context(self.start_from(hidden_RSF, self.layer))
             stack.enter_context(stop_after(self.layer))
             run_to(model, rows, prefix)
         return found
@@ -135,9 +135,9 @@ class Entry:
         firsts = torch.arange(len(rows), device=real_N.device) * shape[1]
         with ExitStack() as stack:
             for module, is_last in self.token_modules.items():
-                places = firsts if module in kept else labelled_N if is_last else real_N
-                if len(places) < rows.input_ids.numel():
-                    stack.enter_context(run_at(module, places, shape, kept.get(module)))  # type: ignore[arg-type]
+                positions = firsts if module in kept else labelled_N if is_last else real_N
+                if len(positions) < rows.input_ids.numel():
+                    stack.enter_context(run_at(module, positions, shape, kept.get(module)))  # type: ignore[arg-type]
             yield
 
     def _note_kind(self, _: nn.Module, __: Any, output: Any) -> None:
@@ -168,11 +168,11 @@ class Replay:
         return all(any(map(self._is_cache, given)) for given in values)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def capture_inputs(self) -> Iterator[None]:
         """Keep what the layers are given in the pass inside."""
 
         def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # In the place of the hidden states, and in their form, comes what a run begins with.
+            # In place of the hidden states, and in their form, comes what a run begins with.
             self._given[layer] = (None, *args[1:]) if args else (), kwargs | ({} if args else {"hidden_states": None})
 
         with ExitStack() as stack:
@@ -204,7 +204,7 @@ class Replay:
 
 
 @contextmanager
-def beginning_at(layers: Sequence[nn.Module], start: int, hidden_RSF: Tensor, tuples: bool) -> Iterator[None]:
+def start_at_layer(layers: Sequence[nn.Module], start: int, hidden_RSF: Tensor, tuples: bool) -> Iterator[None]:
     """Have the passes inside begin with given hidden states at a layer, or behind the last one.
 
     Args:
@@ -221,13 +221,13 @@ def beginning_at(layers: Sequence[nn.Module], start: int, hidden_RSF: Tensor, tu
     entered = layers[min(start, len(layers) - 1)]
     with ExitStack() as stack:
         for layer in layers[:start]:
-            stack.enter_context(passing_on(layer, tuples))
+            stack.enter_context(pass_through(layer, tuples))
         stack.callback(entered.register_forward_pre_hook(enter, with_kwargs=True).remove)
         yield
 
 
 @contextmanager
-def passing_on(layer: nn.Module, is_tuple: bool) -> Iterator[None]:
+def pass_through(layer: nn.Module, is_tuple: bool) -> Iterator[None]:
     """Let a layer hand on what it gets."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -43,19 +43,19 @@ def split_at_subject(model: nn.Module, rows: RowBatch, per_edit: int = 1) -> tup
     # One column at least, if of padding alone: then every prefix of a model is one, and two can be joined.
     most = max(int((rows.subject - first).max()), 1)
     heads = _columns(rows, first.unsqueeze(1) + columns[:most], first, rows.subject - 1)
-    unique, place = _tokens(heads).unique(dim=0, return_inverse=True)
-    index = torch.zeros(len(unique), dtype=torch.long, device=place.device)
-    index[place] = torch.arange(len(place), device=place.device)
-    prefix = _behind_contexts(model, _rows(heads, index), index % per_edit)
+    unique, first_of = _tokens(heads).unique(dim=0, return_inverse=True)
+    index = torch.zeros(len(unique), dtype=torch.long, device=first_of.device)
+    index[first_of] = torch.arange(len(first_of), device=first_of.device)
+    prefix = _compute_after_contexts(model, _rows(heads, index), index % per_edit)
     if prefix is None:
         return None, rows
     count = int((last - rows.subject).max()) + 1
     tail = _columns(rows, rows.subject.unsqueeze(1) + columns[:count], first, last)
     shifted = rows.label_columns - rows.subject.unsqueeze(1)
-    return prefix.select(place), replace(tail, subject=torch.zeros_like(rows.subject), label_columns=shifted)
+    return prefix.select(first_of), replace(tail, subject=torch.zeros_like(rows.subject), label_columns=shifted)
 
 
-def prefix_of(model: nn.Module, head: RowBatch) -> Prefix | None:
+def compute_prefix(model: nn.Module, head: RowBatch) -> Prefix | None:
     """The prefix that some rows are, once and for all.
 
     Args:
@@ -67,12 +67,12 @@ def prefix_of(model: nn.Module, head: RowBatch) -> Prefix | None:
     """
     # What stands before padding does not see it, whatever a family makes of a position that may look at nothing. But a
     # sliding window would keep the padding and lose tokens: such rows begin with it.
-    cache = _plain_cache(_run(model.base_model, head), len(head))  # type: ignore[arg-type]
-    return None if cache is None else _at_end(model, head, cache, head.input_ids.shape[1])
+    cache = _plain_cache(run_rows(model.base_model, head), len(head))  # type: ignore[arg-type]
+    return None if cache is None else _right_aligned(model, head, cache, head.input_ids.shape[1])
 
 
-def _behind_contexts(model: nn.Module, heads: RowBatch, context_R: Tensor) -> Prefix | None:
-    """As :func:`prefix_of`, with the tokens that all rows of a context begin with run once.
+def _compute_after_contexts(model: nn.Module, heads: RowBatch, context_R: Tensor) -> Prefix | None:
+    """As :func:`compute_prefix`, with the tokens that all rows of a context begin with run once.
 
     Args:
         model: The language model.
@@ -89,25 +89,25 @@ def _behind_contexts(model: nn.Module, heads: RowBatch, context_R: Tensor) -> Pr
     shared[group.bincount() == 1] = 0
     most, lengths = int(shared.max()), heads.attention_mask.sum(dim=1)
     if (shared * (group.bincount() - 1)).sum() <= _PAYS * lengths.sum():
-        return prefix_of(model, heads)
+        return compute_prefix(model, heads)
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     beginnings = _columns(
         _rows(heads, first), columns[:most].expand(len(first), -1), torch.zeros_like(shared), shared - 1
     )
-    roots = prefix_of(model, beginnings)
+    roots = compute_prefix(model, beginnings)
     rest = lengths - shared[group]
     if roots is None or any(layer.keys.shape[-2] < most for layer in roots.cache.layers):
-        return None if roots is None else prefix_of(model, heads)
+        return None if roots is None else compute_prefix(model, heads)
     wanted = shared[group].unsqueeze(1) + columns[: max(int(rest.max()), 1)]
     tails = _columns(heads, wanted, torch.zeros_like(lengths), lengths - 1)
-    cache = _plain_cache(_run(model.base_model, tails, roots.select(group)), len(heads))  # type: ignore[arg-type]
+    cache = _plain_cache(run_rows(model.base_model, tails, roots.select(group)), len(heads))  # type: ignore[arg-type]
     if any(layer.keys.shape[-2] < most + tails.input_ids.shape[1] for layer in cache.layers):
-        return prefix_of(model, heads)
+        return compute_prefix(model, heads)
     mask_RP = columns >= len(columns) - lengths.unsqueeze(1)
-    return Prefix(_moved_to_the_end(cache, mask_RP.long(), most + rest), mask_RP.long())
+    return Prefix(_right_align(cache, mask_RP.long(), most + rest), mask_RP.long())
 
 
-def read(model: nn.Module, rows: RowBatch, keep: bool = True) -> tuple[Tensor, Prefix | None]:
+def read_prompts(model: nn.Module, rows: RowBatch, keep: bool = True) -> tuple[Tensor, Prefix | None]:
     """Logits at the labels of whole rows, and what stands before the labels as a prefix.
 
     Args:
@@ -116,21 +116,21 @@ def read(model: nn.Module, rows: RowBatch, keep: bool = True) -> tuple[Tensor, P
         keep: Whether the prefix is wanted.
 
     Returns:
-        Logits as of :func:`~pmet_lightning.model.forward.label_logits`, and a prefix as of :func:`prefix_of`.
+        Logits as of :func:`~pmet_lightning.model.forward.label_logits`, and a prefix as of :func:`compute_prefix`.
     """
-    with narrow_input(model.get_output_embeddings(), rows.label_places()):  # type: ignore[operator]
+    with narrow_input(model.get_output_embeddings(), rows.label_positions()):  # type: ignore[operator]
         # Nothing looks at padding on the right, and attention is faster without a mask.
-        output = _run(model, rows, masked=False, keep=keep)
+        output = run_rows(model, rows, masked=False, keep=keep)
     cache = _plain_cache(output, len(rows)) if keep else None
     if cache is None:
         return output.logits, None
     last = rows.label_columns[:, 0]
     columns = torch.arange(int(last.max()) + 1, device=last.device).expand(len(rows), -1)
     head = _columns(rows, columns, torch.zeros_like(last), last)
-    return output.logits, _at_end(model, head, cache, rows.input_ids.shape[1])
+    return output.logits, _right_aligned(model, head, cache, rows.input_ids.shape[1])
 
 
-def without_last(prefix: Prefix) -> Prefix | None:
+def drop_last_token(prefix: Prefix) -> Prefix | None:
     """All but the last token; ``None`` if nothing is left, or if a window has lost what it would see then."""
     count = prefix.mask_RP.shape[1]
     cache = prefix.fresh()
@@ -140,18 +140,18 @@ def without_last(prefix: Prefix) -> Prefix | None:
     return Prefix(cache, prefix.mask_RP[:, :-1])
 
 
-def _at_end(model: nn.Module, head: RowBatch, cache: Any, width: int) -> Prefix:
+def _right_aligned(model: nn.Module, head: RowBatch, cache: Any, width: int) -> Prefix:
     """The prefix that rows padded on the right are, from the cache of ``width`` columns that begin with them."""
     count = head.input_ids.shape[1]
     lengths = head.attention_mask.sum(dim=1)
     wanted = torch.arange(count, device=lengths.device) - (count - lengths).unsqueeze(1)
     at_end = _columns(head, wanted, torch.zeros_like(lengths), lengths - 1)
     if any(layer.keys.shape[-2] < width for layer in cache.layers):
-        cache = _run(model.base_model, at_end).past_key_values  # type: ignore[arg-type]
+        cache = run_rows(model.base_model, at_end).past_key_values  # type: ignore[arg-type]
         return Prefix(cache, at_end.attention_mask)
     if width > count:
         _crop(cache, width - count)
-    return Prefix(_moved_to_the_end(cache, at_end.attention_mask, lengths), at_end.attention_mask)
+    return Prefix(_right_align(cache, at_end.attention_mask, lengths), at_end.attention_mask)
 
 
 def _tokens(rows: RowBatch) -> Tensor:
@@ -173,7 +173,9 @@ def _columns(rows: RowBatch, wanted_RC: Tensor, first_R: Tensor, last_R: Tensor)
 
 
 @torch.no_grad()
-def _run(part: nn.Module, rows: RowBatch, prefix: Prefix | None = None, masked: bool = True, keep: bool = True) -> Any:
+def run_rows(
+    part: nn.Module, rows: RowBatch, prefix: Prefix | None = None, masked: bool = True, keep: bool = True
+) -> Any:
     """What a model or its body makes of some rows, with its cache if that is to be kept."""
     return part(**model_inputs(part, rows, prefix, masked=masked, keep=keep))
 
@@ -182,7 +184,7 @@ def _plain_cache(output: Any, rows: int) -> Any:
     """The cache of some rows; ``None`` if it is of another kind."""
     cache = getattr(output, "past_key_values", None)
     layers: Sequence[Any] = getattr(cache, "layers", ())
-    if layers and all(_is_plain(layer, rows) for layer in layers):
+    if layers and all(is_plain_layer(layer, rows) for layer in layers):
         return cache
     log.info("the model keeps no plain keys and values of each token: whole rows are run at every step")
     return None
@@ -194,7 +196,7 @@ def _crop(cache: Any, tokens: int) -> None:
         layer.crop(-tokens)
 
 
-def _moved_to_the_end(cache: Any, mask_RP: Tensor, ends_R: Tensor) -> Any:
+def _right_align(cache: Any, mask_RP: Tensor, ends_R: Tensor) -> Any:
     """Keys and values that stand before column ``ends_R`` of each row, moved to the end of P columns; 0 before them."""
     rows, count = mask_RP.shape
     column = torch.arange(count, device=mask_RP.device) - count + ends_R.unsqueeze(1)
@@ -213,7 +215,7 @@ def _moved_to_the_end(cache: Any, mask_RP: Tensor, ends_R: Tensor) -> Any:
     return cache
 
 
-def _is_plain(layer: Any, rows: int) -> bool:
+def is_plain_layer(layer: Any, rows: int) -> bool:
     """Whether a layer of a cache holds nothing but keys and values [R, heads, tokens, F / heads] and their count.
 
     By type: other layers (quantised, static, indexed, of a state-space model) are kinds of these with more to keep.

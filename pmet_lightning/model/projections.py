@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.model.architectures import Architecture, SiteName, UnknownArchitectureError
-from pmet_lightning.model.fsdp import own_rows, rows_for, summed
+from pmet_lightning.model.fsdp import local_part, local_rows, sum_over_shards
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,16 @@ def add_to_weight(projection: nn.Module, delta_OI: Tensor) -> StoredDelta:
     """
     weight = projection.weight
     assert isinstance(weight, Tensor)
-    own = own_rows(weight)
-    delta = rows_for(weight, delta_OI.T if is_transposed(projection) else delta_OI)
+    own = local_rows(weight)
+    delta = local_part(weight, delta_OI.T if is_transposed(projection) else delta_OI)
     before = own.to(delta.dtype, copy=True)
     own.copy_(before + delta)
     stored = own.to(delta.dtype) - before
     moving = delta != 0
     sums = (stored * delta, delta.square(), (stored - delta).square(), moving, stored[moving] != 0)
-    product, square, lost, wanted, moved = summed(weight, torch.stack([part.sum().double() for part in sums])).tolist()
+    product, square, lost, wanted, moved = sum_over_shards(
+        weight, torch.stack([part.sum().double() for part in sums])
+    ).tolist()
     square = max(square, torch.finfo(torch.float64).tiny)
     return StoredDelta(product / square, moved / wanted if wanted else 1.0, (lost / square) ** 0.5)
 

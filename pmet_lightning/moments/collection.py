@@ -22,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pmet_lightning.data.corpus import CorpusError, corpus_texts, packed_rows
+from pmet_lightning.data.corpus import CorpusError, corpus_texts, pack_rows
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget
 from pmet_lightning.evaluation.editable import EditableModel
-from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.moments.store import MomentError, MomentKey, MomentStore
 from pmet_lightning.moments.sums import MomentSums
-from pmet_lightning.solver.packed import packed_lower, symmetric, unpacked_lower, unpacked_symmetric
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.solver.packed import pack_lower, symmetrize, unpack_lower, unpack_symmetric
+from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.files import atomic_path
 from pmet_lightning.utils.progress import counter
 
@@ -75,7 +75,7 @@ class Collection:
         settings: What to read.
         trainer: Its strategy reduces over the processes.
         module: The language model.
-        places: The projections.
+        projection_ids: The projections.
         store: Where the moments go, and the unfinished sums meanwhile.
         key: What the moments depend on.
     """
@@ -85,14 +85,14 @@ class Collection:
         settings: CollectionSettings,
         trainer: L.Trainer,
         module: EditableModel,
-        places: Sequence[Place],
+        projection_ids: Sequence[ProjectionId],
         store: MomentStore,
         key: MomentKey,
     ) -> None:
         self.settings, self.trainer, self.module, self.store, self.key = settings, trainer, module, store, key
-        self.team = Team.of(trainer)
-        self.sums = MomentSums(module.model, module.sites, places, module.encoder.pad_id, module.device)
-        self.previous: dict[Place, Tensor] = {}  # the moments at the last look
+        self.processes = ProcessGroup.of(trainer)
+        self.sums = MomentSums(module.model, module.sites, projection_ids, module.encoder.pad_id, module.device)
+        self.previous: dict[ProjectionId, Tensor] = {}  # the moments at the last look
         width = max(len(total) for total in self.sums.lower.values())
         self.least, self.most = LEAST_KEYS * width, MOST_KEYS * width
         name = hashlib.sha256(repr(sorted(self.sums.lower)).encode()).hexdigest()[:12]
@@ -112,13 +112,13 @@ class Collection:
         tokens = self._tokens()
         if not tokens:
             raise CorpusError(f"the corpus {self.settings.corpus!r} has no text")
-        for place, total in self.sums.lower.items():
-            moment = symmetric(self.team.total(total)).div_(tokens)
+        for projection_id, total in self.sums.lower.items():
+            moment = symmetrize(self.processes.all_reduce_sum(total)).div_(tokens)
             dead = int((moment.diagonal() == 0).sum())
             if dead:
-                log.warning("%s in layer %d: %d of %d key dimensions are dead", *place, dead, len(moment))
+                log.warning("%s in layer %d: %d of %d key dimensions are dead", *projection_id, dead, len(moment))
             if self.trainer.is_global_zero:
-                self.store.save(place, moment, tokens, self.key)
+                self.store.save(projection_id, moment, tokens, self.key)
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero:
             shutil.rmtree(self.unfinished, ignore_errors=True)
@@ -129,11 +129,11 @@ class Collection:
         saved = time.monotonic()
         total = None if self.settings.samples else self.most
         with counter(self.trainer, total, "Second moments", "token") as bar:
-            bar.update(self.sums.tokens * self.team.size)
+            bar.update(self.sums.tokens * self.processes.size)
             for number, block in enumerate(self._blocks()):
                 if number < self.blocks_done:
                     continue
-                self._add(self.team.own(block))
+                self._add(self.processes.shard(block))
                 bar.update(sum(len(row.ids) for row in block))
                 if self.settings.samples:  # how many tokens they will be shows as they are read
                     bar.total = round(bar.n * self.settings.samples / max(self.texts_read, 1))
@@ -148,7 +148,7 @@ class Collection:
     def _blocks(self) -> Iterator[list[TokenRow]]:
         settings = self.settings
         texts = self._counted(corpus_texts(settings.corpus, settings.subset, settings.seed))
-        rows = packed_rows(itertools.islice(texts, settings.samples), self.module.tokenizer, settings.length)
+        rows = pack_rows(itertools.islice(texts, settings.samples), self.module.tokenizer, settings.length)
         if settings.samples is None:
             rows = itertools.islice(rows, math.ceil(self.most / settings.length))
         while block := list(itertools.islice(rows, BLOCK)):
@@ -167,41 +167,44 @@ class Collection:
         """Compare the moments with those from half the text; whether that is enough."""
         tokens = self._tokens()
         changes = []
-        for place, total in self.sums.lower.items():
-            moment = symmetric(self.team.total(total)).div_(tokens)
-            if place in self.previous:
-                change = _relative_change(self.previous.pop(place), moment)  # gone before the next
+        for projection_id, total in self.sums.lower.items():
+            moment = symmetrize(self.processes.all_reduce_sum(total)).div_(tokens)
+            if projection_id in self.previous:
+                change = _relative_change(self.previous.pop(projection_id), moment)  # gone before the next
                 rank = float(moment.diagonal().sum() ** 2 / moment.norm() ** 2)
                 changes.append(change)
                 log.info(
                     "second moments of %s in layer %d: %d tokens, changed by %.1f %% with the last doubling, effective "
-                    "rank %.1f of %d", *place, tokens, 100 * change, rank, len(moment),
+                    "rank %.1f of %d", *projection_id, tokens, 100 * change, rank, len(moment),
                 )  # fmt: skip
-            self.previous[place] = moment.float()
+            self.previous[projection_id] = moment.float()
         enough = len(changes) == len(self.sums.lower) and max(changes) <= self.settings.tolerance
         return self.settings.samples is None and tokens >= self.least and enough
 
     def _tokens(self) -> int:
-        return int(self.team.total(torch.tensor(self.sums.tokens, device=self.module.device)))
+        return int(self.processes.all_reduce_sum(torch.tensor(self.sums.tokens, device=self.module.device)))
 
     # ---- unfinished work -------------------------------------------------------------------------------
 
     def _path(self, block: int, rank: int) -> Path:
-        return self.unfinished / f"{block:08d}-{rank}-of-{self.team.size}.safetensors"
+        return self.unfinished / f"{block:08d}-{rank}-of-{self.processes.size}.safetensors"
 
     def _own_files(self) -> dict[int, Path]:
         """What this process has kept, by the number of blocks done."""
-        return {int(p.name[:8]): p for p in self.unfinished.glob(f"*-{self.team.rank}-of-{self.team.size}.safetensors")}
+        return {
+            int(p.name[:8]): p
+            for p in self.unfinished.glob(f"*-{self.processes.rank}-of-{self.processes.size}.safetensors")
+        }
 
     def _save(self) -> None:
         """Keep this process' sums; the files of the save before go once all processes have theirs."""
         tensors = {}
         for (site, layer), total in self.sums.lower.items():
-            tensors[f"sum-{site}-{layer}"] = packed_lower(total.cpu())
+            tensors[f"sum-{site}-{layer}"] = pack_lower(total.cpu())
             if (site, layer) in self.previous:
-                tensors[f"previous-{site}-{layer}"] = packed_lower(self.previous[site, layer].cpu())
-        if self.team.writes:
-            with atomic_path(self._path(self.blocks_done, self.team.rank)) as temporary:
+                tensors[f"previous-{site}-{layer}"] = pack_lower(self.previous[site, layer].cpu())
+        if self.processes.is_writer:
+            with atomic_path(self._path(self.blocks_done, self.processes.rank)) as temporary:
                 save_file(tensors, temporary, metadata={"tokens": str(self.sums.tokens)})
         self.trainer.strategy.barrier()
         for block, path in self._own_files().items():
@@ -210,18 +213,18 @@ class Collection:
 
     def _resume(self) -> None:
         """Go on from the last block that all processes have kept."""
-        whole = [b for b in self._own_files() if all(self._path(b, r).is_file() for r in range(self.team.size))]
+        whole = [b for b in self._own_files() if all(self._path(b, r).is_file() for r in range(self.processes.size))]
         newest = self.trainer.strategy.broadcast(max(whole, default=0))
         if not newest:
             return
-        path = self._path(newest, self.team.rank)
+        path = self._path(newest, self.processes.rank)
         try:
             with safe_open(path, framework="pt") as file:
                 for (site, layer), total in self.sums.lower.items():
-                    total.copy_(unpacked_lower(file.get_tensor(f"sum-{site}-{layer}"), len(total)))
+                    total.copy_(unpack_lower(file.get_tensor(f"sum-{site}-{layer}"), len(total)))
                     if f"previous-{site}-{layer}" in file.keys():  # noqa: SIM118
                         previous = file.get_tensor(f"previous-{site}-{layer}")
-                        self.previous[site, layer] = unpacked_symmetric(previous.to(total.device), len(total))
+                        self.previous[site, layer] = unpack_symmetric(previous.to(total.device), len(total))
                 self.sums.tokens = int(file.metadata()["tokens"])
         except (SafetensorError, OSError, KeyError) as error:
             raise MomentError(f"{path}: unreadable unfinished sums ({error}); delete {self.unfinished}") from error

@@ -15,14 +15,14 @@ from torch import Tensor
 from pmet_lightning.data.corpus import corpus_fingerprint
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.evaluation.editable import EditableModel
-from pmet_lightning.model.architectures import Place, WriteChoice, written_sites
+from pmet_lightning.model.architectures import ProjectionId, WriteChoice, written_sites
 from pmet_lightning.model.projections import in_features
 from pmet_lightning.moments.collection import Collection, CollectionSettings
 from pmet_lightning.moments.store import MOMENTS_FOLDER, MomentError, MomentKey, MomentStore
 from pmet_lightning.moments.sums import memory_groups
 from pmet_lightning.solver.cholesky import Factor
 from pmet_lightning.solver.null_space import NullSpace, null_space
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.memory import free_memory
 from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -71,7 +71,7 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         self.sites = written_sites(write)
         self._store: MomentStore | None = None
         self._module: EditableModel | None = None
-        self._null_spaces: dict[tuple[Place, float], NullSpace] = {}
+        self._null_spaces: dict[tuple[ProjectionId, float], NullSpace] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that every moment that the spread will ask for is there; collect those that are missing.
@@ -87,8 +87,10 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         if most is not None and most < self.settings.length:
             log.info("rows of %d tokens instead of %d: the model has no more positions", most, self.settings.length)
             self.settings = replace(self.settings, length=int(most))
-        places: list[Place] = [(site, layer) for layer in pl_module.layers for site in self.sites]
-        widths = {place: in_features(pl_module.sites.module(*place)) for place in places}
+        projection_ids: list[ProjectionId] = [(site, layer) for layer in pl_module.layers for site in self.sites]
+        widths = {
+            projection_id: in_features(pl_module.sites.module(*projection_id)) for projection_id in projection_ids
+        }
         key = self.key(pl_module)
         store = MomentStore(self.given or self.folder / key.folder(), read_only=self.given is not None)
         missing = {p: w for p, w in widths.items() if not self.given and not store.path(p).is_file()}
@@ -104,48 +106,53 @@ class SecondMoments(HyperparametersMixin, L.Callback):
                 sorted({layer for _, layer in missing}), store.folder, self.settings.described(),
             )  # fmt: skip
             # All processes must make the same passes, on devices that need not have the same memory.
-            groups = memory_groups(missing, Team.of(trainer).least(free_memory(pl_module.device)))
+            groups = memory_groups(missing, ProcessGroup.of(trainer).all_reduce_min(free_memory(pl_module.device)))
             if len(groups) > 1:
                 log.info("they do not fit into memory together: %d passes over the corpus", len(groups))
             for group in groups:
                 Collection(self.settings, trainer, pl_module, group, store, key).run()
-        for place, width in widths.items():
-            store.check(place, pl_module.base_fingerprint, width, pl_module.sites.weight_name(*place))
+        for projection_id, width in widths.items():
+            store.check(projection_id, pl_module.base_fingerprint, width, pl_module.sites.weight_name(*projection_id))
         if self._store is None or self._store.folder != store.folder:
             self._null_spaces.clear()
         self._store, self._module = store, pl_module
-        log.info("second moments of %d projections ready in %s", len(places), store.folder)
+        log.info("second moments of %d projections ready in %s", len(projection_ids), store.folder)
 
-    def moment(self, place: Place) -> Tensor:
+    def moment(self, projection_id: ProjectionId) -> Tensor:
         """The second moment of a projection, shape [I, I], float32, read when it is asked for."""
-        store, width, name, _ = self._stored(place)
-        return store.load(place, width, name)
+        store, width, name, _ = self._stored(projection_id)
+        return store.load(projection_id, width, name)
 
-    def factor(self, place: Place) -> Factor:
+    def factor(self, projection_id: ProjectionId) -> Factor:
         """Its Cholesky factor, float64, on the module's device; kept beside it."""
-        store, width, name, device = self._stored(place)
-        return store.factor(place, width, name, device)
+        store, width, name, device = self._stored(projection_id)
+        return store.factor(projection_id, width, name, device)
 
-    def null_space(self, place: Place, share: float) -> NullSpace:
+    def null_space(self, projection_id: ProjectionId, share: float) -> NullSpace:
         """Its null space, on the module's device; computed once, and kept on the CPU (8 · I · R bytes).
 
         Args:
-            place: The projection.
+            projection_id: The projection.
             share: As for :func:`~pmet_lightning.solver.null_space.null_space`.
 
         Raises:
             ValueError: As :func:`~pmet_lightning.solver.null_space.null_space`.
         """
-        device = self._stored(place)[-1]
-        if (place, share) not in self._null_spaces:
-            self._null_spaces[place, share] = null_space(self.moment(place).to(device), share).to("cpu")
-        return self._null_spaces[place, share].to(device)
+        device = self._stored(projection_id)[-1]
+        if (projection_id, share) not in self._null_spaces:
+            self._null_spaces[projection_id, share] = null_space(self.moment(projection_id).to(device), share).to("cpu")
+        return self._null_spaces[projection_id, share].to(device)
 
-    def _stored(self, place: Place) -> tuple[MomentStore, int, str, torch.device]:
+    def _stored(self, projection_id: ProjectionId) -> tuple[MomentStore, int, str, torch.device]:
         assert self._store is not None, "on_fit_start has not run"
         assert self._module is not None
         sites = self._module.sites
-        return self._store, in_features(sites.module(*place)), sites.weight_name(*place), self._module.device
+        return (
+            self._store,
+            in_features(sites.module(*projection_id)),
+            sites.weight_name(*projection_id),
+            self._module.device,
+        )
 
     def key(self, module: EditableModel) -> MomentKey:
         """What the moments of this run depend on."""

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.fingerprint import checksum
-from pmet_lightning.solver.cholesky import Factor, factorise
-from pmet_lightning.solver.packed import packed_lower, unpacked_lower, unpacked_symmetric
+from pmet_lightning.solver.cholesky import Factor, factorize
+from pmet_lightning.solver.packed import pack_lower, unpack_lower, unpack_symmetric
 from pmet_lightning.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -72,38 +72,38 @@ class MomentStore:
     def __init__(self, folder: str | Path, read_only: bool = False) -> None:
         self.folder, self.read_only = Path(folder), read_only
 
-    def path(self, place: Place) -> Path:
+    def path(self, projection_id: ProjectionId) -> Path:
         """The file of a site and layer."""
-        return self.folder / f"{place[0]}-{place[1]}.safetensors"
+        return self.folder / f"{projection_id[0]}-{projection_id[1]}.safetensors"
 
-    def save(self, place: Place, moment_II: Tensor, tokens: int, key: MomentKey) -> None:
+    def save(self, projection_id: ProjectionId, moment_II: Tensor, tokens: int, key: MomentKey) -> None:
         """Store a mean second moment, one triangle of it in float32."""
-        lower = packed_lower(moment_II.to(torch.float32).cpu())
+        lower = pack_lower(moment_II.to(torch.float32).cpu())
         described = {
             **vars(key),
-            "site": place[0],
-            "layer": place[1],
+            "site": projection_id[0],
+            "layer": projection_id[1],
             "tokens": tokens,
             "width": len(moment_II),
             "checksum": checksum(lower),
         }
-        with atomic_path(self.path(place)) as temporary:
+        with atomic_path(self.path(projection_id)) as temporary:
             save_file({"lower": lower}, temporary, metadata={name: str(value) for name, value in described.items()})
 
-    def check(self, place: Place, model: str, width: int, weight_name: str) -> None:
+    def check(self, projection_id: ProjectionId, model: str, width: int, weight_name: str) -> None:
         """See that a moment is there and is of this model, layer and width, without reading it whole.
 
         Raises:
             FileNotFoundError: If it is not there.
             MomentError: With expected and found, if it belongs to something else or is broken.
         """
-        path = self.path(place)
+        path = self.path(projection_id)
         if not path.is_file():
             if self._npz(weight_name) is None:
-                raise FileNotFoundError(f"no second moments {str(path)!r}; run the verb 'stats' to collect them")
+                raise FileNotFoundError(f"no second moments {str(path)!r}; run the command 'stats' to collect them")
             return
         found, entries = self._described(path)
-        expected = {"model": model, "site": place[0], "layer": str(place[1])}
+        expected = {"model": model, "site": projection_id[0], "layer": str(projection_id[1])}
         for name, value in expected.items():
             if found.get(name) != value:
                 raise MomentError(
@@ -113,22 +113,22 @@ class MomentStore:
         if found.get("width") != str(width) or entries != width * (width + 1) // 2:
             raise MomentError(f"{path}: expected width {width}, found {found.get('width')} with {entries} numbers")
 
-    def load(self, place: Place, width: int, weight_name: str) -> Tensor:
+    def load(self, projection_id: ProjectionId, width: int, weight_name: str) -> Tensor:
         """A moment that :meth:`check` has found in order, shape [I, I], float32.
 
         Raises:
             MomentError: If the file is broken, or an .npz file is of another width.
         """
-        path = self.path(place)
+        path = self.path(projection_id)
         if not path.is_file():
             return self._from_npz(width, weight_name)
         try:
             with safe_open(path, framework="pt") as file:
-                return unpacked_symmetric(file.get_tensor("lower"), width)
+                return unpack_symmetric(file.get_tensor("lower"), width)
         except (SafetensorError, OSError) as error:
             raise _broken(path, error) from error
 
-    def factor(self, place: Place, width: int, weight_name: str, device: torch.device) -> Factor:
+    def factor(self, projection_id: ProjectionId, width: int, weight_name: str, device: torch.device) -> Factor:
         """Cholesky factor of a moment (plus a ridge where it is singular), float64, kept beside it.
 
         A kept factor is known by the checksum of the moment that it is of, and the moment is not read then.
@@ -136,21 +136,25 @@ class MomentStore:
         Returns:
             The factor, on the device, and its ridge.
         """
-        path = self.path(place).with_suffix(".factor.safetensors")
-        kept = self._described(self.path(place))[0].get("checksum", "") if self.path(place).is_file() else ""
+        path = self.path(projection_id).with_suffix(".factor.safetensors")
+        kept = (
+            self._described(self.path(projection_id))[0].get("checksum", "")
+            if self.path(projection_id).is_file()
+            else ""
+        )
         try:
             with safe_open(path, framework="pt") as file:
                 found = file.metadata() or {}
                 if kept and found.get("checksum") == kept and "ridge" in found:
-                    lower_II = unpacked_lower(file.get_tensor("lower"), width).to(device)
+                    lower_II = unpack_lower(file.get_tensor("lower"), width).to(device)
                     return Factor(lower_II, float(found["ridge"]))
         except (SafetensorError, OSError):
             pass  # absent or broken: made anew
-        factor = factorise(lambda: self.load(place, width, weight_name).to(device).double())
+        factor = factorize(lambda: self.load(projection_id, width, weight_name).to(device).double())
         if not self.read_only:
             with atomic_path(path) as temporary:
                 described = {"checksum": kept, "ridge": repr(factor.ridge)}
-                save_file({"lower": packed_lower(factor.lower_II.cpu())}, temporary, metadata=described)
+                save_file({"lower": pack_lower(factor.lower_II.cpu())}, temporary, metadata=described)
         return factor
 
     def _described(self, path: Path) -> tuple[dict[str, str], int]:
@@ -199,7 +203,7 @@ def list_moments(folder: str = MOMENTS_FOLDER) -> None:
     """Show the second moments that are kept.
 
     Args:
-        folder: Where they are kept (--moments.folder of the other verbs).
+        folder: Where they are kept (--moments.folder of the other commands).
     """
     columns = ("model", "site", "layer", "width", "tokens", "samples", "length", "dtype", "corpus", "path")
     rows = [columns, *(tuple(found.get(name, "-") for name in columns) for found in stored_moments(folder))]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.data.token_rows import RowBatch, TokenRow, pad_rows
-from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.forward import run_to
 from pmet_lightning.model.hooks import stop_after
 from pmet_lightning.model.projections import Sites, in_features
@@ -27,22 +27,22 @@ class MomentSums:
     Args:
         model: The language model.
         sites: Its modules.
-        places: Sites and layers.
+        projection_ids: Sites and layers.
         pad_id: Padding token; padded positions are left out exactly.
         device: Where the model is.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sites, places: Sequence[Place], pad_id: int, device: torch.device
+        self, model: nn.Module, sites: Sites, projection_ids: Sequence[ProjectionId], pad_id: int, device: torch.device
     ) -> None:
         self.model, self.pad_id, self.device = model, pad_id, device
-        self.modules = {place: sites.module(*place) for place in places}
-        self.last = sites.layers[max(layer for _, layer in places)]
+        self.modules = {projection_id: sites.module(*projection_id) for projection_id in projection_ids}
+        self.last = sites.layers[max(layer for _, layer in projection_ids)]
         self.tokens = 0
         # The lower triangles hold the sums, what is above is no use.
         self.lower = {
-            place: torch.zeros(in_features(m), in_features(m), dtype=torch.float64, device=device)
-            for place, m in self.modules.items()
+            projection_id: torch.zeros(in_features(m), in_features(m), dtype=torch.float64, device=device)
+            for projection_id, m in self.modules.items()
         }
 
     @torch.no_grad()
@@ -52,8 +52,8 @@ class MomentSums:
         mask_RT = batch.attention_mask.bool()
         self.tokens += int(mask_RT.sum())
         with ExitStack() as stack:
-            for place, module in self.modules.items():
-                stack.enter_context(_sum_inputs(module, mask_RT, self.lower[place]))
+            for projection_id, module in self.modules.items():
+                stack.enter_context(_sum_inputs(module, mask_RT, self.lower[projection_id]))
             with stop_after(self.last):
                 run_to(self.model, batch)
 
@@ -75,30 +75,31 @@ def _sum_inputs(module: nn.Module, mask_RT: Tensor, lower_II: Tensor) -> Iterato
         handle.remove()
 
 
-def memory_groups(widths: Mapping[Place, int], available: int) -> list[list[Place]]:
-    """Places whose sums fit into memory together; each group is a pass of its own over the corpus.
+def memory_groups(widths: Mapping[ProjectionId, int], available: int) -> list[list[ProjectionId]]:
+    """Projections whose sums fit into memory together; each group is a pass of its own over the corpus.
 
-    A place needs its sum in float64 and its last moment in float32 all the time, and one float64 matrix to work on.
+    A projection needs its sum in float64 and its last moment in float32 all the time, and one float64 matrix besides.
 
     Args:
-        widths: d_k of each place, in order.
+        widths: d_k of each projection, in order.
         available: Free bytes.
 
     Raises:
-        MomentError: If not even one place fits.
+        MomentError: If not even one projection fits.
     """
-    groups: list[list[Place]] = [[]]
+    groups: list[list[ProjectionId]] = [[]]
     used = 0
-    for place, width in widths.items():
+    for projection_id, width in widths.items():
         kept, working = 12 * width * width, 8 * width * width
         if kept + working > available:
+            site, layer = projection_id
             raise MomentError(
-                f"the second moments of {place[0]} in layer {place[1]} need {(kept + working) / 2**30:.1f} GiB for "
-                f"keys of width {width}, and {available / 2**30:.1f} GiB are free; expected a machine with more memory"
+                f"the second moments of {site} in layer {layer} need {(kept + working) / 2**30:.1f} GiB for keys of "
+                f"width {width}, and {available / 2**30:.1f} GiB are free; expected a machine with more memory"
             )
         if used + kept + working > available:
             groups.append([])
             used = 0
-        groups[-1].append(place)
+        groups[-1].append(projection_id)
         used += kept
     return groups

@@ -1,4 +1,4 @@
-"""Pages that need nothing but a browser: their template, their figures as drawings inside them, their colours."""
+"""Pages that need nothing but a browser: their template, their figures as drawings inside them, their colors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 # Of the light page; in the page they are variables of the style sheet, which has dark ones too.
-COLOURS = {
+COLORS = {
     **{"paper": "#ffffff", "ink": "#24303d", "muted": "#66727f", "grid": "#dde2e8"},
     **{"blue": "#2f6fb0", "orange": "#c8761a", "green": "#2e8b67", "purple": "#8457a6"},
 }
-PAPER, INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE = COLOURS.values()
+PAPER, INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE = COLORS.values()
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(("axes.facecolor", "figure.facecolor"), PAPER),
     **dict.fromkeys(("text.color", "axes.labelcolor"), INK),
@@ -43,7 +43,7 @@ def write_page(template: str, values: Mapping[str, Any], path: Path) -> Path:
 
     Args:
         template: Its file name.
-        values: What it may name, beside ``metrics``, ``colours``, ``json`` and the filter ``shown``.
+        values: What it may name, beside ``metrics``, ``colors``, ``json`` and the filter ``shown``.
         path: The page.
 
     Returns:
@@ -55,7 +55,7 @@ def write_page(template: str, values: Mapping[str, Any], path: Path) -> Path:
     environment.filters["shown"] = _shown
     own = {
         "metrics": METRICS,
-        "colours": COLOURS,
+        "colors": COLORS,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
     }
     page = environment.get_template(template).render(**own, **values)
@@ -91,7 +91,7 @@ def _shown(value: Any, form: str = ".1f") -> str:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """A figure as an element of the page: its own ids, no date, text as text, colours of the style sheet."""
+    """A figure as an element of the page: its own ids, no date, text as text, colors of the style sheet."""
     from markupsafe import Markup
     from matplotlib import rc_context
 
@@ -107,8 +107,8 @@ def svg(figure: Figure, name: str) -> str:
     # Some of the other ids hold an address in memory.
     ids = {found: f"{name}-{i}" for i, found in enumerate(dict.fromkeys(re.findall(r'id="([^"]+)"', drawing)))}
     drawing = re.sub(r'(id="|#)([\w-]+)', lambda match: match[1] + ids.get(match[2], match[2]), drawing)
-    for variable, colour in COLOURS.items():
-        drawing = re.sub(rf"(fill|stroke): {colour}", rf"\1: var(--{variable})", drawing)
+    for variable, color in COLORS.items():
+        drawing = re.sub(rf"(fill|stroke): {color}", rf"\1: var(--{variable})", drawing)
     return Markup(drawing)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pmet_lightning.evaluation.scores import METRICS
 from pmet_lightning.targets.loop import Rules
-from pmet_lightning.targets.store import PARTS, STOP_REASONS, Target, kept_histories, mean_curves
+from pmet_lightning.targets.store import PARTS, STOP_REASONS, Target, mean_curves, pad_histories
 from pmet_lightning.utils.metric_names import (
     ACTIVE,
     EDIT_BATCHES,
@@ -42,7 +42,7 @@ _COLUMNS = ("question", "was", "target", "says before", "says after")
 def step_points(targets: Sequence[Target], rules: Rules) -> Iterator[dict[str, float]]:
     """At each step of an edit batch: means and quantiles over all its edits, those that have stopped as they did.
 
-    Means over the edits that took the step are there too, and the share that is done behind it. Parts of the loss
+    Means over the edits that took the step are there too, and the share that is done behind it. EditObjects of the loss
     without a weight are left out.
 
     Args:
@@ -52,7 +52,7 @@ def step_points(targets: Sequence[Target], rules: Rules) -> Iterator[dict[str, f
     weights = {"loss_nll": rules.nll, "loss_kl": rules.kl, "loss_norm": rules.norm}
     names = [part for part in PARTS if weights.get(part, 1)]
     columns = [PARTS.index(name) for name in names]
-    histories_BSP = kept_histories(targets)[..., columns]
+    histories_BSP = pad_histories(targets)[..., columns]
     levels_L = histories_BSP.new_tensor(list(LEVELS.values()))
     for step, active in enumerate(mean_curves(targets)):
         here_BP = histories_BSP[:, step]

@@ -149,7 +149,7 @@ def _loss_curves(data: Mapping[str, Any]) -> Figure | None:
         axes["p"].set(title="P(target)", ylim=(0, 1.02))
     if "active_edits" in axes:
         axes["active_edits"].fill_between(columns["step"], columns["active_edits"], step="mid", color=MUTED, alpha=0.45)
-        axes["active_edits"].set(title="edits still being optimised", ylim=(0, None))
+        axes["active_edits"].set(title="edits still being optimized", ylim=(0, None))
     known = _known(columns["step"])
     below[-1].set_xlim(min(known) - 1, max(known) + 1)
     below[-1].set_xlabel("inner step, edits in flight together")
@@ -197,11 +197,11 @@ def _steps(data: Mapping[str, Any]) -> Figure | None:
     figure, (left, right) = panels(_WIDTH, 2.6, 1, 2, width_ratios=(1.7, 1))
     below: Counter[int] = Counter()
     for place, name in enumerate(names):
-        label, colour = _REASONS.get(name, (_short(name), MUTED))
+        label, color = _REASONS.get(name, (_short(name), MUTED))
         taken = Counter(int(edit["steps"]) for edit in edits if str(edit["stop_reason"]) == name)
-        left.bar(list(taken), list(taken.values()), 0.85, [below[step] for step in taken], color=colour, label=label)
+        left.bar(list(taken), list(taken.values()), 0.85, [below[step] for step in taken], color=color, label=label)
         below.update(taken)
-        right.bar_label(right.barh(place, reasons[name], 0.6, color=colour, label=label), padding=4)
+        right.bar_label(right.barh(place, reasons[name], 0.6, color=color, label=label), padding=4)
     left.set(title="edits by the steps they took", xlabel="steps")
     right.set(title="why they stopped", xlabel="edits", xlim=(0, 1.15 * max(reasons.values())))
     right.set_yticks(range(len(names)), [_REASONS.get(name, (_short(name),))[0] for name in names], color=INK)

@@ -11,7 +11,7 @@ from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.evaluation.editable import EditableModel, Phase
 from pmet_lightning.evaluation.scores import record_rows
 from pmet_lightning.utils.callbacks import all_edits, is_stream
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.distributed import ProcessGroup
 
 
 class BatchScores(L.Callback):
@@ -46,7 +46,7 @@ class BatchScores(L.Callback):
 def _evaluate(trainer: L.Trainer, module: L.LightningModule, batch: EditBatch, phase: Phase) -> Tensor:
     """Score rows of an edit batch on the model as it is now; each process scores its own edits."""
     assert isinstance(module, EditableModel)
-    team, count = Team.of(trainer), len(batch.edits)
+    processes, count = ProcessGroup.of(trainer), len(batch.edits)
     with trainer.profiler.profile(phase):
-        rows = record_rows(module.evaluate(team.own(batch.edits), team.own(batch.positions)))
-        return team.gathered(rows.to(module.device), count).cpu()
+        rows = record_rows(module.evaluate(processes.shard(batch.edits), processes.shard(batch.positions)))
+        return processes.all_gather(rows.to(module.device), count).cpu()

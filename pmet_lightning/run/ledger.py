@@ -11,7 +11,7 @@ from pmet_lightning.data.records import Probe
 from pmet_lightning.evaluation.generation import greedy_texts
 from pmet_lightning.evaluation.probes import score_probes
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.write.write_report import WriteReport
 
 
@@ -50,8 +50,8 @@ class EditLedger(L.Callback):
 
 def measure_ledger(module: TargetOptimizer, report: WriteReport) -> list[dict[str, Any]]:
     """Lines of one edit batch, measured on the model just written; each process measures its own edits."""
-    team, places = Team.of(module.trainer), range(len(report.edits))
-    own = team.own(places)
+    processes, own_indices = ProcessGroup.of(module.trainer), range(len(report.edits))
+    own = processes.shard(own_indices)
     asked = [[Probe("efficacy", report.edits[i].question, report.edits[i].target)] for i in own]
     scores = score_probes(module.model, module.encoder, asked, module.tokens_per_batch, module.device)
     answers = greedy_texts(
@@ -81,4 +81,4 @@ def measure_ledger(module: TargetOptimizer, report: WriteReport) -> list[dict[st
                 "answer": answer,
             }
         )
-    return team.gathered_objects(lines, len(places))
+    return processes.all_gather_objects(lines, len(own_indices))

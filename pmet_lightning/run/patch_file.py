@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.patch import load_patch, save_patch
 from pmet_lightning.write.edited_weights import EditedWeights
 from pmet_lightning.write.past_keys import load_products, save_products
@@ -46,7 +46,7 @@ class PatchFile:
         """ΔW and manifest."""
         return load_patch(self.path)
 
-    def past_keys(self, edit_batches: int) -> dict[Place, Tensor]:
+    def past_keys(self, edit_batches: int) -> dict[ProjectionId, Tensor]:
         """The protected keys of so many edit batches."""
         return load_products(self._past_path(edit_batches))
 

@@ -14,7 +14,7 @@ from pmet_lightning.run.manifest import check_same_settings, manifest_of
 from pmet_lightning.run.patch_file import PatchFile
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import find_callback
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.write.weight_spread import WeightSpread
 
 
@@ -45,7 +45,7 @@ def restore_progress(
     if patch.path.is_file():
         assert isinstance(module, TargetOptimizer)
         batches = _resume_after(trainer, module, patch, journal, moments)
-    return batches, Team.of(trainer).object_from_first(lambda: journal.keep(batches))
+    return batches, ProcessGroup.of(trainer).compute_object_on_rank_zero(lambda: journal.keep(batches))
 
 
 def reapply_patch(trainer: L.Trainer, module: TargetOptimizer, patch: PatchFile) -> None:
@@ -71,7 +71,7 @@ def _resume_after(
     check_same_settings(manifest, manifest_of(module, spread, moments, 0, 0), patch.path.parent)
     if spread.protect_past:
         patch.check_past_keys(batches)
-    trainer.datamodule.go_on_behind(itertools.islice(journal.edits(), manifest["edits"]))  # type: ignore[attr-defined]
+    trainer.datamodule.resume_after(itertools.islice(journal.edits(), manifest["edits"]))  # type: ignore[attr-defined]
     # The process that solves needs them; they are as large as the second moments.
     past_keys = patch.past_keys(batches) if spread.protect_past and trainer.is_global_zero else {}
     spread.edited.resume(deltas, past_keys)

@@ -39,7 +39,7 @@ _PLACEHOLDER = "facts"
 
 
 @dataclass(frozen=True)
-class Parts:
+class EditObjects:
     """What the settings make.
 
     Attributes:
@@ -57,7 +57,7 @@ class Parts:
     data: dict[str, Any]
 
 
-def parts_of(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> Parts:
+def make_objects(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> EditObjects:
     """Check settings and make what they describe.
 
     Args:
@@ -78,13 +78,13 @@ def parts_of(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> Part
             f"Editor: {error}\n(settings of the section 'model' are keyword arguments, the other sections are dicts)"
         ) from error
     if parsed.data.stream:
-        raise ValueError("Editor: data.stream is true; a stream is for the verb fit, give edit() lists of facts")
+        raise ValueError("Editor: data.stream is true; a stream is for the command fit, give edit() lists of facts")
     data = {name: value for name, value in vars(parsed.data).items() if name != "tokenizer"}
     made = (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(parsed)
-    return Parts(made.model, made.moments, made.spread, made.drift, data)
+    return EditObjects(made.model, made.moments, made.spread, made.drift, data)
 
 
-def written_settings(config: str) -> dict[str, dict[str, Any]]:
+def read_sections(config: str) -> dict[str, dict[str, Any]]:
     """The sections of a configuration, with defaults for what it does not say.
 
     Args:

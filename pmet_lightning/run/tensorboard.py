@@ -35,7 +35,7 @@ from pmet_lightning.run.recorder import RunRecorder
 from pmet_lightning.run.timing import PhaseProfiler
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import all_edits
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.metric_names import DETAILS, EDIT_BATCHES, FIGURES, SCORES, TEXTS
 from pmet_lightning.write.write_report import BatchOutputs
 
@@ -192,15 +192,15 @@ def _seconds(trainer: L.Trainer) -> dict[str, float]:
 
 def _answers(trainer: L.Trainer, module: TargetOptimizer, batch: EditBatch) -> list[str]:
     """What the model says now about the first edits of an edit batch."""
-    team, shown = Team.of(trainer), shown_edits(len(batch.edits))
+    processes, shown = ProcessGroup.of(trainer), shown_edits(len(batch.edits))
     texts = greedy_texts(
         module.model,
         module.encoder,
-        [batch.edits[i].question for i in team.own(shown)],
+        [batch.edits[i].question for i in processes.shard(shown)],
         tokens_per_batch=module.tokens_per_batch,
         device=module.device,
     )
-    return team.gathered_objects(texts, len(shown))
+    return processes.all_gather_objects(texts, len(shown))
 
 
 def _rates(edits: int, before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with the defaults of an edit run, and the verb ``stats``."""
+"""Lightning's Trainer with the defaults of an edit run, and the command ``stats``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from pmet_lightning.model.fsdp import ready
+from pmet_lightning.model.fsdp import prepare_strategy
 from pmet_lightning.run.batch_scores import BatchScores
 from pmet_lightning.run.ledger import EditLedger
 from pmet_lightning.run.recorder import RunRecorder
@@ -23,7 +23,7 @@ from pmet_lightning.utils.progress import EditProgressBar
 # Lightning warns of what is meant here: the language model stays in eval mode, batches are text, edits are
 # read once and by this process, edit batches are as many as they say, the CSV logger shares the run folder, nothing is
 # done in place to outputs.
-_INTENDED = (
+_EXPECTED_WARNINGS = (
     r".*module\(s\) in eval mode.*",
     r".*transfer_batch_to_device.*",
     r".*does not have many workers.*",
@@ -78,24 +78,24 @@ class EditTrainer(L.Trainer):
         own = [*ledger, BatchScores(), *bars, self.recorder, TensorBoardCallback(self.recorder)]
         kwargs["callbacks"] = [*given, *own]
         super().__init__(**kwargs)
-        ready(self.strategy, self.num_devices * self.num_nodes)
+        prepare_strategy(self.strategy, self.num_devices * self.num_nodes)
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Edit: optimise targets, write the weights after each edit batch, evaluate before and after."""
+        """Edit: optimize targets, write the weights after each edit batch, evaluate before and after."""
         self.recorder.check_free()
         if isinstance(self.profiler, PhaseProfiler):
             self.profiler.restart()
-        with intended_warnings_off():
+        with ignore_expected_warnings():
             super().fit(*args, **kwargs)
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the questions of the edits and show the scores."""
-        with intended_warnings_off():
+        with ignore_expected_warnings():
             return super().validate(*args, **kwargs | {"verbose": False})  # the recorder shows a table that can be read
 
     def test(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the questions of the edits and show the scores; the same as validate."""
-        with intended_warnings_off():
+        with ignore_expected_warnings():
             return super().test(*args, **kwargs | {"verbose": False})  # the recorder shows a table that can be read
 
     def stats(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> None:
@@ -110,7 +110,7 @@ class EditTrainer(L.Trainer):
         self.fit_loop.max_epochs = 0
         self.num_sanity_val_steps = 0
         self.recorder.records = False
-        with intended_warnings_off():
+        with ignore_expected_warnings():
             super().fit(model, train_dataloaders=[])
 
 
@@ -135,9 +135,9 @@ def _free_folder(parent: Path) -> Path:
 
 
 @contextmanager
-def intended_warnings_off() -> Iterator[None]:
+def ignore_expected_warnings() -> Iterator[None]:
     """No warning of what is meant."""
     with warnings.catch_warnings():
-        for message in _INTENDED:
+        for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         yield

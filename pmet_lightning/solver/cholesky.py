@@ -31,7 +31,7 @@ class Factor(NamedTuple):
     ridge: float
 
 
-def factorise(build: Callable[[], Tensor]) -> Factor:
+def factorize(build: Callable[[], Tensor]) -> Factor:
     """Cholesky factor of a positive semidefinite matrix, with the smallest ridge that makes one possible.
 
     Args:
@@ -45,9 +45,9 @@ def factorise(build: Callable[[], Tensor]) -> Factor:
         matrix_II = build()
         ridge = relative * float(matrix_II.diagonal().mean())
         matrix_II.diagonal().add_(ridge)
-        if factorise_in_place(matrix_II):
+        if factorize_in_place(matrix_II):
             if ridge:
-                log.warning("a singular system (dead key dimensions): factorised with a ridge of %.1e", ridge)
+                log.warning("a singular system (dead key dimensions): factorized with a ridge of %.1e", ridge)
             return Factor(matrix_II, ridge)
         del matrix_II
     raise FloatingPointError(
@@ -65,7 +65,7 @@ def condition_bound(lower_II: Tensor) -> float:
     return float(pivots_I.max() / pivots_I.min())
 
 
-def factorise_in_place(matrix_II: Tensor) -> bool:
+def factorize_in_place(matrix_II: Tensor) -> bool:
     """Put the lower Cholesky factor where a matrix, or its lower triangle, was; false if not positive definite."""
     # On a CPU it is columns that lie together in what LAPACK works on, on a GPU, to torch, rows.
     view_II = matrix_II if matrix_II.is_cuda else matrix_II.T

@@ -13,17 +13,17 @@ from torch import Tensor
 BLOCK_ROWS = 512
 
 
-def packed_lower(symmetric_II: Tensor) -> Tensor:
+def pack_lower(symmetric_II: Tensor) -> Tensor:
     """The lower triangle of a symmetric matrix, row by row, shape [I · (I + 1) / 2]."""
     return torch.cat([row[: i + 1] for i, row in enumerate(symmetric_II)])
 
 
-def unpacked_symmetric(packed: Tensor, width: int) -> Tensor:
-    """The symmetric matrix of :func:`packed_lower`, shape [I, I]."""
-    return symmetric(unpacked_lower(packed, width))
+def unpack_symmetric(packed: Tensor, width: int) -> Tensor:
+    """The symmetric matrix of :func:`pack_lower`, shape [I, I]."""
+    return symmetrize(unpack_lower(packed, width))
 
 
-def symmetric(lower_II: Tensor) -> Tensor:
+def symmetrize(lower_II: Tensor) -> Tensor:
     """Fill the upper triangle from the lower one, in place: such matrices are too large for a copy."""
     for start in range(0, len(lower_II), BLOCK_ROWS):
         end = start + BLOCK_ROWS
@@ -33,8 +33,8 @@ def symmetric(lower_II: Tensor) -> Tensor:
     return lower_II
 
 
-def unpacked_lower(packed: Tensor, width: int) -> Tensor:
-    """The lower triangular matrix of :func:`packed_lower`, zero above the diagonal, shape [I, I]."""
+def unpack_lower(packed: Tensor, width: int) -> Tensor:
+    """The lower triangular matrix of :func:`pack_lower`, zero above the diagonal, shape [I, I]."""
     lower_II = packed.new_zeros(width, width)
     start = 0
     for i in range(width):
@@ -43,6 +43,6 @@ def unpacked_lower(packed: Tensor, width: int) -> Tensor:
     return lower_II
 
 
-def unpacked_products(packed: Tensor, device: torch.device) -> Tensor:
-    """The symmetric matrix of :func:`packed_lower`, on a device, shape [I, I]."""
-    return unpacked_symmetric(packed.to(device), (math.isqrt(8 * len(packed) + 1) - 1) // 2)
+def unpack_products(packed: Tensor, device: torch.device) -> Tensor:
+    """The symmetric matrix of :func:`pack_lower`, on a device, shape [I, I]."""
+    return unpack_symmetric(packed.to(device), (math.isqrt(8 * len(packed) + 1) - 1) // 2)

@@ -1,7 +1,7 @@
 """The closed-form update of one weight (METHOD.md, step 3): pure functions, float64.
 
 An I × I matrix of 16,384 key dimensions is 2.1 GB, so there is one: the system is summed in blocks into the memory in
-which it is then factorised, keys become float64 a block at a time, and the update takes the place of the right side.
+which it is then factorized, keys become float64 a block at a time, and the update takes the place of the right side.
 
 Legend: N = edits, I = in-features (d_k), O = out-features (d), X = any number of rows, R = directions of the
 null space, S = random signs of the check.
@@ -18,11 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pmet_lightning.solver.cholesky import Factor, condition_bound, factorise, factorise_in_place
+from pmet_lightning.solver.cholesky import Factor, condition_bound, factorize, factorize_in_place
 
 log = logging.getLogger(__name__)
-_BLOCK = 256  # rows of an I × I matrix worked on at a time
-_BLOCK_KEYS = 1024  # keys that are float64 at a time
+BLOCK = 256  # rows of an I × I matrix worked on at a time
+BLOCK_KEYS = 1024  # keys that are float64 at a time
 _SIGNS = 8  # combinations of the outputs that the check looks at
 _MUCH_ERROR = 1e-8  # of the linear system
 
@@ -36,7 +36,7 @@ class Solution:
         ridge: What was added to the diagonal to make the system positive definite (0 as a rule).
         solve_error: ‖ΔW·A − E·Kᵀ‖ / ‖E·Kᵀ‖ of the linear system as it was solved, estimated (to about a quarter)
             from random combinations of the outputs.
-        condition_bound: A lower bound of the condition number of what was factorised: λC + KKᵀ or, with a stored
+        condition_bound: A lower bound of the condition number of what was factorized: λC + KKᵀ or, with a stored
             factor, the worse one of C and the system of the edits.
     """
 
@@ -62,7 +62,7 @@ def solve_update(residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: f
             positive definite.
     """
     _refuse_nan({"residual": residual_NO, "keys": keys_NI, "second moment": moment_II})
-    lower_II, ridge = factorise(lambda: system(keys_NI, moment_II, lam))
+    lower_II, ridge = factorize(lambda: normal_matrix(keys_NI, moment_II, lam))
     delta_OI = _right_side(residual_NO, keys_NI)
     _substitute(lower_II, delta_OI)
     _substitute(lower_II, delta_OI, transposed=True)
@@ -88,7 +88,7 @@ def solve_sums(right_OI: Tensor, products_II: Tensor, moment_II: Tensor, lam: fl
         FloatingPointError: As :func:`solve_update`.
     """
     _refuse_nan({"residual": right_OI, "keys": products_II, "second moment": moment_II})
-    lower_II, ridge = factorise(lambda: moment_II.to(torch.float64, copy=True).mul_(lam).add_(products_II))
+    lower_II, ridge = factorize(lambda: moment_II.to(torch.float64, copy=True).mul_(lam).add_(products_II))
     delta_OI = right_OI.clone(memory_format=torch.contiguous_format)
     _substitute(lower_II, delta_OI)
     _substitute(lower_II, delta_OI, transposed=True)
@@ -98,7 +98,7 @@ def solve_sums(right_OI: Tensor, products_II: Tensor, moment_II: Tensor, lam: fl
     return _with_error(delta_OI, ridge, error_SI, right_SI, condition_bound(lower_II))
 
 
-def products(left_NX: Tensor, keys_NI: Tensor) -> Tensor:
+def multiply_transposed(left_NX: Tensor, keys_NI: Tensor) -> Tensor:
     """leftᵀ keys, float64, shape [X, I]: E Kᵀ of residuals, K Kᵀ of keys."""
     return _right_side(left_NX, keys_NI)
 
@@ -125,7 +125,7 @@ def solve_with_factor(residual_NO: Tensor, keys_NI: Tensor, factor: Factor, lam:
     _substitute(lower_II, y_NI)
     small_NN = y_NI @ y_NI.T
     small_NN.diagonal().add_(lam)
-    if not factorise_in_place(small_NN):
+    if not factorize_in_place(small_NN):
         raise FloatingPointError("the second moment is too singular for a solve with its factor")
     weights_ON = residual.T.clone(memory_format=torch.contiguous_format)
     _substitute(small_NN, weights_ON)
@@ -145,7 +145,7 @@ def solve_with_factor(residual_NO: Tensor, keys_NI: Tensor, factor: Factor, lam:
     return solution
 
 
-def system(keys_NI: Tensor, moment_II: Tensor, lam: float) -> Tensor:
+def normal_matrix(keys_NI: Tensor, moment_II: Tensor, lam: float) -> Tensor:
     """λ C + K Kᵀ, float64, shape [I, I]; the lower triangle only, which is half the work."""
     system_II = moment_II.to(torch.float64, copy=True).mul_(lam)
     for keys in _in_float64(keys_NI):
@@ -167,14 +167,14 @@ def _add_products(sum_XI: Tensor, left_NX: Tensor, keys_NI: Tensor, lower_only: 
     Not by ``addmm_``: it goes on from the sum, key by key, where a product by itself is rounded at its own size. For
     10,000 keys that is a tenth of the error.
     """
-    for start in range(0, len(sum_XI), _BLOCK):
-        end = start + _BLOCK
+    for start in range(0, len(sum_XI), BLOCK):
+        end = start + BLOCK
         width = end if lower_only else None
         sum_XI[start:end, :width] += left_NX[:, start:end].T @ keys_NI[:, :width]
 
 
 def _in_float64(rows_NX: Tensor) -> Iterator[Tensor]:
-    return (block.to(torch.float64) for block in rows_NX.split(_BLOCK_KEYS))
+    return (block.to(torch.float64) for block in rows_NX.split(BLOCK_KEYS))
 
 
 def _substitute(lower_II: Tensor, rows_XI: Tensor, transposed: bool = False) -> None:
@@ -191,7 +191,7 @@ def _checked(
     preserved: Callable[[Tensor], Tensor],
     bound: float,
 ) -> Solution:
-    """The solution with its error, from the keys and C themselves and not from the system that was factorised.
+    """The solution with its error, from the keys and C themselves and not from the system that was factorized.
 
     Args:
         delta_OI: ΔW.
@@ -224,7 +224,7 @@ def _signs(delta_OI: Tensor) -> Tensor:
 def _preserved(x_SI: Tensor, moment_II: Tensor, lam: float, ridge: float) -> Tensor:
     """The product of rows with λ C + ridge, shape [S, I]."""
     product_SI = ridge * x_SI
-    for rows_XI, columns_SX in zip(moment_II.split(_BLOCK), product_SI.split(_BLOCK, 1), strict=True):
+    for rows_XI, columns_SX in zip(moment_II.split(BLOCK), product_SI.split(BLOCK, 1), strict=True):
         columns_SX += lam * (x_SI @ rows_XI.to(torch.float64).T)
     return product_SI
 

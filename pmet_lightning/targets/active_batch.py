@@ -1,6 +1,6 @@
-"""Edits in flight: where their deltas are, the rows that are run for them, and what is known of each.
+"""Edits in active: where their deltas are, the rows that are run for them, and what is started of each.
 
-Legend: A = edits in flight, P = rows of an edit, R = A·P, K = target tokens, V = vocabulary, F = model width.
+Legend: A = edits in active, P = rows of an edit, R = A·P, K = target tokens, V = vocabulary, F = model width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pmet_lightning.targets.row_cache import RowSet
 
 
 class DeltaSlots:
-    """A place for each edit in flight: one trainable delta for every site.
+    """A index for each edit in active: one trainable delta for every site.
 
     Each delta is a parameter of its own, so that an optimizer counts its steps alone; they are rows of one tensor for
     every site, so that all are read and projected at once.
@@ -60,63 +60,63 @@ class DeltaSlots:
 
 
 @dataclass
-class Flight:
-    """The edits that are optimised together at present, one behind the other in every field.
+class ActiveBatch:
+    """The edits that are optimized together at present, one behind the other in every field.
 
     Attributes:
-        numbers: Which edits.
+        edit_ids: Which edits.
         slots: Where their deltas are, int64, shape [A].
-        ages: Steps each has taken.
+        step_counts: Steps each has taken.
         facts: Rows of their prompts: the bare one and the contexts.
         meanings: Rows of their KL prompts; ``None`` if the divergence has no weight.
-        active: Whether an edit goes on, bool, shape [A].
+        running: Whether an edit goes on, bool, shape [A].
         reason: Why it does not, a number of the loop's, shape [A].
         nll_factor: Its weight of the likelihood now, shape [A].
-        clean: Each site's output without deltas in the bare row, shape [A, F]; of newcomers after their first step.
+        clean: Each site's output without deltas in the bare row, shape [A, F]; of new ones after their first step.
         clean_kl: Log-probabilities at the KL prompt without deltas, shape [A, V]; likewise.
         final: v* as it stands, or stood when the edit stopped, shape [A, F].
         final_norm: Norm of the delta then, relative to the clean output, shape [A].
-        trail: What each step since the last look has brought: the parts of the loss and whether it counts, shape
+        step_log: What each step since the last look has brought: the parts of the loss and whether it counts, shape
             [A, parts + 1].
     """
 
-    numbers: list[int]
+    edit_ids: list[int]
     slots: Tensor
-    ages: list[int]
+    step_counts: list[int]
     facts: RowSet
     meanings: RowSet | None
-    active: Tensor
+    running: Tensor
     reason: Tensor
     nll_factor: Tensor
     clean: dict[SiteName, Tensor] = field(default_factory=dict)
     clean_kl: Tensor | None = None
     final: dict[SiteName, Tensor] = field(default_factory=dict)
     final_norm: dict[SiteName, Tensor] = field(default_factory=dict)
-    trail: list[Tensor] = field(default_factory=list)
+    step_log: list[Tensor] = field(default_factory=list)
 
     @property
-    def known(self) -> int:
+    def started(self) -> int:
         """How many edits have taken a step: the first ones."""
         return len(next(iter(self.clean.values()))) if self.clean else 0
 
-    def join(self, other: Flight) -> None:
+    def join(self, other: ActiveBatch) -> None:
         """Let others in behind these; what they learn in their first step is added after it."""
-        self.numbers += other.numbers
-        self.ages += other.ages
+        self.edit_ids += other.edit_ids
+        self.step_counts += other.step_counts
         self.facts.join(other.facts)
         if self.meanings is not None and other.meanings is not None:
             self.meanings.join(other.meanings)
-        for name in ("slots", "active", "reason", "nll_factor"):
+        for name in ("slots", "running", "reason", "nll_factor"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
-    def keep(self, places: Sequence[int]) -> None:
+    def keep(self, indices: Sequence[int]) -> None:
         """Let all others leave."""
-        index = torch.tensor(places, dtype=torch.long, device=self.slots.device)
+        index = torch.tensor(indices, dtype=torch.long, device=self.slots.device)
         self.facts.keep(index)
         if self.meanings is not None:
             self.meanings.keep(index)
-        self.numbers, self.ages = ([values[i] for i in places] for values in (self.numbers, self.ages))
-        for name in ("slots", "active", "reason", "nll_factor"):
+        self.edit_ids, self.step_counts = ([values[i] for i in indices] for values in (self.edit_ids, self.step_counts))
+        for name in ("slots", "running", "reason", "nll_factor"):
             setattr(self, name, getattr(self, name)[index])
         if self.clean_kl is not None:
             self.clean_kl = self.clean_kl[index]

@@ -16,8 +16,8 @@ from pmet_lightning.data.token_rows import RowBatch
 from pmet_lightning.model.architectures import SiteName
 from pmet_lightning.model.forward import label_logits, run_to
 from pmet_lightning.model.hooks import record_and_add, stop_after
-from pmet_lightning.model.kv_prefix import Prefix, joined
-from pmet_lightning.model.partial_forward import Entry, Replay
+from pmet_lightning.model.kv_prefix import Prefix, concatenate_prefixes
+from pmet_lightning.model.partial_forward import PartialForward, Replay
 from pmet_lightning.model.prefix_passes import split_at_subject
 
 
@@ -43,34 +43,41 @@ class RowSet:
     entering: Tensor | None = None
     leaving: Tensor | None = None
     kept: dict[nn.Module, Tensor] = field(default_factory=dict)
-    _places: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False)
+    _positions: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False)
     _target_layer: Replay | None = field(default=None, init=False)
     _above: Replay | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, model: nn.Module, rows: RowBatch, per_edit: int, entry: Entry | None) -> RowSet:
+    def of(cls, model: nn.Module, rows: RowBatch, per_edit: int, partial_forward: PartialForward | None) -> RowSet:
         """Prepare some rows, ``per_edit`` for each edit.
 
         Args:
             model: The language model.
             rows: Whole rows, padded on either side.
             per_edit: P.
-            entry: Layers up to and with the one behind L; ``None`` runs everything at every step.
+            partial_forward: Layers up to and with the one behind L; ``None`` runs everything at every step.
         """
-        if entry is None:
+        if partial_forward is None:
             return cls(rows, per_edit)
         prefix, rows = split_at_subject(model, rows, per_edit)
         if prefix is None:
             return cls(rows, per_edit)
-        below, leaving = entry.states(model, rows, prefix)
-        return cls(rows, per_edit, prefix, below[:, :1], leaving, entry.kept(model, rows, prefix, leaving))
+        below, leaving = partial_forward.entering_states(model, rows, prefix)
+        return cls(
+            rows,
+            per_edit,
+            prefix,
+            below[:, :1],
+            leaving,
+            partial_forward.unaffected_outputs(model, rows, prefix, leaving),
+        )
 
     def join(self, other: RowSet) -> None:
         """Add rows of other edits."""
-        self._places = self._target_layer = self._above = None
+        self._positions = self._target_layer = self._above = None
         self.rows = self.rows.join(other.rows)
         if self.prefix is not None and other.prefix is not None:
-            self.prefix = joined([self.prefix, other.prefix])
+            self.prefix = concatenate_prefixes([self.prefix, other.prefix])
         if self.entering is not None and other.entering is not None:
             self.entering = torch.cat([self.entering, other.entering])
         width = self.rows.input_ids.shape[1]
@@ -78,11 +85,11 @@ class RowSet:
             self.leaving = _stacked((self.leaving, other.leaving), width)
         self.kept = {m: _stacked((mine, other.kept[m]), width) for m, mine in self.kept.items() if m in other.kept}
 
-    def keep(self, places: Tensor) -> None:
+    def keep(self, indices: Tensor) -> None:
         """Leave out the rows of all edits but these."""
-        self._places = self._target_layer = self._above = None
-        count = torch.arange(self.per_edit, device=places.device)
-        rows = (places.unsqueeze(1) * self.per_edit + count).flatten()
+        self._positions = self._target_layer = self._above = None
+        count = torch.arange(self.per_edit, device=indices.device)
+        rows = (indices.unsqueeze(1) * self.per_edit + count).flatten()
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows)
         if self.entering is not None:
@@ -99,7 +106,7 @@ class RowSet:
         model: nn.Module,
         modules: Mapping[SiteName, nn.Module],
         leaves: Mapping[SiteName, Tensor],
-        entry: Entry | None,
+        partial_forward: PartialForward | None,
     ) -> tuple[Tensor, Tensor, dict[SiteName, Tensor]]:
         """The rows with the deltas added.
 
@@ -108,60 +115,62 @@ class RowSet:
             output in the first row of an edit before its delta, [A, F].
         """
         _, labelled, at = self._looked_up()
-        entry = None if self.prefix is None else entry
-        first = self.rows if entry is None else self.rows.first_columns(1)
+        partial_forward = None if self.prefix is None else partial_forward
+        first = self.rows if partial_forward is None else self.rows.first_columns(1)
         with ExitStack() as stack:
             recordings = {}
             for site, module in modules.items():
                 added = leaves[site].repeat_interleave(self.per_edit, dim=0)
                 recordings[site] = stack.enter_context(record_and_add(module, first.subject, added))
-            if entry is None:
-                logits = label_logits(model, self.rows, places=labelled)
+            if partial_forward is None:
+                logits = label_logits(model, self.rows, positions=labelled)
             else:
-                hidden = self._behind_subjects(model, first, entry)
-        if entry is not None:
-            logits = self._read(model, hidden, entry)
+                hidden = self._leaving_target_layer(model, first, partial_forward)
+        if partial_forward is not None:
+            logits = self._read(model, hidden, partial_forward)
         outputs = {site: recording.take().detach()[:: self.per_edit] for site, recording in recordings.items()}
         return logits, at.unflatten(0, (-1, self.per_edit)), outputs
 
     def _looked_up(self) -> tuple[Tensor, Tensor, Tensor]:
         """Places of real tokens and of those that predict labels, and which of the latter is each label's."""
-        if self._places is None:
-            # Behind a shorter target the place of its last label stands again, and is looked at once.
-            labelled, at = self.rows.label_places().unique(return_inverse=True)
-            self._places = self.rows.real_places(), labelled, at
-        return self._places
+        if self._positions is None:
+            # Behind a shorter target the index of its last label stands again, and is looked at once.
+            labelled, at = self.rows.label_positions().unique(return_inverse=True)
+            self._positions = self.rows.real_positions(), labelled, at
+        return self._positions
 
-    def _behind_subjects(self, model: nn.Module, first: RowBatch, entry: Entry) -> Tensor:
+    def _leaving_target_layer(self, model: nn.Module, first: RowBatch, partial_forward: PartialForward) -> Tensor:
         """What leaves layer L, which is run at the subjects' last tokens only, shape [R, S, F]."""
         assert self.entering is not None
         assert self.leaving is not None
         assert self.prefix is not None
-        layer = entry.below[-1]
-        if self._target_layer is not None and self._target_layer.ready and entry.direct:
+        layer = partial_forward.below[-1]
+        if self._target_layer is not None and self._target_layer.ready and partial_forward.direct:
             at_subject = self._target_layer.run(self.entering)[:, 0]
         else:
             self._target_layer = Replay([layer], self.prefix)
             with (
-                entry.begin_with(self.entering, layer),
+                partial_forward.start_from(self.entering, layer),
                 record_and_add(layer, first.subject) as output,
-                self._target_layer.listening(),
+                self._target_layer.capture_inputs(),
                 stop_after(layer),
             ):
                 run_to(model, first, self.prefix)
             at_subject = output.take()
         return torch.cat([at_subject.unsqueeze(1).to(self.leaving), self.leaving[:, 1:]], dim=1)
 
-    def _read(self, model: nn.Module, hidden_RSF: Tensor, entry: Entry) -> Tensor:
+    def _read(self, model: nn.Module, hidden_RSF: Tensor, partial_forward: PartialForward) -> Tensor:
         """Logits wherever a label is predicted, [N, V], of what enters the layer above L."""
         assert self.prefix is not None
         real, labelled, _ = self._looked_up()
-        with entry.only_tokens(self.rows, real, labelled, self.kept):
-            if self._above is not None and self._above.ready and entry.direct:
+        with partial_forward.only_tokens(self.rows, real, labelled, self.kept):
+            if self._above is not None and self._above.ready and partial_forward.direct:
                 hidden_RSF = self._above.run(hidden_RSF)
-                return entry.read(model, hidden_RSF.flatten(0, 1).index_select(0, labelled.to(hidden_RSF.device)))
-            self._above = Replay([entry.layer, *entry.above], self.prefix)
-            with entry.begin_with(hidden_RSF, entry.layer), self._above.listening():
+                return partial_forward.logits(
+                    model, hidden_RSF.flatten(0, 1).index_select(0, labelled.to(hidden_RSF.device))
+                )
+            self._above = Replay([partial_forward.layer, *partial_forward.above], self.prefix)
+            with partial_forward.start_from(hidden_RSF, partial_forward.layer), self._above.capture_inputs():
                 return label_logits(model, self.rows, self.prefix, labelled)
 
 

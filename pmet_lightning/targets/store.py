@@ -1,4 +1,4 @@
-"""What the target optimisation gives for each edit, and a store that keeps it for the next run.
+"""What the target optimization gives for each edit, and a store that keeps it for the next run.
 
 Legend: B = edits, A = those that took a step, F = model width, S = steps, P = parts of the loss and P(o*).
 """
@@ -32,7 +32,7 @@ class Target:
     """One edit's target.
 
     Attributes:
-        values: v* of each optimised site, shape [F], float32 (float64 for a float64 model), on the CPU.
+        values: v* of each optimized site, shape [F], float32 (float64 for a float64 model), on the CPU.
         record: Plain numbers for the ledger: steps, stop reason, loss parts, P(o*) before and after.
         history_SP: ``PARTS`` of each step it took, shape [S, parts], on the CPU.
     """
@@ -42,7 +42,7 @@ class Target:
     history_SP: Tensor
 
 
-def stack(targets: Sequence[Target], site: SiteName) -> Tensor:
+def stack_values(targets: Sequence[Target], site: SiteName) -> Tensor:
     """Values of one site, shape [B, F]."""
     return torch.stack([target.values[site] for target in targets])
 
@@ -92,14 +92,14 @@ def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
     if not targets:
         return []
     points, lengths_B = [], torch.tensor([len(target.history_SP) for target in targets])
-    for step, all_BP in enumerate(kept_histories(targets).unbind(dim=1)):
+    for step, all_BP in enumerate(pad_histories(targets).unbind(dim=1)):
         here_AP = all_BP[lengths_B > step]
         means = dict(zip(PARTS, here_AP.mean(dim=0).tolist(), strict=True))
         points.append({"step": float(step), **means, "active_edits": float(len(here_AP))})
     return points
 
 
-def kept_histories(targets: Sequence[Target]) -> Tensor:
+def pad_histories(targets: Sequence[Target]) -> Tensor:
     """Histories of one length: an edit that has stopped stays as it was; shape [B, S, parts]."""
     histories = [target.history_SP for target in targets]
     most = max(map(len, histories))

@@ -1,7 +1,7 @@
 """Step 1 of METHOD.md as a LightningModule: the residual deltas are its trainable parameters.
 
 One training batch is one edit batch. Some of its edits at a time take up to ``steps`` Adam steps (manual
-optimisation); as soon as some have stopped, others take their places.
+optimization); as soon as some have stopped, others take their places.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.architectures import SiteName
 from pmet_lightning.model.fingerprint import fingerprint
-from pmet_lightning.model.partial_forward import Entry
+from pmet_lightning.model.partial_forward import PartialForward
 from pmet_lightning.targets.active_batch import DeltaSlots
 from pmet_lightning.targets.batch_size import ModelSize
 from pmet_lightning.targets.contexts import ContextStore, check_contexts, sample_contexts
-from pmet_lightning.targets.loop import Request, Rules, TargetLoop, edits_in_flight
+from pmet_lightning.targets.loop import Request, Rules, TargetLoop, choose_micro_batch
 from pmet_lightning.targets.store import Target, TargetStore
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.metric_names import LIVE
 from pmet_lightning.utils.progress import counter
 from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -34,12 +34,12 @@ from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, Positiv
 log = logging.getLogger(__name__)
 
 # Steps between two looks at what has stopped: where the device runs ahead of the host, a look makes it wait.
-_LOOK_EVERY = {"cpu": 1}
-_LOOK_EVERY_ELSEWHERE = 4
+SYNC_EVERY = {"cpu": 1}
+_SYNC_EVERY_ELSEWHERE = 4
 
-Optimised = Literal["attn+ffn", "ffn", "hidden"]
-TargetValue = Literal["stored", "realised"]
-_SITES: dict[Optimised, tuple[SiteName, ...]] = {
+OptimizedSites = Literal["attn+ffn", "ffn", "hidden"]
+TargetValue = Literal["stored", "realized"]
+_SITES: dict[OptimizedSites, tuple[SiteName, ...]] = {
     "attn+ffn": ("attn", "ffn"),
     "ffn": ("ffn",),
     "hidden": ("hidden",),
@@ -53,11 +53,11 @@ class TargetOptimizer(EditableModel):
 
     Args:
         model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
-        optimise: What gets a delta: attention and FFN output (PMET), FFN output only, or the layer's output
+        optimize: What gets a delta: attention and FFN output (PMET), FFN output only, or the layer's output
             (MEMIT).
-        target_value: v* as 'realised' by the model while the deltas are in place, or as 'stored' by the reference
+        target_value: v* as 'realized' by the model while the deltas are in place, or as 'stored' by the reference
             (clean output plus delta); they differ where one delta reaches the other, in sequential blocks only, and
-            there the realised one was better (docs/results.md).
+            there the realized one was better (docs/results.md).
         steps: Most iterations for one edit; the last one makes no update.
         optimizer: Adam and its learning rate; the delta of each edit is a parameter of its own.
         clamp: Radius of the ball of each delta, in norms of its clean output.
@@ -73,7 +73,7 @@ class TargetOptimizer(EditableModel):
         seed: Seed of the sampled contexts.
         targets_folder: Folder in which sampled contexts and finished targets are kept by what they depend on, and found
             again; null keeps none.
-        micro_batch: Edits optimised together; changes nothing but memory and time. 'auto' takes as many as fit into
+        micro_batch: Edits optimized together; changes nothing but memory and time. 'auto' takes as many as fit into
             free memory and pay. An allocation that fails halves them.
         suffix_only: Whether what stands before the subjects and below layer L is computed once; the whole model at
             every step gives the same, and is there for comparison.
@@ -85,8 +85,8 @@ class TargetOptimizer(EditableModel):
     def __init__(
         self,
         model_name: str,
-        optimise: Optimised = "attn+ffn",
-        target_value: TargetValue = "realised",
+        optimize: OptimizedSites = "attn+ffn",
+        target_value: TargetValue = "realized",
         steps: PositiveInt = 30,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.2),
         clamp: PositiveFloat = 0.75,
@@ -107,7 +107,7 @@ class TargetOptimizer(EditableModel):
     ) -> None:
         super().__init__(model_name, **kwargs)
         self.automatic_optimization = False
-        self.sites_optimised = _SITES[optimise]
+        self.optimized_sites = _SITES[optimize]
         self.rules = Rules(
             nll=nll_factor,
             kl=kl_factor,
@@ -115,8 +115,8 @@ class TargetOptimizer(EditableModel):
             steps=steps,
             clamp=clamp,
             loss_tolerance=loss_tolerance,
-            argmax_rule=stop_at_argmax and optimise != "hidden",
-            realised=target_value == "realised",
+            argmax_rule=stop_at_argmax and optimize != "hidden",
+            realized=target_value == "realized",
         )
         self.optimizer_callable = optimizer
         self.given_contexts = None if contexts is None else check_contexts(contexts)
@@ -126,7 +126,7 @@ class TargetOptimizer(EditableModel):
 
         # One for each edit in flight: their number and width are not known yet.
         self.deltas = nn.ModuleDict(
-            {site: nn.ParameterList([nn.Parameter(torch.zeros(0))]) for site in self.sites_optimised}
+            {site: nn.ParameterList([nn.Parameter(torch.zeros(0))]) for site in self.optimized_sites}
         )
         self.contexts: list[str] = []
         self._store: TargetStore | None = None
@@ -191,7 +191,7 @@ class TargetOptimizer(EditableModel):
         if self.targets_folder is not None:
             names = {"model": self.base_fingerprint, "tokenizer": self.encoder.fingerprint()}
             store = ContextStore(self.targets_folder, names | how)
-            kept = Team.of(self.trainer).object_from_first(store.load)
+            kept = ProcessGroup.of(self.trainer).compute_object_on_rank_zero(store.load)
             if kept is not None:
                 return kept
         contexts = sample_contexts(self.model, self.tokenizer, device=self.device, **how)
@@ -200,7 +200,7 @@ class TargetOptimizer(EditableModel):
         return contexts
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Target]]:
-        """Optimise this process' part of an edit batch, but for the targets that are in the store.
+        """Optimize this process' part of an edit batch, but for the targets that are in the store.
 
         Returns:
             ``targets``: one for each of its edits, in order.
@@ -208,21 +208,21 @@ class TargetOptimizer(EditableModel):
         if not batch.edits:  # written before the run was resumed
             return {"targets": []}
         store = self._target_store(batch_idx)
-        team = Team.of(self.trainer)
-        edits = team.own(batch.edits)
+        processes = ProcessGroup.of(self.trainer)
+        edits = processes.shard(batch.edits)
         found = {i: store.load(edit.identity()) for i, edit in enumerate(edits)} if store else {}
-        found = team.agreed(found)
+        found = processes.broadcast_if_sharded(found)
         targets = {i: target for i, target in found.items() if target is not None}
         missing = [i for i in range(len(edits)) if i not in targets]
         with counter(self.trainer, len(missing), "Targets", "edit") as bar:
-            for k, target in self.optimised([edits[i] for i in missing]):
+            for k, target in self.iter_targets([edits[i] for i in missing]):
                 targets[missing[k]] = target
-                if store and team.writes:
+                if store and processes.is_writer:
                     store.save(edits[missing[k]].identity(), target)
                 bar.update(1)
         return {"targets": [targets[i] for i in range(len(edits))]}
 
-    def optimised(self, edits: Sequence[Edit]) -> Iterator[tuple[int, Target]]:
+    def iter_targets(self, edits: Sequence[Edit]) -> Iterator[tuple[int, Target]]:
         """Find the target vectors of some edits on the model as it is now.
 
         Yields:
@@ -238,34 +238,34 @@ class TargetOptimizer(EditableModel):
             Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question) for edit in edits
         ]
         optimizer = self.optimizers()
-        together = self._trainer is not None and Team.of(self.trainer).together
-        agreed = Team.of(self.trainer).agreed if together else None
-        count = edits_in_flight(self.micro_batch, requests, self._size(), self.device)
-        slots = self._slots(count if agreed is None else agreed(count))
+        together = self._trainer is not None and ProcessGroup.of(self.trainer).sharded
+        broadcast = ProcessGroup.of(self.trainer).broadcast_if_sharded if together else None
+        count = choose_micro_batch(self.micro_batch, requests, self._size(), self.device)
+        slots = self._slots(count if broadcast is None else broadcast(count))
         loop = TargetLoop(
             model=self.model,
-            modules={site: self.sites.module(site, self.target_layer) for site in self.sites_optimised},
+            modules={site: self.sites.module(site, self.target_layer) for site in self.optimized_sites},
             slots=slots,
             optimizer=optimizer.optimizer,  # type: ignore[union-attr]
             step=optimizer.step,  # type: ignore[union-attr]
             rules=self.rules,
-            entry=self._entry(direct=not together) if self._suffix_only else None,
+            partial_forward=self._partial_forward(direct=not together) if self._suffix_only else None,
             pad_id=self.encoder.pad_id,
             padding_side=self.padding_side,
-            look_every=_LOOK_EVERY.get(self.device.type, _LOOK_EVERY_ELSEWHERE),
-            logged=lambda means: self.log_step(LIVE, means),
-            agreed=agreed,
+            sync_every=SYNC_EVERY.get(self.device.type, _SYNC_EVERY_ELSEWHERE),
+            log_means=lambda means: self.log_step(LIVE, means),
+            broadcast=broadcast,
         )
         yield from loop.run(requests)
 
-    def optimise(self, edits: Sequence[Edit]) -> list[Target]:
-        """The targets of some edits, in their order; raises what :meth:`optimised` does."""
-        targets = dict(self.optimised(edits))
+    def find_targets(self, edits: Sequence[Edit]) -> list[Target]:
+        """The targets of some edits, in their order; raises what :meth:`iter_targets` does."""
+        targets = dict(self.iter_targets(edits))
         return [targets[i] for i in range(len(edits))]
 
     def _slots(self, count: int) -> DeltaSlots:
         """Places for so many deltas, as this module's parameters and its optimizer's."""
-        slots = DeltaSlots(self.sites_optimised, count, self.width, self.delta_dtype, self.device)
+        slots = DeltaSlots(self.optimized_sites, count, self.width, self.delta_dtype, self.device)
         for site, parameters in slots.parameters.items():
             self.deltas[site] = nn.ParameterList(parameters)
         optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
@@ -273,12 +273,12 @@ class TargetOptimizer(EditableModel):
         optimizer.param_groups[0]["params"] = list(self.deltas.parameters())
         return slots
 
-    def _entry(self, direct: bool) -> Entry:
+    def _partial_forward(self, direct: bool) -> PartialForward:
         layers = [self.sites.module("hidden", i) for i in range(self.depth)]
         modules = [module for i in self._above for module in self.sites.token_modules(i)]
         top = self.depth - 1
         last = [self.sites.module("attn", top), self.sites.ffn_block(top) or self.sites.module("ffn", top)]
-        return Entry(layers, self.target_layer + 1, modules, last, direct)
+        return PartialForward(layers, self.target_layer + 1, modules, last, direct)
 
     @property
     def _above(self) -> range:
@@ -315,7 +315,7 @@ class TargetOptimizer(EditableModel):
                     "contexts": self.contexts,
                     "architecture": vars(self.sites.architecture),
                     "layer": self.target_layer,
-                    "sites": self.sites_optimised,
+                    "sites": self.optimized_sites,
                     "rules": vars(self.rules),
                     "optimizer": self.optimizer_settings,
                 },

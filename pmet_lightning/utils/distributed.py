@@ -1,9 +1,9 @@
 """Work dealt out to the processes of a run, and what they found put together again.
 
-Place i of the work belongs to process i modulo their number, so that no process has more than one place more.
+Item i of the work belongs to process i modulo their number, so that no process has more than one place more.
 
 Where the model is sharded, a pass takes all processes, so that all of them do all of the work, in step: they are then
-one member of the team.
+one member of the processes.
 """
 
 from __future__ import annotations
@@ -47,52 +47,52 @@ def travelling_bytes(count: int, keys_nI: Tensor, wanted_nO: Tensor, sums: bool)
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes of a run, as one of them sees it.
 
     Attributes:
         strategy: Lightning's, which talks to the others.
-        rank: Number of this process, or of the member of the team that it is part of.
+        rank: Number of this process, or of the member of the processes that it is part of.
         size: How many there are.
-        together: Whether all processes are one member, which must not come to different decisions.
+        sharded: Whether all processes are one member, which must not come to different decisions.
     """
 
     strategy: Strategy
     rank: int
     size: int
-    together: bool = False
+    sharded: bool = False
 
     @classmethod
-    def of(cls, trainer: L.Trainer) -> Team:
+    def of(cls, trainer: L.Trainer) -> ProcessGroup:
         """The processes of a trainer."""
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            return cls(trainer.strategy, 0, 1, together=True)
+            return cls(trainer.strategy, 0, 1, sharded=True)
         return cls(trainer.strategy, trainer.global_rank, trainer.world_size)
 
     @property
-    def writes(self) -> bool:
-        """Whether this process stores what its member of the team has found."""
-        return not self.together or self.strategy.is_global_zero
+    def is_writer(self) -> bool:
+        """Whether this process stores what its member of the processes has found."""
+        return not self.sharded or self.strategy.is_global_zero
 
     @property
-    def solves(self) -> bool:
-        """Whether this process makes what :meth:`from_first` hands to all."""
+    def is_rank_zero(self) -> bool:
+        """Whether this process makes what :meth:`compute_on_rank_zero` hands to all."""
         return self.strategy.is_global_zero
 
-    def agreed(self, own: Item) -> Item:
+    def broadcast_if_sharded(self, own: Item) -> Item:
         """What this process has found, or, where all are in step, what the first one has."""
-        return self.strategy.broadcast(own) if self.together else own
+        return self.strategy.broadcast(own) if self.sharded else own
 
-    def least(self, own: int) -> int:
+    def all_reduce_min(self, own: int) -> int:
         """The smallest of the numbers that the processes have found, on every process."""
         number = torch.tensor(own, device=self.strategy.root_device)
         return int(self.strategy.reduce(number, reduce_op="min"))  # type: ignore[arg-type]
 
-    def own(self, work: Sequence[Item]) -> list[Item]:
+    def shard(self, work: Sequence[Item]) -> list[Item]:
         """What of the work is this process'."""
         return list(work[self.rank :: self.size])
 
-    def gathered(self, own: Tensor, count: int) -> Tensor:
+    def all_gather(self, own: Tensor, count: int) -> Tensor:
         """The rows of all ``count`` places in order, from those of each process' own; on every process."""
         if self.size == 1:
             return own
@@ -102,19 +102,19 @@ class Team:
         everyone = self.strategy.all_gather(padded.contiguous())
         return everyone.transpose(0, 1).flatten(0, 1)[:count].contiguous()
 
-    def gathered_objects(self, own: Sequence[Item], count: int) -> list[Item]:
-        """As :meth:`gathered`, for what is no tensor."""
+    def all_gather_objects(self, own: Sequence[Item], count: int) -> list[Item]:
+        """As :meth:`all_gather`, for what is no tensor."""
         parts = [self.strategy.broadcast(list(own), src=rank) for rank in range(self.size)]
         return [parts[place % self.size][place // self.size] for place in range(count)]
 
-    def total(self, own: Tensor) -> Tensor:
-        """The sum over the team, on every process; a new tensor."""
+    def all_reduce_sum(self, own: Tensor) -> Tensor:
+        """The sum over the processes, on every process; a new tensor."""
         if self.size == 1:
             return own.clone()
         summed: Tensor = self.strategy.reduce(own.clone(), reduce_op="sum")  # type: ignore[assignment]
         return summed
 
-    def from_first(self, make: Callable[[], tuple[Tensor, Item]], empty: Tensor) -> tuple[Tensor, Item]:
+    def compute_on_rank_zero(self, make: Callable[[], tuple[Tensor, Item]], empty: Tensor) -> tuple[Tensor, Item]:
         """What the first process makes, bit by bit, on every process.
 
         Args:
@@ -131,16 +131,16 @@ class Team:
             kept.append(tensor)
             return rest
 
-        rest = self.object_from_first(make_and_keep)
+        rest = self.compute_object_on_rank_zero(make_and_keep)
         # What is zero everywhere else arrives as it is.
         tensor = kept[0] if kept else torch.zeros_like(empty)
         return self.strategy.reduce(tensor, reduce_op="sum"), rest  # type: ignore[return-value]
 
-    def object_from_first(self, make: Callable[[], Item]) -> Item:
-        """As :meth:`from_first`, for what is no tensor."""
+    def compute_object_on_rank_zero(self, make: Callable[[], Item]) -> Item:
+        """As :meth:`compute_on_rank_zero`, for what is no tensor."""
         made: Item | None = None
         error: Exception | None = None
-        if self.solves:
+        if self.is_rank_zero:
             try:
                 made = make()
             except Exception as problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 SCORES: Final = "1_scores"  # of all records, before and after
-STEPS: Final = "2_targets"  # by the optimisation step of an edit
+STEPS: Final = "2_targets"  # by the optimization step of an edit
 EDIT_BATCHES: Final = "3_edit_batches"  # what became of each
 WRITES: Final = "4_writes"  # from write to write
 LAYERS: Final = "5_layers"  # each layer from edit batch to edit batch

@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 class EditProgressBar(TQDMProgressBar):
-    """Lightning's bar, counting edits while targets are optimised; names what each evaluation is."""
+    """Lightning's bar, counting edits while targets are optimized; names what each evaluation is."""
 
     @property
     def sanity_check_description(self) -> str:

@@ -38,7 +38,7 @@ def locate_config(name: str) -> str:
     raise FileNotFoundError(f"no configuration {name!r}: not a file here, and shipped are {', '.join(shipped)}")
 
 
-def usable_device(name: str | None, option: str) -> str:
+def check_device(name: str | None, option: str) -> str:
     """A device, tried out: some libraries take another one, without a word, for a name they do not know.
 
     Args:

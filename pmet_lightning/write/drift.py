@@ -16,14 +16,14 @@ from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from pmet_lightning.data.corpus import corpus_texts, packed_rows
+from pmet_lightning.data.corpus import corpus_texts, pack_rows
 from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.forward import label_logits
 from pmet_lightning.model.scoring import kl_divergence, target_scores
 from pmet_lightning.utils.callbacks import find_callback
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.metric_names import EDIT_BATCHES
 from pmet_lightning.utils.types import PositiveFloat, PositiveInt
 from pmet_lightning.write.weight_spread import WeightSpread
@@ -139,10 +139,10 @@ class Drift(HyperparametersMixin, L.Callback):
         if self._rows is None:
             assert self.text is not None
             texts = corpus_texts(self.text, self.text_subset, self.seed)
-            packed = itertools.islice(packed_rows(texts, module.tokenizer, self.length), self.rows)
+            packed = itertools.islice(pack_rows(texts, module.tokenizer, self.length), self.rows)
             # Every token but the first is predicted from those before it.
             rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
-            self._rows = Team.of(trainer).own(rows)
+            self._rows = ProcessGroup.of(trainer).shard(rows)
         return self._rows
 
     @torch.no_grad()

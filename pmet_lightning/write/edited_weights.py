@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.evaluation.editable import EditableModel
-from pmet_lightning.model.architectures import Place, SiteName
-from pmet_lightning.model.fsdp import is_finite, norm_of, own_rows
+from pmet_lightning.model.architectures import ProjectionId, SiteName
+from pmet_lightning.model.fsdp import is_finite, local_rows, weight_norm
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Snapshot:
 
     weights: list[tuple[Tensor, Tensor]]
     deltas: dict[str, Tensor]
-    past_keys: dict[Place, Tensor]
+    past_keys: dict[ProjectionId, Tensor]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Draft:
     """
 
     deltas: dict[str, Tensor] = field(default_factory=dict)
-    past_keys: dict[Place, Tensor] = field(default_factory=dict)
+    past_keys: dict[ProjectionId, Tensor] = field(default_factory=dict)
 
 
 class EditedWeights:
@@ -52,7 +52,7 @@ class EditedWeights:
     Attributes:
         deltas: ΔW of every written weight by its name, shape [O, I], on the CPU.
         past_keys: K_past K_pastᵀ of each written projection, on the first process: one triangle of it in float64, as
-            :func:`~pmet_lightning.solver.packed.packed_lower` has it, on the CPU.
+            :func:`~pmet_lightning.solver.packed.pack_lower` has it, on the CPU.
         base_norms: ‖W‖ of every weight before the first edit.
         keep_previous: Whether the state before the last edit batch is kept for :meth:`undo`.
         previous: That state.
@@ -61,22 +61,22 @@ class EditedWeights:
     def __init__(self, sites: Sequence[SiteName]) -> None:
         self.sites = tuple(sites)
         self.deltas: dict[str, Tensor] = {}
-        self.past_keys: dict[Place, Tensor] = {}
+        self.past_keys: dict[ProjectionId, Tensor] = {}
         self.base_norms: dict[str, float] = {}
         self.keep_previous = False
         self.previous: Snapshot | None = None
 
     def record_base_norms(self, module: EditableModel) -> None:
         """Keep the norms of the unedited weights, against which their growth is measured."""
-        for place, weight in self._weights(module).items():
-            name = module.sites.weight_name(*place)
-            self.base_norms[name] = norm_of(weight, torch.promote_types(weight.dtype, torch.float32))
+        for projection_id, weight in self._weights(module).items():
+            name = module.sites.weight_name(*projection_id)
+            self.base_norms[name] = weight_norm(weight, torch.promote_types(weight.dtype, torch.float32))
 
     def growth(self, name: str, delta_OI: Tensor) -> float:
         """‖ΔW‖ of all edit batches relative to the norm of the unedited weight."""
         return float(delta_OI.norm()) / self.base_norms[name]
 
-    def resume(self, deltas: dict[str, Tensor], past_keys: dict[Place, Tensor]) -> None:
+    def resume(self, deltas: dict[str, Tensor], past_keys: dict[ProjectionId, Tensor]) -> None:
         """Take over what an earlier run has written."""
         self.deltas, self.past_keys = dict(deltas), dict(past_keys)
 
@@ -91,7 +91,7 @@ class EditedWeights:
             FloatingPointError: If a written weight is not finite.
         """
         self.previous = None  # it is as large as the copies made now
-        weights: list[tuple[Tensor, Tensor]] = [(p.weight, own_rows(p.weight).clone()) for p in projections]  # type: ignore[arg-type,misc]
+        weights: list[tuple[Tensor, Tensor]] = [(p.weight, local_rows(p.weight).clone()) for p in projections]  # type: ignore[arg-type,misc]
         draft = Draft()
         try:
             yield draft
@@ -113,7 +113,7 @@ class EditedWeights:
 
     def snapshot(self, module: EditableModel) -> Snapshot:
         """What there is now, the weights as copies on the CPU."""
-        weights = [(w, own_rows(w).to("cpu", copy=True)) for w in self._weights(module).values()]
+        weights = [(w, local_rows(w).to("cpu", copy=True)) for w in self._weights(module).values()]
         return Snapshot(weights, self.deltas, self.past_keys)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -122,16 +122,16 @@ class EditedWeights:
         self.resume(snapshot.deltas, snapshot.past_keys)
         self.previous = None
 
-    def _weights(self, module: EditableModel) -> dict[Place, Tensor]:
+    def _weights(self, module: EditableModel) -> dict[ProjectionId, Tensor]:
         found = {}
-        for place in itertools.product(self.sites, module.layers):
-            weight = module.sites.module(*place).weight
+        for projection_id in itertools.product(self.sites, module.layers):
+            weight = module.sites.module(*projection_id).weight
             assert isinstance(weight, Tensor)
-            found[place] = weight
+            found[projection_id] = weight
         return found
 
 
 @torch.no_grad()
 def _copy_back(weights: Sequence[tuple[Tensor, Tensor]]) -> None:
     for weight, kept in weights:
-        own_rows(weight).copy_(kept)
+        local_rows(weight).copy_(kept)

@@ -19,10 +19,10 @@ from pmet_lightning.data.edit_rows import BARE, key_row
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import RowBatch, TokenRow, by_token_budget, pad_rows
-from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.forward import run_to
 from pmet_lightning.model.hooks import record_and_add, record_input, stop_after
-from pmet_lightning.model.prefix_passes import prefix_of
+from pmet_lightning.model.prefix_passes import compute_prefix
 from pmet_lightning.model.projections import Sites, in_features
 
 
@@ -51,7 +51,7 @@ class SharedRows:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class KeyRows:
     """What a pass over an edit batch needs besides the model.
 
     Attributes:
@@ -76,7 +76,7 @@ class Measurement:
         encoder: PromptEncoder,
         tokens_per_batch: int,
         device: torch.device,
-    ) -> Measurement:
+    ) -> KeyRows:
         """Tokenise an edit batch once for all layers."""
         bare, *others = (
             SharedRows.of([key_row(edit, context, encoder) for edit in edits]) for context in (BARE, *contexts)
@@ -93,8 +93,8 @@ class _Point:
     width: int
 
 
-def measure(
-    model: nn.Module, sites: Sites, place: Place, values_at: Sequence[Place], over: Measurement
+def measure_keys(
+    model: nn.Module, sites: Sites, projection_id: ProjectionId, values_at: Sequence[ProjectionId], over: KeyRows
 ) -> tuple[Tensor, list[Tensor]]:
     """The keys of a projection, and current values there or further up.
 
@@ -104,7 +104,7 @@ def measure(
     Args:
         model: The language model, as edited so far.
         sites: Its modules.
-        place: The projection.
+        projection_id: The projection.
         values_at: Sites and layers, the uppermost last.
         over: The edit batch.
 
@@ -112,7 +112,7 @@ def measure(
         Keys, shape [N, I], and the values in the bare prompts, shape [N, F] each; float32 or float64, on the model's
         device.
     """
-    projection = sites.module(*place)
+    projection = sites.module(*projection_id)
     key = _Point(projection, False, in_features(projection))
     points = [key, *(_value_point(sites, where) for where in values_at)]
     bare, *values = _record(model, over.bare, points, over)
@@ -120,19 +120,19 @@ def measure(
     return (bare + torch.stack(others).mean(dim=0)) / 2 if others else bare, values
 
 
-def current_values(model: nn.Module, sites: Sites, values_at: Sequence[Place], over: Measurement) -> list[Tensor]:
+def measure_values(model: nn.Module, sites: Sites, values_at: Sequence[ProjectionId], over: KeyRows) -> list[Tensor]:
     """The outputs of sites, the uppermost last, at the subject's last token of each bare prompt, shape [N, F] each."""
     return _record(model, over.bare, [_value_point(sites, where) for where in values_at], over)
 
 
-def _value_point(sites: Sites, where: Place) -> _Point:
+def _value_point(sites: Sites, where: ProjectionId) -> _Point:
     return _Point(sites.module(*where), True, sites.width)
 
 
 @torch.no_grad()
-def _record(model: nn.Module, rows: SharedRows, points: Sequence[_Point], over: Measurement) -> list[Tensor]:
+def _record(model: nn.Module, rows: SharedRows, points: Sequence[_Point], over: KeyRows) -> list[Tensor]:
     """Record vectors of every row, by passes that end at the last point."""
-    prefix = prefix_of(model, pad_rows([TokenRow(rows.head)], over.pad_id).to(over.device)) if rows.head else None
+    prefix = compute_prefix(model, pad_rows([TokenRow(rows.head)], over.pad_id).to(over.device)) if rows.head else None
     if prefix is None:
         rows = rows.whole()
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)

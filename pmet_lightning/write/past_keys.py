@@ -8,22 +8,22 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pmet_lightning.model.architectures import Place
+from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.utils.files import atomic_path
 
 
-def save_products(path: Path, products: Mapping[Place, Tensor]) -> None:
-    """Store symmetric matrices, each as :func:`packed_lower` has it, in place of what is there."""
+def save_products(path: Path, products: Mapping[ProjectionId, Tensor]) -> None:
+    """Store symmetric matrices, each as :func:`pack_lower` has it, in place of what is there."""
     with atomic_path(path) as temporary:
         save_file({f"{site}-{layer}": packed for (site, layer), packed in products.items()}, temporary)
 
 
-def load_products(path: Path) -> dict[Place, Tensor]:
+def load_products(path: Path) -> dict[ProjectionId, Tensor]:
     """What :func:`save_products` has stored, packed as it is and on the CPU.
 
     A matrix goes to the model's device when it is worked with; they are too many for it.
     """
-    found: dict[Place, Tensor] = {}
+    found: dict[ProjectionId, Tensor] = {}
     for name, packed in load_file(path).items():
         site, layer = name.split("-")
         found[site, int(layer)] = packed  # type: ignore[index]

@@ -15,32 +15,32 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.model.architectures import Place, SiteName
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.model.architectures import ProjectionId, SiteName
+from pmet_lightning.utils.distributed import ProcessGroup
 
 SpreadRule = Literal["sqrt", "even"]
 
 
-def share(layers_left: int, rule: SpreadRule) -> float:
+def residual_share(layers_left: int, rule: SpreadRule) -> float:
     """Part of the residual that one layer takes on, ``layers_left`` counting itself (PMET: 1/√n)."""
     return 1 / math.sqrt(layers_left) if rule == "sqrt" else 1 / layers_left
 
 
 @dataclass(frozen=True)
-class Aim:
+class SiteTarget:
     """Where a written site's value is to be, V*, shape [N, O], and the norm between it and the residual stream."""
 
-    place: Place
-    goal_NO: Tensor
+    projection_id: ProjectionId
+    value_NO: Tensor
     norm: nn.Module | None
 
-    def lacking(self, values_NO: Tensor) -> Tensor:
+    def residual(self, values_NO: Tensor) -> Tensor:
         """What values lack in the residual stream: V* − value, or norm(V*) − norm(value)."""
-        goal_NO = self.goal_NO.to(values_NO.dtype)
+        goal_NO = self.value_NO.to(values_NO.dtype)
         return goal_NO - values_NO if self.norm is None else self.norm(goal_NO) - self.norm(values_NO)
 
 
-NOTHING = 0.01  # of its target's norm: an edit with so small a residual was there already, but for rounding
+CONVERGED_TOLERANCE = 0.01  # of its target's norm: an edit with so small a residual was there already, but for rounding
 
 
 def overshoot(start_NF: Tensor, now_NF: Tensor, wanted_NF: Tensor) -> Tensor:
@@ -58,51 +58,51 @@ def overshoot(start_NF: Tensor, now_NF: Tensor, wanted_NF: Tensor) -> Tensor:
     return (moved_NF * wanted_NF).sum(dim=-1) / wanted_NF.square().sum(dim=-1) - 1
 
 
-class Arrival:
+class ResidualTracker:
     """Measures an edit batch against where it began, over all processes.
 
     Args:
-        lacking: Of each written site, what its values lack in the residual stream.
+        residual_of: Of each written site, what its values lack in the residual stream.
         values: Values of each site before the first write, shape [n, F] each.
         stream_nF: What left the target layer then, shape [n, F].
-        team: The processes.
+        processes: The processes.
         count: N.
 
     Attributes:
-        overshoots: Means over all edits, one for each :meth:`pass_by`.
+        overshoots: Means over all edits, one for each :meth:`record_overshoot`.
     """
 
     def __init__(
         self,
-        lacking: Mapping[SiteName, Callable[[Tensor], Tensor]],
+        residual_of: Mapping[SiteName, Callable[[Tensor], Tensor]],
         values: Sequence[Tensor],
         stream_nF: Tensor,
-        team: Team,
+        processes: ProcessGroup,
         count: int,
     ) -> None:
-        self._lacking, self._stream_nF, self._team, self._count = lacking, stream_nF, team, count
+        self._residual_of, self._stream_nF, self._processes, self._count = residual_of, stream_nF, processes, count
         first = [
-            _unless_nothing(of(value_nF), of(torch.zeros_like(value_nF)))
-            for of, value_nF in zip(lacking.values(), values, strict=True)
+            _mask_converged(of(value_nF), of(torch.zeros_like(value_nF)))
+            for of, value_nF in zip(residual_of.values(), values, strict=True)
         ]
         self._wanted_nF = torch.stack(first).nansum(dim=0)
-        self._first = {site: self._norms(lack_nF) for site, lack_nF in zip(lacking, first, strict=True)}
+        self._first = {site: self._norms(lack_nF) for site, lack_nF in zip(residual_of, first, strict=True)}
         self.overshoots: list[float] = []
 
     def left(self, site: SiteName, values_nF: Tensor) -> Tensor:
         """Norms of all residuals relative to the first ones, shape [N]; NaN for an edit that was there already."""
-        return self._norms(self._lacking[site](values_nF)) / self._first[site]
+        return self._norms(self._residual_of[site](values_nF)) / self._first[site]
 
-    def pass_by(self, stream_nF: Tensor) -> None:
+    def record_overshoot(self, stream_nF: Tensor) -> None:
         """Add the mean overshoot of the stream as it is now."""
         beyond_n = overshoot(self._stream_nF, stream_nF, self._wanted_nF)
-        self.overshoots.append(float(self._team.gathered(beyond_n, self._count).nanmean()))
+        self.overshoots.append(float(self._processes.all_gather(beyond_n, self._count).nanmean()))
 
     def _norms(self, lack_nF: Tensor) -> Tensor:
-        return self._team.gathered(lack_nF.norm(dim=-1), self._count)
+        return self._processes.all_gather(lack_nF.norm(dim=-1), self._count)
 
 
-def _unless_nothing(lack_nF: Tensor, target_nF: Tensor) -> Tensor:
+def _mask_converged(lack_nF: Tensor, target_nF: Tensor) -> Tensor:
     """Residuals, NaN where there is next to none."""
-    nothing_n = lack_nF.norm(dim=-1) < NOTHING * target_nF.norm(dim=-1)
-    return lack_nF.masked_fill(nothing_n.unsqueeze(-1), torch.nan)
+    converged_n = lack_nF.norm(dim=-1) < CONVERGED_TOLERANCE * target_nF.norm(dim=-1)
+    return lack_nF.masked_fill(converged_n.unsqueeze(-1), torch.nan)

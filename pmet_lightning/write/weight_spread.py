@@ -19,24 +19,24 @@ from torch import Tensor, nn
 
 from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.data.records import Edit
-from pmet_lightning.model.architectures import Place, SiteName, WriteChoice, written_sites
-from pmet_lightning.model.fsdp import norm_of, whole
+from pmet_lightning.model.architectures import ProjectionId, SiteName, WriteChoice, written_sites
+from pmet_lightning.model.fsdp import unshard, weight_norm
 from pmet_lightning.model.output_norms import pull_back
 from pmet_lightning.model.projections import add_to_weight, in_features
 from pmet_lightning.moments.second_moments import SecondMoments
 from pmet_lightning.solver.null_space import solve_in_null_space
-from pmet_lightning.solver.packed import packed_lower, unpacked_products
-from pmet_lightning.solver.update import Solution, products, solve_sums, solve_update, solve_with_factor
-from pmet_lightning.targets.store import Target, stack
+from pmet_lightning.solver.packed import pack_lower, unpack_products
+from pmet_lightning.solver.update import Solution, multiply_transposed, solve_sums, solve_update, solve_with_factor
+from pmet_lightning.targets.store import Target, stack_values
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import find_callback
-from pmet_lightning.utils.distributed import Team, sums_are_less
+from pmet_lightning.utils.distributed import ProcessGroup, sums_are_less
 from pmet_lightning.utils.progress import track
 from pmet_lightning.utils.types import PositiveFloat
 from pmet_lightning.write.edited_weights import Draft, EditedWeights
-from pmet_lightning.write.keys import Measurement, current_values, measure
-from pmet_lightning.write.residual import Aim, Arrival, SpreadRule, share
-from pmet_lightning.write.write_report import LayerReport, WriteReport, log_writes, with_outcomes
+from pmet_lightning.write.keys import KeyRows, measure_keys, measure_values
+from pmet_lightning.write.residual import ResidualTracker, SiteTarget, SpreadRule, residual_share
+from pmet_lightning.write.write_report import LayerReport, WriteReport, add_outcomes, log_writes
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +51,14 @@ class _Writing:
     Attributes:
         module: The module with the model.
         second_moments: Where C comes from.
-        team: The processes.
+        processes: The processes.
         count: N, the edits of all processes.
         draft: What has been written of it.
     """
 
     module: TargetOptimizer
     second_moments: SecondMoments
-    team: Team
+    processes: ProcessGroup
     count: int
     draft: Draft
 
@@ -96,7 +96,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         self.edited = EditedWeights(self.sites)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that what is written was optimised.
+        """Check that what is written was optimized.
 
         Raises:
             TypeError: If the module is no TargetOptimizer.
@@ -104,9 +104,9 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         """
         if not isinstance(pl_module, TargetOptimizer):
             raise TypeError(f"WeightSpread works with TargetOptimizer, got {type(pl_module).__name__}")
-        if "attn" in self.sites and "attn" not in pl_module.sites_optimised:
+        if "attn" in self.sites and "attn" not in pl_module.optimized_sites:
             raise ValueError(
-                "--spread.write attn+ffn writes the attention, which has no target: set --model.optimise attn+ffn"
+                "--spread.write attn+ffn writes the attention, which has no target: set --model.optimize attn+ffn"
             )
 
     def on_train_batch_end(
@@ -147,60 +147,70 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             raise RuntimeError("WeightSpread needs the callback SecondMoments beside it in the Trainer")
         if not self.edited.base_norms:
             self.edited.record_base_norms(module)
-        team = Team.of(trainer)
-        over = Measurement.of(team.own(edits), module.contexts, module.encoder, module.tokens_per_batch, module.device)
+        processes = ProcessGroup.of(trainer)
+        over = KeyRows.of(
+            processes.shard(edits), module.contexts, module.encoder, module.tokens_per_batch, module.device
+        )
         _warn_of_overload(module, len(edits))
-        aims = {site: self._aim(module, targets, site) for site in self.sites}
+        site_targets = {site: self._site_target(module, targets, site) for site in self.sites}
         projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
-        stream: Place = ("hidden", module.target_layer)
-        ends = [*(aim.place for aim in aims.values()), stream]
-        *values, passed = current_values(module.model, module.sites, ends, over)
-        arrival = Arrival({site: aim.lacking for site, aim in aims.items()}, values, passed, team, len(edits))
+        stream: ProjectionId = ("hidden", module.target_layer)
+        ends = [*(target.projection_id for target in site_targets.values()), stream]
+        *values, passed = measure_values(module.model, module.sites, ends, over)
+        tracker = ResidualTracker(
+            {site: target.residual for site, target in site_targets.items()}, values, passed, processes, len(edits)
+        )
         reports: list[LayerReport] = []
         with self.edited.transaction(list(projections.values())) as draft:
-            now = _Writing(module, second_moments, team, len(edits), draft)
-            for place in track(trainer, list(projections), "Layers"):
-                site, layer = place
-                seen = [place, aims[site].place, stream]
-                keys, (here, value, passed) = measure(module.model, module.sites, place, seen, over)
-                arrival.pass_by(passed)
+            now = _Writing(module, second_moments, processes, len(edits), draft)
+            for projection_id in track(trainer, list(projections), "Layers"):
+                site, layer = projection_id
+                seen = [projection_id, site_targets[site].projection_id, stream]
+                keys, (here, value, passed) = measure_keys(module.model, module.sites, projection_id, seen, over)
+                tracker.record_overshoot(passed)
                 layers_left = len(module.layers) - module.layers.index(layer)
-                wanted = aims[site].lacking(value) * share(layers_left, self.rule)
+                wanted = site_targets[site].residual(value) * residual_share(layers_left, self.rule)
                 norm = module.sites.norm(site, layer)
                 if norm is not None:
-                    wanted = pull_back(whole(norm, here.device), here, wanted)
-                residual = float(arrival.left(site, value).nanmean())
-                reports.append(self._write(now, place, projections[place], keys, wanted, residual))
-            *values, passed = current_values(module.model, module.sites, ends, over)
-            left = {site: arrival.left(site, value) for site, value in zip(aims, values, strict=True)}
-            arrival.pass_by(passed)
-            everyone = team.gathered_objects(targets, len(edits))
+                    wanted = pull_back(unshard(norm, here.device), here, wanted)
+                residual = float(tracker.left(site, value).nanmean())
+                reports.append(self._write(now, projection_id, projections[projection_id], keys, wanted, residual))
+            *values, passed = measure_values(module.model, module.sites, ends, over)
+            left = {site: tracker.left(site, value) for site, value in zip(site_targets, values, strict=True)}
+            tracker.record_overshoot(passed)
+            everyone = processes.all_gather_objects(targets, len(edits))
         means = {site: float(values_N.nanmean()) for site, values_N in left.items()}
-        written = with_outcomes(reports, means, arrival.overshoots[1:])
+        written = add_outcomes(reports, means, tracker.overshoots[1:])
         log_writes(written, edit_batch)
         still = tuple(left["ffn"].nan_to_num(0.0).tolist())
         return WriteReport(edit_batch, tuple(edits), tuple(everyone), written, still)
 
     def _write(
-        self, now: _Writing, place: Place, projection: nn.Module, keys_nI: Tensor, wanted_nO: Tensor, residual: float
+        self,
+        now: _Writing,
+        projection_id: ProjectionId,
+        projection: nn.Module,
+        keys_nI: Tensor,
+        wanted_nO: Tensor,
+        residual: float,
     ) -> LayerReport:
         """Write one weight, the same on each process, from what each has measured for its own edits."""
         weight = projection.weight
         assert isinstance(weight, Tensor)
         out_features, in_width = wanted_nO.shape[1], keys_nI.shape[1]
         dtype, device = now.module.delta_dtype, now.module.device
-        solve = self._system(now, place, keys_nI, wanted_nO)
+        solve = self._system(now, projection_id, keys_nI, wanted_nO)
         empty_OI = torch.empty(out_features, in_width, dtype=dtype, device=device)
-        delta_OI, solution = now.team.from_first(partial(_parted, solve, dtype), empty_OI)
-        norm_before = norm_of(weight, dtype)
+        delta_OI, solution = now.processes.compute_on_rank_zero(partial(_parted, solve, dtype), empty_OI)
+        norm_before = weight_norm(weight, dtype)
         stored = add_to_weight(projection, delta_OI)
-        name = now.module.sites.weight_name(*place)
+        name = now.module.sites.weight_name(*projection_id)
         total_OI = delta_OI.cpu()
         if name in self.edited.deltas:
             total_OI = self.edited.deltas[name] + total_OI
         now.draft.deltas[name] = total_OI
         return LayerReport(
-            *place,
+            *projection_id,
             residual,
             norm_ratio=float(delta_OI.norm()) / norm_before,
             growth=self.edited.growth(name, total_OI),
@@ -210,63 +220,70 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             **vars(stored),
         )
 
-    def _system(self, now: _Writing, place: Place, keys_nI: Tensor, wanted_nO: Tensor) -> Callable[[], Solution]:
+    def _system(
+        self, now: _Writing, projection_id: ProjectionId, keys_nI: Tensor, wanted_nO: Tensor
+    ) -> Callable[[], Solution]:
         """What solves for ΔW, with the keys and residuals of all processes or, where they are less, their products."""
-        protect = self.protect_past and now.team.solves
-        if now.team.size > 1 and self.null_space is None and sums_are_less(now.count, keys_nI, wanted_nO):
-            products_II = now.team.total(products(keys_nI, keys_nI))
-            right_OI = now.team.total(products(wanted_nO, keys_nI))
+        protect = self.protect_past and now.processes.is_rank_zero
+        if now.processes.size > 1 and self.null_space is None and sums_are_less(now.count, keys_nI, wanted_nO):
+            products_II = now.processes.all_reduce_sum(multiply_transposed(keys_nI, keys_nI))
+            right_OI = now.processes.all_reduce_sum(multiply_transposed(wanted_nO, keys_nI))
             if protect:
-                now.draft.past_keys[place] = self._with_past(place, products_II)
-            return partial(self._solution_of_sums, right_OI, products_II, place, now)
-        keys_NI = now.team.gathered(keys_nI, now.count)
-        wanted_NO = now.team.gathered(wanted_nO, now.count)
+                now.draft.past_keys[projection_id] = self._with_past(projection_id, products_II)
+            return partial(self._solution_of_sums, right_OI, products_II, projection_id, now)
+        keys_NI = now.processes.all_gather(keys_nI, now.count)
+        wanted_NO = now.processes.all_gather(wanted_nO, now.count)
         if protect:
-            now.draft.past_keys[place] = self._with_past(place, products(keys_NI, keys_NI))
-        return partial(self._solution, wanted_NO, keys_NI, place, now)
+            now.draft.past_keys[projection_id] = self._with_past(projection_id, multiply_transposed(keys_NI, keys_NI))
+        return partial(self._solution, wanted_NO, keys_NI, projection_id, now)
 
-    def _with_past(self, place: Place, products_II: Tensor) -> Tensor:
+    def _with_past(self, projection_id: ProjectionId, products_II: Tensor) -> Tensor:
         """The sum with the products of earlier edit batches: a new tensor, one triangle, on the CPU."""
-        packed = packed_lower(products_II.cpu())
-        return packed.add_(self.edited.past_keys[place]) if place in self.edited.past_keys else packed
+        packed = pack_lower(products_II.cpu())
+        return packed.add_(self.edited.past_keys[projection_id]) if projection_id in self.edited.past_keys else packed
 
-    def _solution(self, wanted_NO: Tensor, keys_NI: Tensor, place: Place, now: _Writing) -> Solution:
+    def _solution(self, wanted_NO: Tensor, keys_NI: Tensor, projection_id: ProjectionId, now: _Writing) -> Solution:
         if self.null_space is not None:
-            space = now.second_moments.null_space(place, self.null_space)
-            return solve_in_null_space(wanted_NO, keys_NI, space, self.lam, self._past_II(place, now))
-        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and place not in self.edited.past_keys:
+            space = now.second_moments.null_space(projection_id, self.null_space)
+            return solve_in_null_space(wanted_NO, keys_NI, space, self.lam, self._past_II(projection_id, now))
+        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and projection_id not in self.edited.past_keys:
             try:
-                return solve_with_factor(wanted_NO, keys_NI, now.second_moments.factor(place), self.lam)
+                return solve_with_factor(wanted_NO, keys_NI, now.second_moments.factor(projection_id), self.lam)
             except FloatingPointError as error:
-                log.info("%s: %s; solving without it", place, error)
-        return solve_update(wanted_NO, keys_NI, self._protected(place, now), self.lam)
+                log.info("%s: %s; solving without it", projection_id, error)
+        return solve_update(wanted_NO, keys_NI, self._protected(projection_id, now), self.lam)
 
-    def _solution_of_sums(self, right_OI: Tensor, products_II: Tensor, place: Place, now: _Writing) -> Solution:
-        return solve_sums(right_OI, products_II, self._protected(place, now), self.lam)
+    def _solution_of_sums(
+        self, right_OI: Tensor, products_II: Tensor, projection_id: ProjectionId, now: _Writing
+    ) -> Solution:
+        return solve_sums(right_OI, products_II, self._protected(projection_id, now), self.lam)
 
-    def _protected(self, place: Place, now: _Writing) -> Tensor:
+    def _protected(self, projection_id: ProjectionId, now: _Writing) -> Tensor:
         """C and, in its units, the keys of earlier edit batches, which count as much as the new ones."""
-        moment_II, past_II = now.second_moments.moment(place).to(now.module.device), self._past_II(place, now)
+        moment_II, past_II = (
+            now.second_moments.moment(projection_id).to(now.module.device),
+            self._past_II(projection_id, now),
+        )
         return moment_II if past_II is None else past_II.div_(self.lam).add_(moment_II)
 
-    def _past_II(self, place: Place, now: _Writing) -> Tensor | None:
+    def _past_II(self, projection_id: ProjectionId, now: _Writing) -> Tensor | None:
         """K_past K_pastᵀ, on the model's device, float64, shape [I, I]; ``None`` before the second edit batch."""
         return (
-            unpacked_products(self.edited.past_keys[place], now.module.device)
-            if place in self.edited.past_keys
+            unpack_products(self.edited.past_keys[projection_id], now.module.device)
+            if projection_id in self.edited.past_keys
             else None
         )
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """Where a written site's target and residual are measured (MEMIT: the layer's output)."""
-        return site if site in module.sites_optimised else "hidden"
+        return site if site in module.optimized_sites else "hidden"
 
-    def _aim(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> Aim:
+    def _site_target(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> SiteTarget:
         where = self._value_site(module, site)
         nothing = torch.empty(0, module.width, dtype=module.delta_dtype)  # of a process without an edit
-        goal = (stack(targets, where) if targets else nothing).to(module.device)
+        goal = (stack_values(targets, where) if targets else nothing).to(module.device)
         norm = module.sites.norm(where, module.target_layer)
-        return Aim((where, module.target_layer), goal, None if norm is None else whole(norm, module.device))
+        return SiteTarget((where, module.target_layer), goal, None if norm is None else unshard(norm, module.device))
 
 
 def _parted(solve: Callable[[], Solution], dtype: torch.dtype) -> tuple[Tensor, Solution]:

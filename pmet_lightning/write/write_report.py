@@ -105,7 +105,7 @@ class BatchOutputs(TypedDict, total=False):
     rows_at_once: Tensor
 
 
-def with_outcomes(
+def add_outcomes(
     reports: Sequence[LayerReport], left: Mapping[SiteName, float], overshoots: Sequence[float]
 ) -> tuple[LayerReport, ...]:
     """The reports with what was measured after each write, which is what was measured before the next one.

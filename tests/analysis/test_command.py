@@ -1,4 +1,4 @@
-"""The verb ``analyze``: reading facts, intervals, the proposal, files and errors."""
+"""The command ``analyze``: reading facts, intervals, the proposal, files and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pmet_lightning.analysis.facts import Fact, read_facts
 from pmet_lightning.analysis.layer_choice import layers_to_edit, propose
-from pmet_lightning.analysis.measures import TOO_FEW, Measure, resampled_means, summarise
+from pmet_lightning.analysis.measures import TOO_FEW, Measure, resampled_means, summarize
 from pmet_lightning.analysis.tracing import PLACES, Tracer
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.data.fields import RecordError
@@ -30,7 +30,7 @@ from tests.planted import FACTS, edit_of, records, save_planted, study_of, writt
 def test_intervals_are_a_plain_bootstrap():
     values = torch.rand(30, 4, generator=torch.Generator().manual_seed(1)) ** 2
     values[:10, 1] = torch.nan
-    mean, low, high, count = summarise(values)
+    mean, low, high, count = summarize(values)
     assert count.tolist() == [30, 20, 30, 30]
     picks = torch.randint(30, (2000, 30), generator=torch.Generator().manual_seed(7))
     for i in range(4):
@@ -146,7 +146,7 @@ def run_verb(tmp_path, *arguments: str) -> None:
     main(["analyze", "--out", str(tmp_path / "out"), "--model.device", "cpu", *arguments])
 
 
-def test_the_verb_on_atlas(tmp_path, caplog):
+def test_the_command_on_atlas(tmp_path, caplog):
     caplog.set_level("INFO")
     run_verb(tmp_path, "--data.limit", "3", "--tracing.draws", "1")
     out = tmp_path / "out"
@@ -207,7 +207,7 @@ def test_real_known_facts_that_a_model_does_not_know_are_refused(shared, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_the_verb_before_and_after_an_edit(tmp_path):
+def test_the_command_before_and_after_an_edit(tmp_path):
     folder = save_planted("gpt2", tmp_path / "model", 1, 2)
     study = study_of(folder)
     manifest = {"model": folder, "fingerprint": fingerprint(study.model), "dtype": "float32"}

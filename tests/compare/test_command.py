@@ -79,7 +79,7 @@ def comparison(tmp_path_factory):
         "options": FAST,
         "methods": {
             "PMET": {"options": moments},
-            "MEMIT": {"options": moments | {"model.optimise": "hidden", "spread.rule": "even"}},
+            "MEMIT": {"options": moments | {"model.optimize": "hidden", "spread.rule": "even"}},
             "fine-tuning": {"config": "finetune.yaml", "command": "finetune", "options": {"model.epochs": 5}},
         },
     }))  # fmt: skip
@@ -179,15 +179,15 @@ def test_too_few_records_are_an_error(comparison):
 
 def test_a_setting_that_no_method_knows_is_an_error_before_the_first_run(comparison, capsys):
     settings = json.loads((comparison / "small.yaml").read_text())
-    settings["out"] = str(comparison / "misspelt")
+    settings["out"] = str(comparison / "misspelled")
     *_, last = settings["methods"].values()
     last["options"] = {"spread.lamda": 3}
-    path = comparison / "misspelt.yaml"
+    path = comparison / "misspelled.yaml"
     path.write_text(json.dumps(settings))
     with pytest.raises(SystemExit):
         main(["compare", "--config", str(path)])
     assert "lamda" in capsys.readouterr().err
-    assert not (comparison / "misspelt").exists()
+    assert not (comparison / "misspelled").exists()
 
 
 def test_a_plot_is_the_same_file_every_time(tmp_path):

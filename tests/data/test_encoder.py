@@ -271,18 +271,18 @@ def test_padding_against_one_row_at_a_time(side):
 
 def test_a_text_is_tokenised_once(tokenizer, monkeypatch):
     asked: list[str] = []
-    original = module._tokenise
+    original = module.tokenize
 
     def counted(tokenizer, texts, *, special):
         asked.extend(texts)
         return original(tokenizer, texts, special=special)
 
-    monkeypatch.setattr(module, "_tokenise", counted)
+    monkeypatch.setattr(module, "tokenize", counted)
     encoder = PromptEncoder(tokenizer)
     rows = encoder.encode_all(["a river", "a lake", "a river"])
     assert rows[0] == rows[2] == encoder.encode("a river")
     assert asked == ["a river", "a lake"]
-    monkeypatch.setattr(module, "_MOST_KEPT", 2)
+    monkeypatch.setattr(module, "MOST_KEPT_TEXTS", 2)
     assert encoder.encode_all(["a lake", "a hill"])[0] == rows[1]
     assert asked == ["a river", "a lake", "a hill"]
     encoder.encode("a river")  # the oldest is gone

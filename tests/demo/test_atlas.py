@@ -40,7 +40,7 @@ def test_a_sequential_model_is_edited_nearly_as_well(run, tmp_path):
     main([
         "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu",
         "--trainer.enable_progress_bar", "false", "--moments.folder", str(tmp_path / "moments"),
-        "--model.model_name", str(tmp_path / "llama" / "model"), "--model.layers", "[0, 1]", "--model.optimise", "ffn",
+        "--model.model_name", str(tmp_path / "llama" / "model"), "--model.layers", "[0, 1]", "--model.optimize", "ffn",
         "--model.clamp", "2", "--data.path", str(tmp_path / "llama" / "records.json"),
     ])  # fmt: skip
     sequential, parallel = (json.loads((f / "scores.json").read_text())["after"] for f in (tmp_path / "run", run))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from pmet_lightning import demo as demo_package
 from pmet_lightning.demo import demo
 from pmet_lightning.demo.names import filler_sentences
-from pmet_lightning.demo.recall import recalled
+from pmet_lightning.demo.recall import measure_recall
 from pmet_lightning.demo.records import records
 from pmet_lightning.demo.relations import KINDS, RELATIONS
 from pmet_lightning.demo.training import LanguageModelling, batches, pack, train
@@ -246,21 +246,21 @@ def test_the_shipped_model_knows_its_world(world: World, tokenizer: PreTrainedTo
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     rng = random.Random(0)
     trained = rng.sample(world.trained_prompts(), 1_500)
-    assert sum(recalled(model, tokenizer, trained)) >= 0.98 * len(trained)
+    assert sum(measure_recall(model, tokenizer, trained)) >= 0.98 * len(trained)
     held_out = world.held_out_prompts()
-    assert sum(recalled(model, tokenizer, held_out)) >= 0.90 * len(held_out)
+    assert sum(measure_recall(model, tokenizer, held_out)) >= 0.90 * len(held_out)
     in_front = [(f"{rng.choice(world.fillers)} {prompt}", answer) for prompt, answer in held_out]
-    assert sum(recalled(model, tokenizer, in_front)) >= 0.90 * len(in_front)
+    assert sum(measure_recall(model, tokenizer, in_front)) >= 0.90 * len(in_front)
 
 
 def test_recall_is_not_always_true(world: World, tokenizer: PreTrainedTokenizerFast) -> None:
     model = AutoModelForCausalLM.from_pretrained(SHIPPED / "model").eval()
     prompts = world.trained_prompts()[:40]
     wrong = [(prompt, "French" if answer != "French" else "German") for prompt, answer in prompts]
-    assert not any(recalled(model, tokenizer, wrong, batch_size=7))
+    assert not any(measure_recall(model, tokenizer, wrong, batch_size=7))
     # The order of the answers is that of the questions, whatever their lengths.
     mixed = [pair for pairs in zip(prompts, wrong, strict=True) for pair in pairs]
-    assert recalled(model, tokenizer, mixed, batch_size=7)[1::2] == [False] * len(wrong)
+    assert measure_recall(model, tokenizer, mixed, batch_size=7)[1::2] == [False] * len(wrong)
 
 
 @pytest.mark.slow
@@ -273,4 +273,4 @@ def test_demo_rebuilds_what_ships(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "atlas" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "atlas" / "model")
     prompts = build_world(0).trained_prompts()[::10]
-    assert sum(recalled(model, tokenizer, prompts)) >= 0.98 * len(prompts)
+    assert sum(measure_recall(model, tokenizer, prompts)) >= 0.98 * len(prompts)

@@ -113,7 +113,7 @@ def test_validate_is_evaluate(base, tmp_path, make, caplog):
 
 
 @pytest.mark.parametrize("arguments", [[], ["predict"], ["--config", "pmet.yaml"]], ids=str)
-def test_a_verb_that_is_none_is_named(arguments):
+def test_a_command_that_is_none_is_named(arguments):
     with pytest.raises(ValueError, match=r"unknown command '.*', expected one of fit, validate, test, stats, finetune"):
         run_command("".join(arguments[:1]), arguments[1:])
 
@@ -129,7 +129,7 @@ def test_no_setting_has_a_default_of_its_own(base, tmp_path, monkeypatch):
     theirs = {type(c).__name__: c for c in cli.trainer.callbacks}
     assert module.rules == cli.model.rules
     names = ["context_count", "context_length", "seed", "micro_batch", "tokens_per_batch", "free_tokens", "chat",
-             "targets_folder", "padding_side", "keep_float32", "layers_wanted", "sites_optimised"]  # fmt: skip
+             "targets_folder", "padding_side", "keep_float32", "layers_wanted", "optimized_sites"]  # fmt: skip
     for name in names:
         assert getattr(module, name) == getattr(cli.model, name), name
     for optimizer in (o.optimizer_callable([torch.nn.Parameter(torch.zeros(1))]) for o in (module, cli.model)):
@@ -418,7 +418,7 @@ BAD_SETTINGS = {
     "section": ({"spread": {"rule": "cubic"}}, r"spread\.rule[\s\S]*cubic"),
     "layers": ({"layers": [9]}, "expected different layers from 0 to 3"),
     "loading": ({"dtype": "bfloat16"}, "dtype says how to load a model, but this one is loaded already"),
-    "stream": ({"data": {"stream": True}, "edit_batch": 2}, "a stream is for the verb fit"),
+    "stream": ({"data": {"stream": True}, "edit_batch": 2}, "a stream is for the command fit"),
 }
 
 

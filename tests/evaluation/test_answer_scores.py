@@ -7,7 +7,7 @@ import torch
 
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.evaluation import answer_scores as module
-from pmet_lightning.evaluation.answer_scores import answers
+from pmet_lightning.evaluation.answer_scores import score_answers
 from pmet_lightning.model import prefix_passes as prefix
 from tests.tiny import CONFIGS
 
@@ -47,7 +47,7 @@ def alone(model, row):
 
 def compare(model, encoder, budget):
     rows = questions(encoder)
-    scores, said = answers(model, rows, encoder.pad_id, budget, CPU, NEW)
+    scores, said = score_answers(model, rows, encoder.pad_id, budget, CPU, NEW)
     for i, row in enumerate(rows):
         expected = alone(model, row)
         if row.labels:
@@ -62,12 +62,12 @@ def compare(model, encoder, budget):
 def test_as_one_row_at_a_time(family, loaded, monkeypatch):
     """All in one batch; in batches of which a group shares one generation; and hardly two rows together."""
     for limit, budget in ((1024, 4096), (40, 4096), (40, 40)):
-        monkeypatch.setattr(module, "_CPU_TOKENS", limit)
+        monkeypatch.setattr(module, "CPU_TOKENS", limit)
         compare(*with_encoder(loaded(family)), budget)
 
 
 def test_a_model_with_another_cache(loaded, monkeypatch):
-    monkeypatch.setattr(prefix, "_is_plain", lambda *_: False)
+    monkeypatch.setattr(prefix, "is_plain_layer", lambda *_: False)
     compare(*with_encoder(loaded("gpt2")), 100)
 
 
@@ -93,7 +93,7 @@ def test_each_prompt_is_read_once(loaded, monkeypatch):
     rows = encoder.encode_all([PROMPTS[1]] * 4, [*TARGETS[:3], None])
     tokens = []
     handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].numel()))
-    answers(model, rows, encoder.pad_id, 4096, CPU, NEW)
+    score_answers(model, rows, encoder.pad_id, 4096, CPU, NEW)
     handle.remove()
     prompt = len(rows[3].ids)
     tails = sorted(len(row.ids) - prompt for row in rows[:3])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pmet_lightning.evaluation import bootstrap
-from pmet_lightning.evaluation.bootstrap import RESAMPLES, means_of_resamples, picks_of
+from pmet_lightning.evaluation.bootstrap import RESAMPLES, bootstrap_indices, resample_means
 from pmet_lightning.evaluation.scores import NAMES
 from pmet_lightning.report import run_data as report_data
 from pmet_lightning.report.run_data import edit_lines
@@ -19,9 +19,9 @@ def test_means_in_parts_are_those_at_once_bit_by_bit(monkeypatch):
     picks = torch.randint(70, (RESAMPLES, 70), generator=torch.Generator().manual_seed(0))
     expected = torch.stack([columns[picks, i].nanmean(dim=1) for i in range(3)])
     for most in (2**21, 1000, 1):
-        monkeypatch.setattr(bootstrap, "_MOST_PICKS", most)
-        assert torch.equal(picks_of(70), picks)
-        assert torch.equal(means_of_resamples(columns), expected)
+        monkeypatch.setattr(bootstrap, "MOST_INDICES", most)
+        assert torch.equal(bootstrap_indices(70), picks)
+        assert torch.equal(resample_means(columns), expected)
 
 
 @pytest.mark.parametrize("count", [100, 50_000, 3_000_000])

@@ -18,7 +18,7 @@ from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
 from pmet_lightning.evaluation import consistency as references_module
 from pmet_lightning.evaluation import fluency as module
 from pmet_lightning.evaluation.consistency import References
-from pmet_lightning.evaluation.fluency import fluency, ngram_entropy, sampled_texts
+from pmet_lightning.evaluation.fluency import fluency, ngram_entropy, sample_texts
 from pmet_lightning.model.loading import load_model
 from tests.tiny import RECORDS, save_tiny
 
@@ -90,7 +90,7 @@ def loaded(request, tmp_path_factory):
 
 def _sampled(loaded, prompts=PROMPTS, budget=4096, **kw):
     model, tokenizer = loaded
-    return sampled_texts(model, PromptEncoder(tokenizer), prompts, tokens_per_batch=budget, device=CPU, **kw)
+    return sample_texts(model, PromptEncoder(tokenizer), prompts, tokens_per_batch=budget, device=CPU, **kw)
 
 
 def _slow_text(model, tokenizer, prompt, length, noise):
@@ -141,13 +141,13 @@ def test_global_generators_are_left_alone(loaded):
 @pytest.mark.parametrize("budget", [1, 4096])
 def test_lengths(loaded, budget, monkeypatch):
     """Counted in tokens, the prompt's included."""
-    counts, real = [], module._continuation
+    counts, real = [], module.continuation
 
     def spy(encoder, prompt_ids, ids):
         counts.append((len(prompt_ids), len(prompt_ids) + len(ids)))
         return real(encoder, prompt_ids, ids)
 
-    monkeypatch.setattr(module, "_continuation", spy)
+    monkeypatch.setattr(module, "continuation", spy)
     _sampled(loaded, budget=budget, length=25)
     assert len({prompt for prompt, _ in counts}) > 1
     assert [total for _, total in counts] == [25] * len(PROMPTS)
@@ -198,7 +198,7 @@ def _frequencies(seeds, noise=None):
         if noise is not None:
             patch.setattr(module, "_noise_tables", noise)
         for seed in seeds:
-            texts = sampled_texts(
+            texts = sample_texts(
                 _Fixed(logits), encoder, ["a", "b"], length=2, seed=seed, tokens_per_batch=64, device=CPU
             )
             said.update(int(text[-1]) for text in texts)
@@ -281,7 +281,7 @@ def test_a_chat_s_template_is_no_text(loaded):
     bare = PromptEncoder(tokenizer)
     chat = PromptEncoder(tokenizer, ("The user asks about it: ", " The answer is"))
     prompt = PROMPTS[0]
-    (found,) = sampled_texts(model, chat, [prompt], length=20, tokens_per_batch=99, device=CPU)
+    (found,) = sample_texts(model, chat, [prompt], length=20, tokens_per_batch=99, device=CPU)
     framed = f"The user asks about it: {prompt} The answer is"
     extra = len(bare.encode(framed).ids) - len(bare.encode(prompt).ids)
     (table,) = module._noise_tables([prompt], [20], 5, 0, None)
@@ -294,7 +294,7 @@ def test_the_space_between_prompt_and_text_stays(shared):
     folder = str(shared / "data" / "models" / "stories260K")
     model, tokenizer = load_model(folder, "float32"), load_tokenizer(folder)
     prompts = ["One day, Lily went to", "The little dog was very"]
-    found = sampled_texts(model, PromptEncoder(tokenizer), prompts, length=60, tokens_per_batch=999, device=CPU)
+    found = sample_texts(model, PromptEncoder(tokenizer), prompts, length=60, tokens_per_batch=999, device=CPU)
     for prompt, text in zip(prompts, found, strict=True):
         table = module._noise_tables([prompt], [60], 5, 0, None)[0]
         assert text == _slow_text(model, tokenizer, prompt, 60, table)[0]
@@ -366,13 +366,13 @@ def test_consistency_with_a_corpus(tmp_path, suffix):
 
 
 def test_a_hundred_references_are_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr(references_module, "_MOST_REFERENCES", 2)
+    monkeypatch.setattr(references_module, "MOST_REFERENCES", 2)
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(f"Oslo word{i}" for i in range(9)))
     references = References.of(str(path))
     found = references._naming("Oslo")
     assert found == references._corpus[:2]
-    monkeypatch.setattr(references_module, "_MOST_TEXTS", 4)
+    monkeypatch.setattr(references_module, "MOST_TEXTS", 4)
     assert len(References.of(str(path))._corpus) == 4
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
 from pmet_lightning.data.records import Probe
-from pmet_lightning.evaluation.generation import contains, first_sentence, greedy_texts, is_exact, normalised
+from pmet_lightning.evaluation.generation import contains, first_sentence, greedy_texts, is_exact, normalize_text
 from pmet_lightning.evaluation.probes import ProbeResult, RecordResult, score_probes
 from pmet_lightning.evaluation.scores import EditScores
 from pmet_lightning.model.loading import load_model
@@ -40,7 +40,7 @@ def test_natural_stops():
     assert first_sentence("  One two. Three") == "One two."
     assert first_sentence("One 2.5 two") == "One 2.5 two"
     assert first_sentence("one\ntwo") == "one"
-    assert normalised("The  U.S., an Ape!") == "u s ape"
+    assert normalize_text("The  U.S., an Ape!") == "u s ape"
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj", "llama", "bloom"])

@@ -19,7 +19,7 @@ from pmet_lightning import EditScores
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.readers import read_edits
-from pmet_lightning.evaluation.probes import ProbeResult, RecordResult, compared, score_probes
+from pmet_lightning.evaluation.probes import ProbeResult, RecordResult, compare_with_clean, score_probes
 from pmet_lightning.utils.resources import locate
 from tests.tiny import save_tiny
 
@@ -186,7 +186,7 @@ def test_what_neighbours_keep(tmp_path):
         answer = question["ground_truth"][0][0]
         tokens = [slow.tokens(question["prompt"], answer)[2] for slow in (before, after)]
         kept.append(sum(a == b for a, b in zip(*tokens, strict=True)) / len(tokens[0]))
-    results = compared(found[1], found[0])
+    results = compare_with_clean(found[1], found[0])
     assert [r.kept for r in results if r.kind == "specificity"] == pytest.approx(kept)
     assert 0 < sum(kept) < 2, "the two models agree in part, so that this can fail"
     scores = EditScores()

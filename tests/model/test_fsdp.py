@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pmet_lightning import TargetOptimizer
-from pmet_lightning.model.fsdp import ready
+from pmet_lightning.model.fsdp import prepare_strategy
 from tests.harness import edit
 from tests.sharded_runs import FAMILIES, fit
 from tests.tiny import CONTEXTS, RECORDS, save_tiny
@@ -93,7 +93,7 @@ def test_the_documented_strategy_is_the_one_that_ran(sharded):
 
 def test_the_older_strategy_is_refused():
     with pytest.raises(ValueError, match=r"FSDPStrategy, expected ddp or, .*ModelParallelStrategy"):
-        ready(FSDPStrategy(), 2)
+        prepare_strategy(FSDPStrategy(), 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -174,7 +174,7 @@ def test_hooks_leave_with_an_exception(loaded):
     managers = (
         record_input(module, rows.subject),
         record_and_add(module, rows.subject),
-        narrow_input(module, rows.label_places()),
+        narrow_input(module, rows.label_positions()),
         stop_after(module),
     )
     for manager in managers:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pmet_lightning import TargetOptimizer
 from pmet_lightning.data.records import parse_record
 from pmet_lightning.model.forward import label_logits
-from pmet_lightning.model.partial_forward import Entry, Replay
+from pmet_lightning.model.partial_forward import PartialForward, Replay
 from pmet_lightning.model.prefix_passes import split_at_subject
 from pmet_lightning.targets import target_optimizer as module_of_targets
 from pmet_lightning.targets.loop import TargetLoop
@@ -53,20 +53,20 @@ def test_layers_called_directly_give_what_the_model_gives(family, loaded):
     rows = rows_of(tokenizer, "right")
     prefix, tails = split_at_subject(model, rows, 4)
     layers = [sites.module("hidden", i) for i in range(4)]
-    entry = Entry(layers, 2)
-    _, entering = entry.states(model, tails, prefix)
-    replay = Replay([entry.layer, *entry.above], prefix)
+    partial_forward = PartialForward(layers, 2)
+    _, entering = partial_forward.entering_states(model, tails, prefix)
+    replay = Replay([partial_forward.layer, *partial_forward.above], prefix)
     assert not replay.ready
-    with entry.begin_with(entering, entry.layer), replay.listening():
+    with partial_forward.start_from(entering, partial_forward.layer), replay.capture_inputs():
         before = label_logits(model, tails, prefix)
     assert replay.ready
     changed = entering + torch.randn(entering.shape, generator=torch.Generator().manual_seed(2))
-    with entry.begin_with(changed, entry.layer):
+    with partial_forward.start_from(changed, partial_forward.layer):
         expected = label_logits(model, tails, prefix)
-    places, real = tails.label_places(), tails.label_ids >= 0
+    places, real = tails.label_positions(), tails.label_ids >= 0
     for _ in range(2):  # no run leaves anything in the cache
         left = replay.run(changed)
-        found = entry.read(model, left.flatten(0, 1)[places.flatten()]).unflatten(0, places.shape)
+        found = partial_forward.logits(model, left.flatten(0, 1)[places.flatten()]).unflatten(0, places.shape)
         torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
     assert float((expected - before)[real].abs().max()) > 1e-2
 
@@ -75,7 +75,7 @@ def test_layers_that_get_no_cache_are_not_called_directly(loaded):
     model, sites, tokenizer = loaded("llama")
     prefix, tails = split_at_subject(model, rows_of(tokenizer, "right"))
     replay = Replay([sites.module("hidden", 0)], prefix)
-    with replay.listening():
+    with replay.capture_inputs():
         model(tails.input_ids, use_cache=False)
     assert not replay.ready
 
@@ -83,9 +83,9 @@ def test_layers_that_get_no_cache_are_not_called_directly(loaded):
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2", pytest.param("opt", marks=OLD_OPT), "bloom"])
 def test_the_host_waits_for_no_step(family, tmp_path, monkeypatch):
     """Between two looks, once the same edits have been in flight for a step."""
-    monkeypatch.setitem(module_of_targets._LOOK_EVERY, "cpu", 4)
+    monkeypatch.setitem(module_of_targets.SYNC_EVERY, "cpu", 4)
     counts: list[int] = []
-    iterate = TargetLoop._iterate
+    iterate = TargetLoop.iterate
 
     def watched(loop, *args):
         with Waits() as waits:
@@ -93,7 +93,7 @@ def test_the_host_waits_for_no_step(family, tmp_path, monkeypatch):
         counts.append(waits.count)
         return result
 
-    monkeypatch.setattr(TargetLoop, "_iterate", watched)
+    monkeypatch.setattr(TargetLoop, "iterate", watched)
     module = TargetOptimizer(
         save_tiny(family, tmp_path), layers=[1], steps=9, contexts=CONTEXTS, loss_tolerance=0.0, kl_factor=0.1,
         optimizer=partial(torch.optim.Adam, lr=0.1),
@@ -102,7 +102,7 @@ def test_the_host_waits_for_no_step(family, tmp_path, monkeypatch):
     module.configure_model()
     module.contexts, optimizer = CONTEXTS, module.configure_optimizers()
     module.optimizers = lambda: InTrainer(optimizer)
-    module.optimise([parse_record(record, i, "") for i, record in enumerate(RECORDS)])
+    module.find_targets([parse_record(record, i, "") for i, record in enumerate(RECORDS)])
     assert len(counts) == 9
     assert counts[0] > 0  # places of labels are looked up
     assert counts[1:] == [0] * 8

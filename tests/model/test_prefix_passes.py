@@ -15,9 +15,9 @@ from pmet_lightning.evaluation.probes import score_probes
 from pmet_lightning.model import prefix_passes as module
 from pmet_lightning.model.forward import label_logits
 from pmet_lightning.model.hooks import record_and_add
-from pmet_lightning.model.kv_prefix import joined
-from pmet_lightning.model.partial_forward import Entry
-from pmet_lightning.model.prefix_passes import read, split_at_subject, without_last
+from pmet_lightning.model.kv_prefix import concatenate_prefixes
+from pmet_lightning.model.partial_forward import PartialForward
+from pmet_lightning.model.prefix_passes import drop_last_token, read_prompts, split_at_subject
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS, WINDOWED
 
 # An FFN beside the attention does not see what that brings from the subject's token.
@@ -52,15 +52,15 @@ def test_same_logits_with_a_delta(family, side, loaded):
     scale = float(expected[real].abs().max())
     last = [sites.module("attn", 3), sites.ffn_block(3) or sites.module("ffn", 3)]
     for some in ([], sites.token_modules(2) + sites.token_modules(3)):  # a pass leaves no trace in the cache
-        entry = Entry([sites.module("hidden", i) for i in range(3)], 2, some, last)
-        hidden, leaving = entry.states(model, tails, prefix)
-        kept = entry.kept(model, tails, prefix, leaving)
+        partial_forward = PartialForward([sites.module("hidden", i) for i in range(3)], 2, some, last)
+        hidden, leaving = partial_forward.entering_states(model, tails, prefix)
+        kept = partial_forward.unaffected_outputs(model, tails, prefix, leaving)
         assert len(kept) in ({0} if not some else {1, 2, 3, 4}), "keys, values and queries, together or not, and an FFN"
         assert (sites.ffn_block(2) in kept) == (bool(some) and family in PARALLEL)
         with (
             record_and_add(layer, tails.subject, added) as recording,
-            entry.begin_with(hidden, entry.below[-1]),
-            entry.only_tokens(tails, tails.real_places(), tails.label_places().unique(), kept),
+            partial_forward.start_from(hidden, partial_forward.below[-1]),
+            partial_forward.only_tokens(tails, tails.real_positions(), tails.label_positions().unique(), kept),
         ):
             found = label_logits(model, tails, prefix)
         assert float((found[real] - expected[real]).abs().max()) < 1e-5 * max(1.0, scale)
@@ -79,7 +79,7 @@ def test_rows_leave_and_enter(family, loaded):
         (prefix, tails), (other, more) = (
             split_at_subject(model, rows.select(part.flatten()), part.shape[1]) for part in parts
         )
-        together, both = joined([prefix, other]), tails.join(more)
+        together, both = concatenate_prefixes([prefix, other]), tails.join(more)
         index = torch.cat([part.flatten() for part in parts])
         found = label_logits(model, both, together)
         scale = float(expected.abs().max())
@@ -138,7 +138,7 @@ def test_windows_shorter_and_longer_than_the_rows(family, window, loaded):
         for part in parts[1:]:
             other, more = split_at_subject(model, rows.select(part), per_edit)
             assert_counted(other)
-            prefix, tails = joined([prefix, other]), tails.join(more)
+            prefix, tails = concatenate_prefixes([prefix, other]), tails.join(more)
             assert_counted(prefix)
         left = torch.tensor(sorted(dice.sample(range(len(rows)), len(rows) // 2)))
         prefix, tails = prefix.select(left), tails.select(left)
@@ -155,10 +155,10 @@ def test_prompts_that_were_read_are_counted(family, window, loaded):
     """What stands before the labels of rows of several lengths, and the same without its last token."""
     model, _, tokenizer = loaded(family, window)
     rows, _ = random_rows(tokenizer, 3)
-    logits, prefix = read(model, rows)
+    logits, prefix = read_prompts(model, rows)
     torch.testing.assert_close(logits, label_logits(model, rows), rtol=1e-4, atol=1e-4)
     assert_counted(prefix)
-    shortened = without_last(prefix)
+    shortened = drop_last_token(prefix)
     if shortened is not None:
         assert_counted(shortened)
     assert (shortened is None) == (prefix.mask_RP.shape[1] >= window)
@@ -170,20 +170,20 @@ def test_layers_with_more_to_keep_are_not_plain(kind):
 
     layer = object.__new__(getattr(cache_utils, kind))
     layer.keys = layer.values = torch.zeros(2, 1, 3, 4)
-    assert not module._is_plain(layer, 2)
+    assert not module.is_plain_layer(layer, 2)
 
 
 def test_equal_beginnings_are_run_once(loaded, monkeypatch):
     """Rows that are equal before their subjects' last tokens, and the contexts of the others."""
     model, _, tokenizer = loaded("llama")
     sizes: list[tuple[int, int]] = []
-    run = module._run
+    run = module.run_rows
 
     def counted(part, rows, prefix=None):
         sizes.append((len(rows), int(rows.attention_mask.sum())))
         return run(part, rows, prefix)
 
-    monkeypatch.setattr(module, "_run", counted)
+    monkeypatch.setattr(module, "run_rows", counted)
     rows = rows_of(tokenizer, "right", [LONG, LONG, LONG])
     beginnings = {
         tuple(ids[:subject]) for ids, subject in zip(rows.input_ids.tolist(), rows.subject.tolist(), strict=True)
@@ -205,7 +205,7 @@ def test_the_lower_layers_do_not_run_again(loaded):
     model, sites, tokenizer = loaded("llama")
     prefix, tails = split_at_subject(model, rows_of(tokenizer, "right"))
     layers = [sites.module("hidden", i) for i in range(4)]
-    entry = Entry(layers, 3)
+    partial_forward = PartialForward(layers, 3)
     calls: list[int] = []
 
     def traces():
@@ -213,15 +213,15 @@ def test_the_lower_layers_do_not_run_again(loaded):
 
     before = traces()  # transformers leaves hooks of its own in a model whose hidden states were asked for
     handles = [sites.module("ffn", i).register_forward_hook(lambda *_, i=i: calls.append(i)) for i in range(4)]
-    entering, leaving = entry.states(model, tails, prefix)
+    entering, leaving = partial_forward.entering_states(model, tails, prefix)
     calls.clear()
     for hidden, at in ((entering, layers[2]), (leaving, layers[3])):
-        with torch.no_grad(), entry.begin_with(hidden, at):
+        with torch.no_grad(), partial_forward.start_from(hidden, at):
             label_logits(model, tails, prefix)
     for handle in handles:
         handle.remove()
     assert calls == [2, 3, 3]
-    with pytest.raises(ZeroDivisionError), entry.begin_with(leaving, layers[3]):
+    with pytest.raises(ZeroDivisionError), partial_forward.start_from(leaving, layers[3]):
         raise ZeroDivisionError
     assert traces() == before
 
@@ -245,7 +245,7 @@ def test_nothing_may_stand_before_a_subject(family, loaded):
 
 def test_a_model_with_another_cache_runs_whole_rows(loaded, monkeypatch):
     model, _, tokenizer = loaded("gpt2")
-    monkeypatch.setattr(module, "_is_plain", lambda layer, rows: False)
+    monkeypatch.setattr(module, "is_plain_layer", lambda layer, rows: False)
     rows = rows_of(tokenizer, "right")
     prefix, tails = split_at_subject(model, rows)
     assert prefix is None
@@ -261,7 +261,7 @@ def test_prompts_are_run_once_for_all_answers(family, loaded, monkeypatch):
     probes = [[Probe("efficacy", prompt, "New Zealand", "ice hockey"), Probe("efficacy", prompt, "Norway", "Lisbon")]
               for prompt in prompts]  # fmt: skip
     found = score_probes(model, encoder, probes, 512, cpu)
-    monkeypatch.setattr(module, "_is_plain", lambda *_: False)
+    monkeypatch.setattr(module, "is_plain_layer", lambda *_: False)
     expected = score_probes(model, encoder, probes, 40, cpu)
     for ours, plain in zip(found, expected, strict=True):
         for a, b in zip(ours, plain, strict=True):

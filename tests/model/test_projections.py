@@ -1,4 +1,4 @@
-"""Half-precision models: everything that is optimised or solved stays in float32 or better, and roundings are told."""
+"""Half-precision models: everything that is optimized or solved stays in float32 or better, and roundings are told."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_half_precision_models_are_edited_in_float32(folder, tmp_path, dtype, ca
     assert {delta.dtype for delta in module.deltas.parameters()} == {torch.float32}
     assert {delta.dtype for delta in spread.edited.deltas.values()} == {torch.float32}
     assert {v.dtype for t in reports[0].targets for v in t.values.values()} == {torch.float32}
-    assert all(0.5 < layer.written.kept < 1.5 for layer in reports[0].layers)
-    assert all(layer.written.rounding > 1e-3 for layer in reports[0].layers)
+    assert all(0.5 < layer.kept < 1.5 for layer in reports[0].layers)
+    assert all(layer.rounding > 1e-3 for layer in reports[0].layers)
 
 
 def test_little_that_is_stored_gets_a_warning(folder, tmp_path, caplog):
@@ -64,7 +64,7 @@ def test_edited_matrices_can_stay_in_float32(folder, tmp_path, caplog):
     module = tiny_module(folder, dtype="bfloat16", keep_float32=True)
     spread, reports = edit(module, RECORDS[:1], moments_for(folder), tmp_path, lam=1e3)
     assert "keep_float32" not in caplog.text
-    assert all(layer.written.rounding < 1e-2 for layer in reports[0].layers)
+    assert all(layer.rounding < 1e-2 for layer in reports[0].layers)
     kinds = {name: p.dtype for name, p in module.model.named_parameters()}
     assert {name for name, kind in kinds.items() if kind == torch.float32} == {
         module.sites.weight_name(site, layer) for site in ("attn", "ffn") for layer in (1, 2)

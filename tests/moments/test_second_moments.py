@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from pmet_lightning import SecondMoments
 from pmet_lightning.cli.dispatch import main
-from pmet_lightning.data.corpus import CorpusError, corpus_fingerprint, corpus_texts, packed_rows
+from pmet_lightning.data.corpus import CorpusError, corpus_fingerprint, corpus_texts, pack_rows
 from pmet_lightning.data.encoder import load_tokenizer
 from pmet_lightning.model.architectures import architecture_of
 from pmet_lightning.model.loading import load_config, load_model
@@ -27,8 +27,8 @@ from pmet_lightning.model.projections import Sites, in_features
 from pmet_lightning.moments import collection
 from pmet_lightning.moments.store import MomentError, MomentKey, MomentStore, stored_moments
 from pmet_lightning.moments.sums import MomentSums, memory_groups
-from pmet_lightning.solver.cholesky import factorise
-from pmet_lightning.solver.packed import packed_lower, symmetric, unpacked_symmetric
+from pmet_lightning.solver.cholesky import factorize
+from pmet_lightning.solver.packed import pack_lower, symmetrize, unpack_symmetric
 from pmet_lightning.solver.update import solve_with_factor
 from pmet_lightning.utils.resources import locate
 from tests.harness import quiet_trainer
@@ -68,7 +68,7 @@ def test_equals_one_row_at_a_time(loaded, at_once, block_rows, monkeypatch):
     monkeypatch.setattr("pmet_lightning.solver.packed.BLOCK_ROWS", block_rows)
     model, sites, tokenizer = loaded
     places = [("ffn", 1), ("ffn", 3), ("attn", 1)]
-    rows = list(packed_rows(TEXTS, tokenizer, 12))
+    rows = list(pack_rows(TEXTS, tokenizer, 12))
     assert len(rows[-1].ids) < 12, "the last row is shorter, and padded among others"
     sums = MomentSums(model, sites, places, pad_id=0, device=CPU)
     for start in range(0, len(rows), at_once):
@@ -77,7 +77,7 @@ def test_equals_one_row_at_a_time(loaded, at_once, block_rows, monkeypatch):
     for place in places:
         expected, tokens = plain(model, sites.module(*place), rows)
         assert sums.tokens == tokens
-        assert float((symmetric(sums.lower[place]) - expected).norm() / expected.norm()) < 1e-6
+        assert float((symmetrize(sums.lower[place]) - expected).norm() / expected.norm()) < 1e-6
 
 
 def test_a_real_model_on_real_text(shared):
@@ -85,7 +85,7 @@ def test_a_real_model_on_real_text(shared):
     model, tokenizer = load_model(name, "float32"), load_tokenizer(name)
     sites = Sites.of(model, architecture_of(load_config(name)))
     texts = itertools.islice(corpus_texts(str(shared / "data/wikitext2_valid.raw")), 40)
-    rows = list(packed_rows(texts, tokenizer, 96))
+    rows = list(pack_rows(texts, tokenizer, 96))
     assert {row.ids[0] for row in rows} == {tokenizer.bos_token_id}
     places = [("ffn", layer) for layer in (1, 2, 3)]
     sums = MomentSums(model, sites, places, pad_id=0, device=CPU)
@@ -93,12 +93,12 @@ def test_a_real_model_on_real_text(shared):
     for place in places:
         expected, tokens = plain(model, sites.module(*place), rows)
         assert tokens == sums.tokens == sum(len(row.ids) for row in rows)
-        assert float((symmetric(sums.lower[place]) - expected).norm() / expected.norm()) < 1e-6
+        assert float((symmetrize(sums.lower[place]) - expected).norm() / expected.norm()) < 1e-6
 
 
 def test_packing_loses_no_token(loaded):
     tokenizer = loaded[2]
-    rows = list(packed_rows(TEXTS, tokenizer, 10))
+    rows = list(pack_rows(TEXTS, tokenizer, 10))
     assert {len(row.ids) for row in rows[:-1]} == {10}
     assert [id_ for row in rows for id_ in row.ids] == tokenizer(" ".join(TEXTS))["input_ids"]
 
@@ -161,8 +161,8 @@ def moment(width: int = 5) -> torch.Tensor:
 
 def test_triangles():
     symmetric = moment(7)
-    assert packed_lower(symmetric).tolist() == symmetric[tuple(torch.tril_indices(7, 7))].tolist()
-    assert torch.equal(unpacked_symmetric(packed_lower(symmetric), 7), symmetric)
+    assert pack_lower(symmetric).tolist() == symmetric[tuple(torch.tril_indices(7, 7))].tolist()
+    assert torch.equal(unpack_symmetric(pack_lower(symmetric), 7), symmetric)
 
 
 def test_round_trip_and_list(tmp_path, capsys):
@@ -236,7 +236,7 @@ def test_the_factor_is_kept_beside_the_moment(tmp_path, monkeypatch):
     torch.testing.assert_close(factor.lower_II @ factor.lower_II.T, moment().double(), rtol=1e-6, atol=1e-6)
     assert factor.ridge == 0
     calls = []
-    monkeypatch.setattr("pmet_lightning.moments.store.factorise", lambda m: calls.append(1) or factorise(m))
+    monkeypatch.setattr("pmet_lightning.moments.store.factorize", lambda m: calls.append(1) or factorize(m))
     assert torch.equal(store.factor(place, 5, WEIGHT, CPU).lower_II, factor.lower_II)
     assert not calls
     path = store.path(place).with_suffix(".factor.safetensors")
@@ -309,7 +309,7 @@ def test_the_callback_stores_what_a_plain_sum_gives(folder, corpus, tmp_path, lo
     caplog.set_level("INFO")
     moments = collect(folder, corpus, tmp_path / "out", monkeypatch)
     texts = itertools.islice(corpus_texts(str(corpus), seed=0), 150)
-    rows = list(packed_rows(texts, loaded[2], 16))
+    rows = list(pack_rows(texts, loaded[2], 16))
     for layer in (1, 2):
         expected, tokens = plain(loaded[0], loaded[1].module("ffn", layer), rows)
         found = moments.moment(("ffn", layer)).double()

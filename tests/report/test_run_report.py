@@ -162,7 +162,7 @@ def test_nothing_is_fetched_and_nothing_is_run(full):
 
 
 def test_every_reference_in_a_drawing_has_its_own_target(full):
-    """Six drawings on one page must not borrow each other's clip paths."""
+    """Six drawings on one page must not attach each other's clip paths."""
     page = Page(full.read_text(encoding="utf-8"))
     used = {value[1:] for name, value in page.attributes if name == "xlink:href"}
     used |= {value[5:-1] for name, value in page.attributes if name == "clip-path"}

@@ -24,7 +24,7 @@ from pmet_lightning.solver.null_space import null_space
 from pmet_lightning.solver.update import solve_update
 from pmet_lightning.write import drift
 from pmet_lightning.write import weight_spread as spread_module
-from pmet_lightning.write.keys import measure
+from pmet_lightning.write.keys import measure_keys
 from pmet_lightning.write.weight_spread import WeightSpread
 from tests.tiny import RECORDS, save_tiny
 
@@ -57,9 +57,9 @@ def stop_after(monkeypatch, calls: int) -> None:
         seen.append(1)
         if len(seen) > calls:
             raise KeyboardInterrupt
-        return measure(*arguments)
+        return measure_keys(*arguments)
 
-    monkeypatch.setattr(spread_module, "measure", stopping)
+    monkeypatch.setattr(spread_module, "measure_keys", stopping)
 
 
 def same_patch(one: Path, other: Path, tolerance: float = 1e-9) -> None:
@@ -315,7 +315,7 @@ def test_past_keys_are_protected_as_the_formula_says(inputs, tmp_path, monkeypat
     seen = []
 
     def recording(model, sites, place, values_at, over):
-        keys, values = measure(model, sites, place, values_at, over)
+        keys, values = measure_keys(model, sites, place, values_at, over)
         seen.append((place, keys.clone()))
         return keys, values
 
@@ -326,7 +326,7 @@ def test_past_keys_are_protected_as_the_formula_says(inputs, tmp_path, monkeypat
         solved.append((residual.double(), keys.double(), solution.delta_OI))
         return solution
 
-    monkeypatch.setattr(spread_module, "measure", recording)
+    monkeypatch.setattr(spread_module, "measure_keys", recording)
     monkeypatch.setattr(spread_module, "solve_update", plainly)
     monkeypatch.setattr(spread_module, "FEW_EDITS", 0.0)  # so that every solve goes through it
     fit(inputs, tmp_path / "run", "--spread.protect_past", "true")
@@ -360,10 +360,10 @@ def test_past_sums_are_there_once_and_once_before(inputs, tmp_path, monkeypatch)
     def measuring(*arguments):
         if len(kept) > 1:
             assert not any(alive(-2)), "of the edit batch before the last"
-        return measure(*arguments)
+        return measure_keys(*arguments)
 
     monkeypatch.setattr(WeightSpread, "on_train_batch_end", writing)
-    monkeypatch.setattr(spread_module, "measure", measuring)
+    monkeypatch.setattr(spread_module, "measure_keys", measuring)
     fit(inputs, tmp_path / "run", "--spread.protect_past", "true", "--drift.max_growth", "1e9")
     assert len(kept) == 3
     stored = load_file(tmp_path / "run" / "past-3.safetensors")

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTBigCodeConfig
 
 from pmet_lightning.cli.dispatch import main
-from pmet_lightning.data.corpus import corpus_texts, packed_rows
+from pmet_lightning.data.corpus import corpus_texts, pack_rows
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.evaluation.scores import METRICS
 from pmet_lightning.model.architectures import UnknownArchitectureError
@@ -125,7 +125,7 @@ def test_plain_text_is_watched(run):
     for name, delta in deltas.items():
         edited.get_submodule(name.removesuffix(".weight")).weight += delta
     texts = corpus_texts(locate("atlas-corpus"), seed=1)
-    rows = [row.ids for row in islice(packed_rows(texts, AutoTokenizer.from_pretrained(locate("atlas")), 64), 64)]
+    rows = [row.ids for row in islice(pack_rows(texts, AutoTokenizer.from_pretrained(locate("atlas")), 64), 64)]
     losses, logits = {}, {}
     for name, model in (("before", base), ("after", edited)):
         outputs = [model(torch.tensor([ids]), labels=torch.tensor([ids])) for ids in rows]
@@ -215,7 +215,7 @@ def test_an_interrupt_leaves_whole_edit_batches(run, tmp_path, monkeypatch):
     """Interrupted in the second edit batch, the folder says one, and its patch is that of the first."""
     from pmet_lightning.write import weight_spread as spread
 
-    collect, calls = spread.measure, []
+    collect, calls = spread.measure_keys, []
 
     def interrupt_in_the_second_batch(*args):
         calls.append(1)
@@ -223,7 +223,7 @@ def test_an_interrupt_leaves_whole_edit_batches(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return collect(*args)
 
-    monkeypatch.setattr(spread, "measure", interrupt_in_the_second_batch)
+    monkeypatch.setattr(spread, "measure_keys", interrupt_in_the_second_batch)
     folder = tmp_path / "out"
     arguments = ["fit", "--config", "pmet.yaml", "--trainer.run_dir", str(folder), *SMALL]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -256,7 +256,7 @@ ERRORS = {
     "model": (["--model.model_name", "nowhere/at-all"], "cannot load 'nowhere/at-all'"),
     "data": (["--data.path", "missing.json"], "no edits file 'missing.json'"),
     "corpus": (["--moments.corpus", "missing.txt"], "no corpus 'missing.txt'"),
-    "attention": (["--model.optimise", "ffn", "--spread.write", "attn+ffn"], "set --model.optimise attn"),
+    "attention": (["--model.optimize", "ffn", "--spread.write", "attn+ffn"], "set --model.optimize attn"),
     "context": (["--model.contexts", '["no place"]'], "expected exactly one"),
 }
 
@@ -300,8 +300,8 @@ def test_the_command_line_from_any_folder(tmp_path):
 def test_help(capsys):
     main(["--help"])
     shown = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "stats", "finetune", "compare", "export", "harness", "demo"):
-        assert f"\n  {verb} " in shown
+    for command in ("fit", "validate", "test", "stats", "finetune", "compare", "export", "harness", "demo"):
+        assert f"\n  {command} " in shown
     with pytest.raises(SystemExit, match="2"):
         main(["fti"])
     with pytest.raises(SystemExit, match="0"):

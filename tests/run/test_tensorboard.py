@@ -33,9 +33,9 @@ from pmet_lightning.run.lightning_cli import build_fit
 from pmet_lightning.run.recorder import RunRecorder
 from pmet_lightning.run.tensorboard import TensorBoardCallback
 from pmet_lightning.solver.cholesky import condition_bound
-from pmet_lightning.utils.distributed import Team
+from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.resources import locate
-from pmet_lightning.write.residual import Arrival
+from pmet_lightning.write.residual import ResidualTracker
 from tests.conftest import ROOT
 from tests.harness import as_overrides, edit
 from tests.plain import plain_record
@@ -64,22 +64,22 @@ def inputs(tmp_path_factory):
     return save_tiny("gptj", base / "model"), base
 
 
-def options(inputs, folder: Path, *arguments: str, records: str = "records.json", verb: str = "fit") -> list[str]:
-    """What comes behind the verb."""
+def options(inputs, folder: Path, *arguments: str, records: str = "records.json", command: str = "fit") -> list[str]:
+    """What comes behind the command."""
     model, base = inputs
-    config = "pmet.yaml" if verb == "fit" else "finetune.yaml"
+    config = "pmet.yaml" if command == "fit" else "finetune.yaml"
     moments = ["--moments.corpus", str(base / "corpus.txt"), "--moments.folder", str(base / "moments")]
     own = ["--model.steps", str(STEPS), "--model.clamp", str(CLAMP), "--spread.lam", "2", *moments]
     return [
         "--config", config, "--trainer.run_dir", str(folder), "--trainer.accelerator", "cpu",
         "--trainer.enable_progress_bar", "false", "--model.model_name", model, "--model.layers", json.dumps(LAYERS),
         "--data.path", str(base / records), "--data.edit_batch", str(SIZES[0]), "--drift.text",
-        str(base / "corpus.txt"), *(own if verb == "fit" else []), *arguments,
+        str(base / "corpus.txt"), *(own if command == "fit" else []), *arguments,
     ]  # fmt: skip
 
 
-def fit(inputs, folder: Path, *arguments: str, verb: str = "fit", **kwargs) -> Path:
-    main([verb, *options(inputs, folder, *arguments, verb=verb, **kwargs)])
+def fit(inputs, folder: Path, *arguments: str, command: str = "fit", **kwargs) -> Path:
+    main([command, *options(inputs, folder, *arguments, command=command, **kwargs)])
     return folder
 
 
@@ -119,13 +119,13 @@ def steps(events: EventAccumulator, tag: str) -> list[int]:
     return [point.step for point in events.Scalars(tag)]
 
 
-def promised(scores: dict, written=("ffn",), optimised=("attn", "ffn")) -> dict[str, str]:
+def promised(scores: dict, written=("ffn",), optimized=("attn", "ffn")) -> dict[str, str]:
     """Every tag of the table in docs/tensorboard.md, and what its step is.
 
     Args:
         scores: Of the run.
         written: Sites that it writes.
-        optimised: Sites that have a delta.
+        optimized: Sites that have a delta.
     """
     main_scores = {*METRICS, "perplexity", "kl"}
     names = {
@@ -133,7 +133,7 @@ def promised(scores: dict, written=("ffn",), optimised=("attn", "ffn")) -> dict[
         "part": ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt"),
         "level": ("q10", "q50", "q90"),
         "site": written,
-        "optimised": optimised,
+        "optimized": optimized,
         "place": [f"{site}_layer_{layer}" for site in written for layer in LAYERS],
         "figure": ("loss_curves", "steps", "residual", "norms", "relations", "forgetting"),
         "detail": [name for name in scores["after"] if name not in main_scores],
@@ -182,9 +182,9 @@ def test_every_tag_is_finite_and_has_its_points(run, events, ledger):
     ("option", "sites"),
     [
         (("--spread.write", "attn+ffn"), {"written": ("attn", "ffn")}),
-        (("--model.optimise", "hidden"), {"optimised": ("hidden",)}),
+        (("--model.optimize", "hidden"), {"optimized": ("hidden",)}),
     ],
-    ids=["attn+ffn written", "hidden optimised"],
+    ids=["attn+ffn written", "hidden optimized"],
 )
 def test_the_family_shows_its_own(inputs, tmp_path, option, sites):
     choice = ("--data.skip", "0", "--data.limit", str(sum(SIZES)), "--data.shuffle", "3")
@@ -400,7 +400,7 @@ def test_a_stream_is_shown_to_its_end_and_goes_on(inputs, tmp_path):
 def test_the_baseline_is_shown_too(inputs, ledger, tmp_path):
     """Its first epoch is before its first step: P(o*) is what the other run's ledger has for the unedited model."""
     arguments = ["--model.layers", "[2]", "--model.epochs", "3", "--data.edit_batch", "null", "--data.limit", "4"]
-    found = events_of(fit(inputs, tmp_path / "out", *arguments, verb="finetune"))
+    found = events_of(fit(inputs, tmp_path / "out", *arguments, command="finetune"))
     assert {tag for tag in found.Tags()["scalars"] if tag[0] == "2"} == {"2_finetuning/loss", "2_finetuning/p"}
     assert steps(found, "2_finetuning/loss") == steps(found, "2_finetuning/p") == [0, 1, 2]
     clean = np.array([line["p_prompt_before"] for line in ledger[0]])
@@ -469,21 +469,21 @@ def test_of_thousands_of_edit_batches_few_keep_curves():
 
 
 @pytest.mark.parametrize(
-    ("family", "write", "optimise"),
+    ("family", "write", "optimize"),
     [("gptj", "ffn", "attn+ffn"), ("gpt2", "attn+ffn", "attn+ffn"), ("llama", "ffn", "hidden"),
      ("gemma2", "ffn", "attn+ffn")],
 )  # fmt: skip
-def test_overshoot_and_residual_by_whole_passes(family, write, optimise, tmp_path):
+def test_overshoot_and_residual_by_whole_passes(family, write, optimize, tmp_path):
     """Each write is added to a fresh model, and the states are read there, one prompt at a time."""
     folder = save_tiny(family, tmp_path / "model")
     dtype = "float32" if family == "gemma2" else "float64"
-    module = tiny_module(folder, optimise=optimise, dtype=dtype)
+    module = tiny_module(folder, optimize=optimize, dtype=dtype)
     spread, (report,) = edit(module, RECORDS[:4], moments_for(folder), tmp_path, lam=2.0, write=write)
     model, tokenizer = load_model(folder, dtype, "eager"), load_tokenizer(folder)
     sites = Sites.of(model, architecture_of(load_config(folder)))
     edits = [parse_record(record, i, "") for i, record in enumerate(RECORDS[:4])]
     written = ("attn", "ffn") if write == "attn+ffn" else ("ffn",)
-    value_sites = {site: site if optimise != "hidden" else "hidden" for site in written}
+    value_sites = {site: site if optimize != "hidden" else "hidden" for site in written}
 
     def state(site: str) -> torch.Tensor:
         found = torch.stack([
@@ -531,13 +531,13 @@ def test_an_edit_that_was_there_already_does_not_count():
     target = torch.tensor([[10.0, 0.0], [10.0, 0.0]])
     values_at_first = torch.tensor([[6.0, 0.0], [10.0, 1e-6]])
     stream = torch.zeros(2, 2)
-    team = Team(strategy=None, rank=0, size=1)
-    arrival = Arrival({"ffn": lambda values: target - values}, [values_at_first], stream, team, 2)
+    processes = ProcessGroup(strategy=None, rank=0, size=1)
+    arrival = ResidualTracker({"ffn": lambda values: target - values}, [values_at_first], stream, processes, 2)
     left = arrival.left("ffn", torch.tensor([[9.0, 0.0], [10.0, 3.0]]))
     assert left[0] == pytest.approx(0.25)
     assert left[1].isnan()
-    arrival.pass_by(stream)
-    arrival.pass_by(torch.tensor([[6.0, 5.0], [100.0, 100.0]]))
+    arrival.record_overshoot(stream)
+    arrival.record_overshoot(torch.tensor([[6.0, 5.0], [100.0, 100.0]]))
     assert arrival.overshoots == pytest.approx([-1.0, 0.5])
 
 

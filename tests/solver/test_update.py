@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from pmet_lightning.data.token_rows import IGNORE
 from pmet_lightning.evaluation.probes import harmonic_mean
 from pmet_lightning.model.scoring import kl_divergence, target_scores
-from pmet_lightning.solver.cholesky import Factor, factorise
+from pmet_lightning.solver.cholesky import Factor, factorize
 from pmet_lightning.solver.null_space import null_space, solve_in_null_space
-from pmet_lightning.solver.packed import packed_lower
-from pmet_lightning.solver.update import products, solve_sums, solve_update, solve_with_factor
+from pmet_lightning.solver.packed import pack_lower
+from pmet_lightning.solver.update import multiply_transposed, solve_sums, solve_update, solve_with_factor
 from pmet_lightning.targets.loss import norm_penalty, project_to_ball
-from pmet_lightning.write.residual import share
+from pmet_lightning.write.residual import residual_share
 from pmet_lightning.write.weight_spread import WeightSpread
 from tests.conftest import ROOT
 
@@ -53,8 +53,8 @@ def inverse(residual, keys, moment, lam):
 def test_sums_serve_as_well_as_keys(n):
     residual, keys, moment = problem(n, 16, 6)
     parts = [(residual[i::3], keys[i::3]) for i in range(3)]  # as three processes have them, some of them nothing
-    right = torch.stack([products(e, k) for e, k in parts]).sum(dim=0)
-    solution = solve_sums(right, torch.stack([products(k, k) for _, k in parts]).sum(dim=0), moment, 3.0)
+    right = torch.stack([multiply_transposed(e, k) for e, k in parts]).sum(dim=0)
+    solution = solve_sums(right, torch.stack([multiply_transposed(k, k) for _, k in parts]).sum(dim=0), moment, 3.0)
     torch.testing.assert_close(solution.delta_OI, inverse(residual, keys, moment, 3.0), rtol=1e-10, atol=1e-12)
     assert solution.solve_error < 1e-12
     with pytest.raises(FloatingPointError, match="residual of the solve is not finite"):
@@ -65,13 +65,13 @@ def test_sums_serve_as_well_as_keys(n):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("block", [7, 64, 1000])
 def test_blocks_change_nothing(n, dtype, block, monkeypatch):
-    monkeypatch.setattr("pmet_lightning.solver.update._BLOCK", block)
-    monkeypatch.setattr("pmet_lightning.solver.update._BLOCK_KEYS", block)
+    monkeypatch.setattr("pmet_lightning.solver.update.BLOCK", block)
+    monkeypatch.setattr("pmet_lightning.solver.update.BLOCK_KEYS", block)
     given = [tensor.to(dtype) for tensor in problem(n, 130, 50)]
     given[2] = given[2].tril() + given[2].tril(-1).T
     before = [tensor.clone() for tensor in given]
     expected = inverse(*(tensor.double() for tensor in given), 3.0)
-    factor = factorise(lambda: given[2].to(torch.float64, copy=True))
+    factor = factorize(lambda: given[2].to(torch.float64, copy=True))
     for found in (solve_update(*given, 3.0), solve_with_factor(*given[:2], factor, 3.0)):
         torch.testing.assert_close(found.delta_OI, expected, rtol=1e-8, atol=1e-10)
         assert found.delta_OI.is_contiguous()
@@ -83,7 +83,7 @@ def test_blocks_change_nothing(n, dtype, block, monkeypatch):
 def test_a_stored_factor_gives_the_same_update(n, lam):
     residual, keys, moment = problem(n, 16, 6)
     direct = solve_update(residual, keys, moment, lam)
-    factor = factorise(moment.clone)
+    factor = factorize(moment.clone)
     found = solve_with_factor(residual, keys, factor, lam)
     assert found.ridge == factor.ridge == 0
     torch.testing.assert_close(found.delta_OI, direct.delta_OI, rtol=1e-9, atol=1e-11)
@@ -150,7 +150,7 @@ def test_the_callback_projects_past_keys_onto_the_null_space_of_c():
     now = SimpleNamespace(second_moments=SimpleNamespace(null_space=space),
                           module=SimpleNamespace(device=torch.device("cpu")))  # fmt: skip
     spread = WeightSpread(lam=2.0, null_space=0.3)
-    spread.edited.past_keys["ffn", 0] = packed_lower(keys[:3].T @ keys[:3])
+    spread.edited.past_keys["ffn", 0] = pack_lower(keys[:3].T @ keys[:3])
     found = spread._solution(residual[3:], keys[3:], ("ffn", 0), now)
     expected = solve_in_null_space(residual[3:], keys[3:], null_space(moment, 0.3), 2.0, keys[:3].T @ keys[:3])
     torch.testing.assert_close(found.delta_OI, expected.delta_OI, rtol=1e-9, atol=1e-11)
@@ -209,7 +209,7 @@ def test_a_badly_conditioned_moment(condition, n):
     """The error is what the condition allows; of the system itself nothing is left."""
     given = conditioned(n, 64, condition)
     expected = exact(*given, 100.0)
-    for found in (solve_update(*given, 100.0), solve_with_factor(*given[:2], factorise(given[2].clone), 100.0)):
+    for found in (solve_update(*given, 100.0), solve_with_factor(*given[:2], factorize(given[2].clone), 100.0)):
         assert float((found.delta_OI - expected).norm() / expected.norm()) < 1e-16 * condition
         assert found.solve_error < 1e-10
         assert found.ridge == 0
@@ -218,7 +218,7 @@ def test_a_badly_conditioned_moment(condition, n):
 @pytest.mark.parametrize("n", [4, 100])
 def test_the_error_is_near_the_whole_one(n):
     given = residual, keys, moment = conditioned(n, 64, 1e8, out=40)
-    for found in (solve_update(*given, 9.0), solve_with_factor(*given[:2], factorise(moment.clone), 9.0)):
+    for found in (solve_update(*given, 9.0), solve_with_factor(*given[:2], factorize(moment.clone), 9.0)):
         left = 9.0 * found.delta_OI @ moment + found.delta_OI @ keys.T @ keys
         whole = float((left - residual.T @ keys).norm() / (residual.T @ keys).norm())
         assert found.solve_error == pytest.approx(whole, rel=0.8)
@@ -226,7 +226,7 @@ def test_the_error_is_near_the_whole_one(n):
 
 def test_a_wrong_factor_is_noticed():
     residual, keys, moment = problem(5, 16, 6)
-    good = factorise(moment.clone)
+    good = factorize(moment.clone)
     keys[:, 3] *= 1e9  # edits that reach far into where C has next to nothing
     with pytest.raises(FloatingPointError, match="too singular"):
         solve_with_factor(residual, keys, Factor(good.lower_II * torch.logspace(0, -12, 16), 0.0), 1.0)
@@ -241,7 +241,7 @@ def test_dead_dimensions_with_a_factor(reached, caplog):
     residual, keys, moment = conditioned(5, 24, 1e4)
     moment[:3] = moment[:, :3] = 0
     keys[:, :3] = torch.randn(5, 3, dtype=torch.float64) if reached else 0
-    factor = factorise(moment.clone)
+    factor = factorize(moment.clone)
     assert factor.ridge > 0
     if reached:
         with pytest.raises(FloatingPointError, match="too singular"):
@@ -270,7 +270,7 @@ def test_the_callback_takes_the_way_that_works(n, reached, monkeypatch, caplog):
     monkeypatch.setattr(
         "pmet_lightning.write.weight_spread.solve_update", lambda *given: calls.append(1) or solve_update(*given)
     )
-    moments = SimpleNamespace(moment=lambda _: moment, factor=lambda _: factorise(moment.clone))
+    moments = SimpleNamespace(moment=lambda _: moment, factor=lambda _: factorize(moment.clone))
     keys[:, :3] = torch.randn(n, 3, dtype=torch.float64)
     now = SimpleNamespace(second_moments=moments, module=SimpleNamespace(device=torch.device("cpu")))
     found = WeightSpread(lam=60.0)._solution(residual, keys, ("ffn", 0), now)
@@ -290,12 +290,12 @@ def test_memory(path, most):
         "from pmet_lightning.solver import update as solve\n"
         "def status(name):\n"
         "    return next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith(name)) * 1024\n"
-        "solve._BLOCK = solve._BLOCK_KEYS = 64\n"
+        "solve.BLOCK = solve.BLOCK_KEYS = 64\n"
         "width, count = 3072, 1875\n"
         "keys, residual = torch.randn(count, width), torch.randn(count, width // 4)\n"
         "moment = torch.eye(width, dtype=torch.float64 if sys.argv[1] == 'factor' else torch.float32)\n"
         "if sys.argv[1] == 'sums':\n"
-        "    right, squares = solve.products(residual, keys), torch.eye(width, dtype=torch.float64)\n"
+        "    right, squares = solve.multiply_transposed(residual, keys), torch.eye(width, dtype=torch.float64)\n"
         "solve.solve_update(torch.ones(9, 64), torch.randn(9, 256), torch.eye(256), 1.0)\n"
         "before = status('VmRSS')\n"
         "if sys.argv[1] == 'update':\n"
@@ -320,8 +320,8 @@ def test_nan_is_refused(which, value):
 
 
 def test_shares():
-    assert [share(n, "sqrt") for n in (4, 1)] == [0.5, 1.0]
-    assert [share(n, "even") for n in (4, 1)] == [0.25, 1.0]
+    assert [residual_share(n, "sqrt") for n in (4, 1)] == [0.5, 1.0]
+    assert [residual_share(n, "even") for n in (4, 1)] == [0.25, 1.0]
 
 
 def test_target_scores_against_cross_entropy():
@@ -380,7 +380,7 @@ def test_golden_update(golden, method, rule):
     moment = torch.zeros(width, width)
     moment[tuple(torch.tril_indices(width, width))] = golden["moment_lower"]
     moment = moment + moment.tril(-1).T
-    residual = share(3, rule) * golden[f"{method}/residual"]
+    residual = residual_share(3, rule) * golden[f"{method}/residual"]
     delta = solve_update(residual, keys, moment, float(golden["lam"])).delta_OI
     assert (delta - golden[f"{method}/delta"]).norm() <= 1e-10 * golden[f"{method}/delta"].norm()
 

@@ -19,7 +19,7 @@ from pmet_lightning.model.architectures import ARCHITECTURES, architecture_of
 from pmet_lightning.model.loading import load_config, load_model
 from pmet_lightning.model.projections import Sites, in_features
 from pmet_lightning.targets import target_optimizer as module_of_targets
-from pmet_lightning.targets.active_batch import Flight
+from pmet_lightning.targets.active_batch import ActiveBatch
 from pmet_lightning.targets.loop import TargetLoop
 from pmet_lightning.targets.store import PARTS, mean_curves
 from pmet_lightning.utils.resources import locate
@@ -120,9 +120,9 @@ def test_equals_the_plain_twin(family, window, folder_of, tmp_path):
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_an_edit_raises_the_target(family, folder_of, tmp_path):
-    """One layer, few edits, a small λ: what is written is what was optimised, whatever the family does to it."""
+    """One layer, few edits, a small λ: what is written is what was optimized, whatever the family does to it."""
     folder = folder_of(family)
-    changes = {"layers": [3], "optimise": "ffn", "contexts": [], "clamp": 100.0, "norm_factor": 0.0, "kl_factor": 0.0}
+    changes = {"layers": [3], "optimize": "ffn", "contexts": [], "clamp": 100.0, "norm_factor": 0.0, "kl_factor": 0.0}
     module = tiny_module(folder, dtype="float32", **changes)
     # One token each: the write, unlike the delta, is at work at a target's other tokens too.
     answers = ("Lisbon", "Swedish", "French")
@@ -158,9 +158,9 @@ def test_batching_is_exact(family, variant, folder_of, tmp_path_factory, monkeyp
     records = list(RECORDS)
     values, deltas, _ = run(folder, tmp_path_factory.mktemp("a"), micro_batch=64)
     if change.pop("nothing_shared", False):
-        monkeypatch.setattr(keys, "prefix_of", lambda *_: None)
+        monkeypatch.setattr(keys, "compute_prefix", lambda *_: None)
     if change.pop("no_cache", False):
-        monkeypatch.setattr(prefix, "_is_plain", lambda *_: False)
+        monkeypatch.setattr(prefix, "is_plain_layer", lambda *_: False)
     if change.pop("shuffle", False):
         random.Random(1).shuffle(records)
     other_values, other_deltas, _ = run(folder, tmp_path_factory.mktemp("b"), records, **change)
@@ -227,8 +227,8 @@ def test_realised_and_stored_targets(folder_of, tmp_path_factory):
     """Equal in a parallel block, different in a sequential one."""
     for family, equal in (("gptj", True), ("gpt2", False)):
         stored, _, _ = run(folder_of(family), tmp_path_factory.mktemp("s"))
-        realised, _, _ = run(folder_of(family), tmp_path_factory.mktemp("r"), target_value="realised")
-        distance = max(float((stored[q] - realised[q]).norm()) for q in stored)
+        realized, _, _ = run(folder_of(family), tmp_path_factory.mktemp("r"), target_value="realized")
+        distance = max(float((stored[q] - realized[q]).norm()) for q in stored)
         assert (distance < 1e-9) == equal
 
 
@@ -236,9 +236,9 @@ def test_targets_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
     folder, store = folder_of("gpt2"), str(tmp_path / "targets")
     values, deltas, _ = run(folder, tmp_path, targets_folder=store)
     calls = []
-    original = TargetOptimizer.optimised
+    original = TargetOptimizer.iter_targets
     monkeypatch.setattr(
-        TargetOptimizer, "optimised", lambda self, edits: calls.append(len(edits)) or original(self, edits)
+        TargetOptimizer, "iter_targets", lambda self, edits: calls.append(len(edits)) or original(self, edits)
     )
     again, deltas_again, reports = run(folder, tmp_path, targets_folder=store)
     assert calls == [0]
@@ -287,9 +287,11 @@ def test_places_are_taken_again_as_edits_stop(family, micro_batch, folder_of, tm
     changed["loss_tolerance"] = sorted(lowest)[len(lowest) // 2] + 0.01  # about half of them get there
     _, _, alone = run(folder, tmp_path_factory.mktemp("a"), micro_batch=1, **changed)
     joined = []
-    monkeypatch.setattr(Flight, "join", lambda self, other, own=Flight.join: joined.append(1) or own(self, other))
-    for look_every in (1, 4):
-        monkeypatch.setitem(module_of_targets._LOOK_EVERY, "cpu", look_every)
+    monkeypatch.setattr(
+        ActiveBatch, "join", lambda self, other, own=ActiveBatch.join: joined.append(1) or own(self, other)
+    )
+    for sync_every in (1, 4):
+        monkeypatch.setitem(module_of_targets.SYNC_EVERY, "cpu", sync_every)
         _, _, together = run(folder, tmp_path_factory.mktemp("b"), micro_batch=micro_batch, **changed)
         for a, b in zip(alone[0].targets, together[0].targets, strict=True):
             assert (a.record["steps"], a.record["stop_reason"]) == (b.record["steps"], b.record["stop_reason"])
@@ -353,7 +355,7 @@ def test_a_failing_solve_leaves_every_weight(folder_of, tmp_path, monkeypatch):
 
     folder = folder_of("gpt2")
     module = tiny_module(folder)
-    collect, seen = spread_module.measure, []
+    collect, seen = spread_module.measure_keys, []
 
     def fail_on_the_second(*args):
         seen.append(1)
@@ -361,7 +363,7 @@ def test_a_failing_solve_leaves_every_weight(folder_of, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return collect(*args)
 
-    monkeypatch.setattr(spread_module, "measure", fail_on_the_second)
+    monkeypatch.setattr(spread_module, "measure_keys", fail_on_the_second)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         edit(module, RECORDS, moments_for(folder), tmp_path, lam=2.0)
     assert len(seen) == 2  # the first layer had been written

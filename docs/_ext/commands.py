@@ -1,4 +1,4 @@
-"""Sphinx directives for what the command line takes, read from its own parsers: ``settings`` and ``verbs``."""
+"""Sphinx directives for what the command line takes, read from its own parsers: ``settings`` and ``commands``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from sphinx.util.docutils import SphinxDirective
 
 from pmet_lightning.baselines.finetuning import FineTuning
-from pmet_lightning.cli.dispatch import FILE_VERBS, USAGE
+from pmet_lightning.cli.dispatch import FILE_COMMANDS, USAGE
 from pmet_lightning.run.settings import SECTIONS, section_parser
 from pmet_lightning.run.trainer import EditTrainer
 
@@ -47,8 +47,8 @@ class Settings(_Generated):
     """The settings of a configuration, section by section."""
 
 
-class Verbs(_Generated):
-    """The verbs that are functions, with their options."""
+class Commands(_Generated):
+    """The commands that are functions, with their options."""
 
 
 def settings_markdown() -> str:
@@ -57,21 +57,21 @@ def settings_markdown() -> str:
     tables = {name: [o for o in options if o.name.startswith(f"{name}.")] for name in SECTIONS}
     tuning = LightningArgumentParser()
     tuning.add_lightning_class_args(FineTuning, "model")
-    tables["model, of the verb finetune"] = _options(tuning)
+    tables["model, of the command finetune"] = _options(tuning)
     parts = [f"## {title}\n\n{_table(rows)}" for title, rows in tables.items()]
     return "\n\n".join(
         [*parts, f"## trainer\n\nAll arguments of Lightning's Trainer, and\n\n{_table(_trainer_options())}"]
     )
 
 
-def verbs_markdown() -> str:
-    """A section of each verb."""
+def commands_markdown() -> str:
+    """A section of each command."""
     parts = [f"```text\n{USAGE}\n```"]
-    for verb, module in FILE_VERBS.items():
-        function = getattr(import_module(module), verb)
+    for command, module in FILE_COMMANDS.items():
+        function = getattr(import_module(module), command)
         parser = capture_parser(lambda f=function: auto_cli(f, args=[], as_positional=False))
         said = (inspect.getdoc(function) or "").split("\n\nArgs:")[0]
-        parts.append(f"## {verb}\n\n{_escaped(said)}\n\n{_table(_options(parser))}")
+        parts.append(f"## {command}\n\n{_escaped(said)}\n\n{_table(_options(parser))}")
     return "\n\n".join(parts)
 
 
@@ -128,7 +128,7 @@ def _escaped(text: str) -> str:
 
 def setup(app: Any) -> dict[str, Any]:
     """Read the parsers, and register the directives."""
-    Settings.markdown, Verbs.markdown = settings_markdown(), verbs_markdown()
+    Settings.markdown, Commands.markdown = settings_markdown(), commands_markdown()
     app.add_directive("settings", Settings)
-    app.add_directive("verbs", Verbs)
+    app.add_directive("commands", Commands)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
