@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from pmet_lightning.utils.resources import locate_config
 
@@ -18,7 +19,8 @@ FILE_COMMANDS = {
     "analyze": "pmet_lightning.analysis.command",
 }
 TRAINER_COMMANDS = ("fit", "validate", "test", "stats", "finetune")
-USAGE = """usage: python -m pmet_lightning COMMAND [--config FILE] [options]
+PROGRAM = "pmet-lightning"
+USAGE = f"""usage: {PROGRAM} COMMAND [--config FILE] [options]
 
   fit       optimize targets, write the weights, evaluate before and after
   validate  evaluate a model on the questions of the edits (with --model.patch: an edited one)
@@ -31,7 +33,8 @@ USAGE = """usage: python -m pmet_lightning COMMAND [--config FILE] [options]
   harness   hand an exported model to lm-evaluation-harness
   demo      rebuild the embedded world and its model from a seed
 
-COMMAND --help lists the options of a command; COMMAND --config FILE --print_config shows its settings."""
+COMMAND --help lists the options of a command; COMMAND --config FILE --print_config shows its settings.
+{PROGRAM} --version shows the version; python -m pmet_lightning is the same program."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         sys.stdout.write(USAGE + "\n")
+    elif command == "--version":
+        sys.stdout.write(f"{PROGRAM} {version(PROGRAM)}\n")
     elif command == "stats" and "--list" in arguments:
         from pmet_lightning.moments.store import list_moments
 
@@ -73,7 +78,7 @@ def _start_log(arguments: Sequence[str]) -> None:
 def _call(function: Callable[..., None], arguments: Sequence[str]) -> None:
     from jsonargparse import auto_cli
 
-    auto_cli(function, args=list(arguments), as_positional=False)
+    auto_cli(function, args=list(arguments), as_positional=False, prog=f"{PROGRAM} {function.__name__}")
 
 
 def _locate_configs(arguments: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pmet_lightning.data.token_rows import TokenRow
+from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.resources import locate
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -17,7 +18,7 @@ _SHUFFLED_AT_ONCE = 10_000  # texts
 _TOKENISED_AT_ONCE = 64  # texts
 
 
-class CorpusError(ValueError):
+class CorpusError(PmetError):
     """A corpus without usable text."""
 
 

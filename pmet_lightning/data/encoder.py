@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pmet_lightning.data.token_rows import TokenRow
+from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.pretrained import load_pretrained
 
 Tokenized = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
@@ -21,7 +22,7 @@ MOST_KEPT_TEXTS = 2**15  # texts; about 3 KB each
 REPLACEMENT_CHARACTER = "\ufffd"  # what decoding gives for bytes that are no whole character yet
 
 
-class LocationError(ValueError):
+class LocationError(PmetError):
     """A subject or a target has no token of its own in the text it stands in."""
 
 

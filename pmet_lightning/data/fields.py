@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from pmet_lightning.utils.errors import PmetError
+
 # Fields that records of each format have, read or not; those of a rewrite stand in COUNTERFACT's and MQuAKE's.
 _REWRITE = ("prompt", "subject", "target_new", "target_true", "relation_id", "question", "question_id")
 _COUNTERFACT = (
@@ -21,7 +23,7 @@ _FLAT = (
 _CLOSE = 0.8  # difflib's ratio: 'rephrase_prompts' is this near to 'rephrase_prompt', 'target_true' not to 'target_new'
 
 
-class RecordError(ValueError):
+class RecordError(PmetError):
     """A record that cannot become an edit: says where, what was found and what was expected."""
 
 

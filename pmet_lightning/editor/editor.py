@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.readers import as_edits
@@ -20,6 +21,7 @@ from pmet_lightning.data.records import Edit
 from pmet_lightning.editor.edit_report import EditReport
 from pmet_lightning.editor.isolation import preserve_caller_state
 from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of
+from pmet_lightning.editor.settings import EditorSettings, ModelSettings
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.model.patch import save_patch
@@ -88,11 +90,11 @@ class Editor:
         moments: Mapping[str, Any] | None = None,
         spread: Mapping[str, Any] | None = None,
         drift: Mapping[str, Any] | None = None,
-        **settings: Any,
+        **settings: Unpack[ModelSettings],
     ) -> None:
         adam = None if lr is None else {"class_path": "torch.optim.Adam", "init_args": {"lr": lr}}
         sections = {
-            "model": settings | _given(layers=layers, optimizer=adam),
+            "model": {**settings} | _given(layers=layers, optimizer=adam),
             "data": dict(data or {}) | _given(edit_batch=edit_batch),
             "moments": dict(moments or {}) | _given(corpus=corpus),
             "spread": dict(spread or {}) | _given(lam=lam),
@@ -113,7 +115,7 @@ class Editor:
 
     @classmethod
     def from_config(
-        cls, config: str, model: nn.Module | str | None = None, tokenizer: Any = None, **changes: Any
+        cls, config: str, model: nn.Module | str | None = None, tokenizer: Any = None, **changes: Unpack[EditorSettings]
     ) -> Editor:
         """An editor with the settings of a configuration.
 
@@ -134,8 +136,9 @@ class Editor:
         named = written["model"].pop("model_name")
         unused = (*(LOADING if isinstance(model, nn.Module) else ()), *(("optimizer",) if "lr" in changes else ()))
         settings = {name: value for name, value in written.pop("model").items() if name not in unused}
-        sections = {name: {**section, **(changes.pop(name, None) or {})} for name, section in written.items()}
-        return cls(named if model is None else model, tokenizer, **{**settings, **changes, **sections})
+        given: dict[str, Any] = {**changes}
+        sections = {name: {**section, **(given.pop(name, None) or {})} for name, section in written.items()}
+        return cls(named if model is None else model, tokenizer, **{**settings, **given, **sections})
 
     @property
     def layers(self) -> list[int]:

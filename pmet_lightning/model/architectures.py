@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pmet_lightning.utils.errors import PmetError
+
 SiteName = Literal["attn", "ffn", "hidden"]
 
 
@@ -64,7 +66,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-class UnknownArchitectureError(ValueError):
+class UnknownArchitectureError(PmetError):
     """The model's family is not known, was not described, or cannot be edited."""
 
 

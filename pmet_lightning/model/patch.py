@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pmet_lightning.model.projections import Sites, add_to_weight, is_transposed
+from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.files import atomic_path, write_json
 
 FORMAT = 1
 
 
-class PatchError(ValueError):
+class PatchError(PmetError):
     """A patch that cannot be read or does not belong to the model."""
 
 

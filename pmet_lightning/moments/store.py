@@ -23,6 +23,7 @@ from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.solver.cholesky import Factor, factorize
 from pmet_lightning.solver.packed import pack_lower, unpack_lower, unpack_symmetric
+from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 MOMENTS_FOLDER = "~/.cache/pmet_lightning/moments"
 
 
-class MomentError(ValueError):
+class MomentError(PmetError):
     """Second moments that do not belong to the model, or that there is no room for."""
 
 

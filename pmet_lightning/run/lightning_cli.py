@@ -150,7 +150,7 @@ def _build(kind: type[SingleCommandCLI], command: str, args: list[str] | dict[st
         save_config_kwargs={"overwrite": True},  # the trainer has made sure that no other run is there
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"allow_abbrev": False, command: {"allow_abbrev": False}},
+        parser_kwargs={"prog": "pmet-lightning", "allow_abbrev": False, command: {"allow_abbrev": False}},
         args=args,
         run=run,
     )
