@@ -1,7 +1,7 @@
 """Target vectors written plainly from the method: one edit at a time, its rows in one pass through the whole model.
 
-What every other editor does, and what ours is timed against. It shares no code with the package; the authors' golden
-numbers (tests/write/test_golden.py) and the twin of the tests, which runs one row at a time, check it.
+What every other editor does, what ours is timed against and, in the tests, compared with. It shares no code with the
+package; the authors' golden numbers check it (tests/write/test_golden.py).
 """
 
 from __future__ import annotations
@@ -85,10 +85,11 @@ def plain_target(
     deltas: dict[nn.Module, Tensor] = {}
 
     def add(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+        whole = output.view(*ids.shape, -1)  # OPT flattens rows and tokens
         if module not in clean:
-            clean[module] = output[0, places[0]].detach().to(torch.promote_types(output.dtype, torch.float32))
+            clean[module] = whole[0, places[0]].detach().to(torch.promote_types(output.dtype, torch.float32))
             deltas[module] = torch.zeros_like(clean[module]).requires_grad_()
-        return output.index_put((every, at), deltas[module].to(output.dtype), accumulate=True)
+        return whole.index_put((every, at), deltas[module].to(output.dtype), accumulate=True).view_as(output)
 
     with ExitStack() as hooks:
         for module in (attn, ffn):

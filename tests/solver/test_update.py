@@ -116,7 +116,7 @@ def test_the_null_space_is_left_to_its_keys():
 @pytest.mark.parametrize("past", [False, True])
 @pytest.mark.parametrize("n", [2, 40])
 def test_past_keys_join_the_system_in_the_null_space(n, past):
-    """METHOD.md's AlphaEdit in its own form, for fewer edits than directions (8) and for more."""
+    """AlphaEdit in its own form, for fewer edits than directions (8) and for more."""
     residual, keys, _ = problem(n, 16, 6)
     generator = torch.Generator().manual_seed(1)
     scales = torch.cat([torch.full((8,), 0.01), torch.ones(8)]).double()

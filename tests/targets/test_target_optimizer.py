@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.plain import plain_target
 from pmet_lightning import Edit, TargetOptimizer
 from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
 from pmet_lightning.data.records import Probe, parse_record
@@ -25,7 +26,7 @@ from pmet_lightning.targets.store import PARTS, mean_curves
 from pmet_lightning.utils.resources import locate
 from pmet_lightning.write import keys
 from tests.harness import edit
-from tests.plain import plain_spread, plain_target
+from tests.plain import plain_spread
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS, WINDOWED, save_tiny
 
 # GPT-J's attention is computed in float32 even in a float64 model, and so is Llama's norm.
