@@ -9,9 +9,10 @@ import pytest
 from pmet_lightning.cli.dispatch import main
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("counterfact_250.json", 180), pytest.param("zsre_300.json", 300, marks=pytest.mark.slow)],  # over a minute
+    [("counterfact_250.json", 180), ("zsre_300.json", 300)],
 )
 def test_the_target_becomes_more_probable(shared, tmp_path, name, count, caplog):
     main([

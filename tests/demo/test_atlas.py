@@ -21,6 +21,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_two_hundred_edits(run):
     scores = json.loads((run / "scores.json").read_text())
     assert scores["before"]["count"] == scores["after"]["count"] == 200
@@ -48,6 +49,7 @@ def test_a_sequential_model_is_edited_nearly_as_well(run, tmp_path):
     assert sequential["score"] >= parallel["score"] - 5
 
 
+@pytest.mark.slow
 def test_most_edits_are_said_freely(run):
     lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     said = sum(line["answer"].strip().startswith(line["target"]) for line in lines)

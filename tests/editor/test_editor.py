@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from itertools import pairwise
 
@@ -17,9 +20,11 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from pmet_lightning import Editor, read_edits
+from pmet_lightning import Editor, TargetOptimizer, read_edits
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.data.fields import RecordError
+from pmet_lightning.editor.settings import EditorSettings, ModelSettings
+from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.patch import PatchError, load_patch
 from pmet_lightning.moments.store import MomentError
 from pmet_lightning.run import ledger as ledger_module
@@ -456,3 +461,26 @@ def test_a_model_that_something_else_has_changed(make):
             call()
     model.load_state_dict(changed)
     editor.revert()
+
+
+def test_the_typed_settings_are_those_of_the_classes():
+    """A setting that is added to the module is one of the editor's."""
+    taken = {name for kind in (TargetOptimizer, EditableModel) for name in inspect.signature(kind.__init__).parameters}
+    own = set(inspect.signature(Editor.__init__).parameters) - {"self", "model", "tokenizer", "settings"}
+    assert set(ModelSettings.__annotations__) == taken - {"self", "model_name", "layers", "kwargs"}
+    assert set(EditorSettings.__annotations__) - set(ModelSettings.__annotations__) <= own
+    assert own <= set(EditorSettings.__annotations__) | set(ModelSettings.__annotations__)
+
+
+@pytest.mark.slow
+def test_a_misspelled_setting_is_an_error_of_the_type_checker(tmp_path):
+    (tmp_path / "use.py").write_text(
+        "from pmet_lightning import Editor\n"
+        'Editor("atlas", clamp=3, steps=20, lam=50, data={"limit": 3})\n'
+        'Editor("atlas", clmp=3)\n'
+        'Editor.from_config("pmet.yaml", clamp="three")\n'
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir", str(tmp_path / "cache"), "use.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    errors = [line for line in done.stdout.splitlines() if "use.py" in line and "error:" in line]
+    assert [line.split(":")[1] for line in errors] == ["3", "4"], done.stdout

@@ -225,8 +225,9 @@ def validated(folder: Path, devices: int, batch: int) -> dict[str, float]:
     return {name: float(value) for name, value in pairs if value and name not in ("epoch", "step")}
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_agree(tmp_path):
-    """One evaluation batch for two processes; more batches, and more exactly, are in test_parallel.py."""
+    """One evaluation batch for two processes; more of them, and more exactly: tests/utils/test_distributed.py."""
     one, two = (validated(tmp_path / str(devices), devices, 5) for devices in (1, 2))
     assert one["count"] == two["count"] == 5
     assert one == pytest.approx(two, abs=1e-3)

@@ -64,7 +64,7 @@ def whole(inputs, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 3])
 def sharded(request, inputs, tmp_path_factory):
     """The same with the model on several processes; three of them have unequal parts."""
     folder = tmp_path_factory.mktemp("sharded")
@@ -76,6 +76,7 @@ def sharded(request, inputs, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_weights(family, whole, sharded):
     one, several = (load_file(folder / family / "patch.safetensors") for folder in (whole, sharded))
@@ -84,6 +85,7 @@ def test_the_same_weights(family, whole, sharded):
         assert float((several[name] - tensor).norm() / tensor.norm()) < TOLERANCE[family], name
 
 
+@pytest.mark.slow
 def test_the_documented_strategy_is_the_one_that_ran(sharded):
     """As it stands in multi-gpu.yaml, without a size; the callback of the run sees that no weight stays whole."""
     strategy = yaml.safe_load((sharded / "gpt2" / "config.yaml").read_text())["trainer"]["strategy"]
@@ -96,6 +98,7 @@ def test_the_older_strategy_is_refused():
         prepare_strategy(FSDPStrategy(), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_fingerprint(family, whole, sharded):
     """Each process sees a part of the weights, and the hash is that of all of them."""
@@ -104,6 +107,7 @@ def test_the_same_fingerprint(family, whole, sharded):
     assert (sharded / family / "edited.txt").read_text() not in ("", one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_ledger_and_scores(family, whole, sharded):
     one, several = (

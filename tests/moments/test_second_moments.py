@@ -381,6 +381,7 @@ def collect_slowly(folder, corpus, out, is_ready):
     collect(folder, corpus, out)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(folder, corpus, tmp_path, monkeypatch):
     """SIGKILL at random moments, as often as it takes."""
     whole = collect(folder, corpus, tmp_path / "whole", monkeypatch, block=1)

@@ -7,14 +7,17 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pmet_lightning.utils.distributed import sums_are_less, travelling_bytes
+from pmet_lightning.utils.distributed import ProcessGroup, sums_are_less, travelling_bytes
 from tests.parallel_runs import SHAPES, fit, fit_all
 from tests.tiny import RECORDS, save_tiny
 
@@ -37,7 +40,7 @@ def alone(inputs, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 3])
 def together(request, inputs, tmp_path_factory):
     """The same runs on several processes, in one process group."""
     folder = tmp_path_factory.mktemp(f"processes{request.param}")
@@ -58,6 +61,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_same_weights(shape, alone, together):
     one, several = (load_file(folder / shape / "patch.safetensors") for folder in (alone, together))
@@ -66,6 +70,7 @@ def test_the_same_weights(shape, alone, together):
         assert float((several[name] - tensor).norm() / tensor.norm()) < 1e-8, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_same_targets(shape, alone, together):
     """v* of every edit, and of every step its losses."""
@@ -80,6 +85,7 @@ def test_the_same_targets(shape, alone, together):
             assert float((several[name][part] - tensor).norm() / tensor.norm()) < 1e-8, part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_same_ledger_and_scores(shape, alone, together):
     one, several = (lines(folder / shape) for folder in (alone, together))
@@ -99,6 +105,7 @@ def test_the_same_ledger_and_scores(shape, alone, together):
     )
 
 
+@pytest.mark.slow
 def test_one_of_each_file(alone, together):
     """One ledger, one patch, one table."""
     for shape in SHAPES:
@@ -162,3 +169,86 @@ def test_a_process_that_dies_ends_the_run_and_it_goes_on(rank, inputs, alone, tm
     one, resumed = (load_file(folder / "patch.safetensors") for folder in (alone / "batches", tmp_path / "run"))
     for name, tensor in one.items():
         assert float((resumed[name] - tensor).norm() / tensor.norm()) < 1e-8, name
+
+
+class ThreadStrategy:
+    """What :class:`ProcessGroup` asks of a strategy of Lightning, between threads that play processes."""
+
+    def __init__(self, rank: int, size: int, board: list, barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.board, self.barrier = rank, size, board, barrier
+        self.is_global_zero, self.root_device = rank == 0, torch.device("cpu")
+
+    def exchange(self, value):
+        self.board[self.rank] = value
+        self.barrier.wait(30)
+        everyone = list(self.board)
+        self.barrier.wait(30)
+        return everyone
+
+    def broadcast(self, value, src=0):
+        return self.exchange(value)[src]
+
+    def all_gather(self, tensor):
+        return torch.stack(self.exchange(tensor))
+
+    def reduce(self, tensor, reduce_op):
+        everyone = torch.stack(self.exchange(tensor))
+        return everyone.sum(0) if reduce_op == "sum" else everyone.amin(0)
+
+
+def in_threads(size: int, work: Callable[[ProcessGroup], Any]) -> list[Any]:
+    """What each of some processes makes."""
+    board, barrier = [None] * size, threading.Barrier(size)
+    groups = [ProcessGroup(ThreadStrategy(rank, size, board, barrier), rank, size) for rank in range(size)]
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(work, groups))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_work_is_distributed_and_gathered_in_order(size, count):
+    items = list(range(count))
+
+    def work(group):
+        own = group.shard(items)
+        rows = torch.tensor(own, dtype=torch.float64).unsqueeze(1)
+        return (
+            own,
+            group.all_gather(rows, count).flatten().tolist(),
+            group.all_gather_objects([str(i) for i in own], count),
+            group.all_reduce_sum(torch.tensor([float(len(own))])).item(),
+            group.all_reduce_min(10 + group.rank),
+        )
+
+    found = in_threads(size, work)
+    assert sorted(i for own, *_ in found for i in own) == items
+    assert max(len(own) for own, *_ in found) - min(len(own) for own, *_ in found) <= 1
+    for _, rows, texts, total, least in found:
+        assert rows == items
+        assert texts == list(map(str, items))
+        assert (total, least) == (count, 10)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_one_process_computes_for_all(size):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return torch.tensor([1.5, -2.0]), "rest"
+
+    found = in_threads(size, lambda group: group.compute_on_rank_zero(make, torch.empty(2)))
+    assert len(calls) == 1
+    assert all(torch.equal(tensor, torch.tensor([1.5, -2.0])) and rest == "rest" for tensor, rest in found)
+
+
+def test_an_error_of_the_one_reaches_all():
+    def work(group):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            group.compute_object_on_rank_zero(fail)
+        return True
+
+    def fail():
+        raise FloatingPointError("not finite")
+
+    assert in_threads(3, work) == [True] * 3

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,8 +31,20 @@ TOLERANCE32 = {"target": 1e-2, "delta": 1e-3}
 SHIPPED_RELATIVE = {"target": 1.5e-4, "delta": 8e-5, "key": 3e-5, "value": 3e-5}  # of each vector or matrix
 SHIPPED_ABSOLUTE = {"loss": 7.5e-4, "loss_kl": 6e-5, "loss_norm": 2.5e-5, "p": 2e-5}  # at each step
 REASONS = {"all": "steps", "max_prob==prob": "argmax", "loss<5e-2": "loss"}  # by the first word of theirs
-FLOAT64 = (SHIPPED, *product(ARCHITECTURES, FLOAT64_SETS))
-ALL = (*FLOAT64, *product(ARCHITECTURES, FLOAT32_SETS))
+# The default tier checks the shipped set, and where the others are one of them for each architecture.
+DEFAULT = ("pmet_ffn_float64",)
+
+
+def large(names: tuple[str, ...]) -> list[Any]:
+    """The large sets."""
+    return [
+        pytest.param(arch, name, marks=() if name in DEFAULT else pytest.mark.slow)
+        for arch, name in product(ARCHITECTURES, names)
+    ]
+
+
+FLOAT64 = (SHIPPED, *large(FLOAT64_SETS))
+ALL = (*FLOAT64, *large(FLOAT32_SETS))
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +107,10 @@ def test_target_vectors(golden_run, arch, name):
     ("arch", "name"),
     [
         SHIPPED,
-        *product(ARCHITECTURES, ["pmet_ffn_easy_float64"]),
-        *(pytest.param(arch, "pmet_ffn_float64", marks=pytest.mark.slow) for arch in ARCHITECTURES),
+        *(
+            pytest.param(arch, name, marks=pytest.mark.slow)
+            for arch, name in product(ARCHITECTURES, ("pmet_ffn_easy_float64", "pmet_ffn_float64"))
+        ),
     ],
 )
 def test_the_plain_targets_of_the_benchmarks(golden_case, arch, name):
