@@ -1,1 +1,1 @@
-"""What the editor is compared with."""
+"""Baselines that the editor is compared with."""

@@ -1,7 +1,7 @@
-"""The honest baseline: plain fine-tuning of one layer, as a LightningModule.
+"""A baseline: plain fine-tuning of one layer, as a LightningModule.
 
-The FFN output projection of one layer learns the targets by gradient descent on the rows that the target optimization
-uses too. What is learnt goes nowhere but into that matrix, so it can be compared with what an editor writes.
+The FFN output projection of one layer learns the targets by gradient descent on rows that the target optimization uses
+too. Nothing but that matrix is changed, so the result can be compared with what an editor writes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class FineTuning(EditableModel):
 
     Args:
         model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
-        epochs: Most passes over the edits.
-        batch: Edits of a gradient step.
+        epochs: Maximum number of passes over the edits.
+        batch: Edits in a gradient step.
         optimizer: Any optimizer.
         loss_tolerance: Training stops when the mean negative log-likelihood of an epoch is below this.
-        max_change: Longest change of the matrix, in norms of the matrix; null bounds nothing.
+        max_change: Limit of the norm of the change, relative to that of the matrix; null sets no limit.
         seed: Seed of the order of the edits.
         kwargs: Everything that :class:`~pmet_lightning.evaluation.editable.EditableModel` takes.
     """
@@ -57,11 +57,11 @@ class FineTuning(EditableModel):
 
     @property
     def projection(self) -> nn.Module:
-        """What is trained."""
+        """The projection that is trained."""
         return self.sites.module("ffn", self.layers[-1])
 
     def configure_model(self) -> None:
-        """Load the language model, once; its one trained matrix is held in float32."""
+        """Load the language model, once; the trained matrix is kept in float32."""
         if self.lm is None:
             if self.device_mesh is not None:
                 raise ValueError("finetune trains a weight, which must not be sharded: expected one process or ddp")
@@ -74,7 +74,7 @@ class FineTuning(EditableModel):
         return self.optimizer_callable([self.projection.weight])  # type: ignore[list-item]
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
-        """Train on all edits until their loss is low, or the epochs are over."""
+        """Train on all edits until their loss is low enough, or for ``epochs`` passes."""
         rows = [self.encoder.encode(e.prompt, e.subject, context=BARE, target=e.target) for e in batch.edits]
         weight = self.projection.weight
         assert isinstance(weight, Tensor)
@@ -92,7 +92,7 @@ class FineTuning(EditableModel):
                     break
 
     def _step(self, rows: list[TokenRow], weight: Tensor, clean: Tensor) -> Tensor:
-        """One gradient step; the negative log-likelihood of each edit before it."""
+        """Take one gradient step; returns the negative log-likelihood of each edit before it."""
         padded = pad_rows(rows, self.encoder.pad_id, self.padding_side).to(self.device)
         nll = target_scores(label_logits(self.model, padded), padded.label_ids).nll
         optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
@@ -101,6 +101,6 @@ class FineTuning(EditableModel):
         if self.max_change is not None:
             with torch.no_grad():
                 change = weight - clean
-                most = self.max_change * clean.norm()
-                weight.copy_(clean + change * (most / change.norm().clamp_min(1e-30)).clamp(max=1.0))
+                limit = self.max_change * clean.norm()
+                weight.copy_(clean + change * (limit / change.norm().clamp_min(1e-30)).clamp(max=1.0))
         return nll.detach()

@@ -1,1 +1,1 @@
-"""The second moments of keys over general text, collected once and kept."""
+"""The second moments of keys over general text, collected once and stored."""

@@ -1,7 +1,8 @@
 """One pass over a corpus for the second moments of some projections: on all processes, and resumable.
 
-The rows of the corpus are dealt to the processes block by block; sums are reduced where they are looked at, and every
-process keeps its own from time to time, so that a killed run goes on where it was and ends with the same numbers.
+The rows of the corpus are distributed over the processes block by block. The sums are reduced only when the moments
+are evaluated, and every process saves its own from time to time, so that a killed run resumes where it was and ends
+with the same numbers.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from pmet_lightning.utils.progress import counter
 
 log = logging.getLogger(__name__)
 
-# Without a number of texts: between four and 32 key vectors for each key dimension.
+# Without a given number of texts: between 4 and 32 key vectors for each key dimension.
 LEAST_KEYS, MOST_KEYS = 4, 32
-# Rows dealt out between two chances to save; the moments are looked at after 2, 4, 8, … blocks.
+# Rows distributed between two chances to save; the moments are evaluated after 2, 4, 8, … blocks.
 BLOCK = 32
 
 
@@ -48,9 +49,9 @@ class CollectionSettings:
     Attributes:
         corpus: File or hub data set.
         subset: Subset of a hub data set.
-        samples: Texts; ``None`` stops by itself.
-        tolerance: Relative change by the last doubling below which it stops by itself.
-        length: Tokens of a row.
+        samples: Number of texts; ``None`` stops by itself.
+        tolerance: Relative change with the last doubling of the text below which the pass stops by itself.
+        length: Tokens in a row.
         seed: Seed of the order of the texts.
         save_every: Seconds between two saves.
     """
@@ -64,19 +65,19 @@ class CollectionSettings:
     save_every: float
 
     def described(self) -> str:
-        """For a log line."""
+        """The settings in words, for a log line."""
         return f"{'enough' if self.samples is None else self.samples} texts of {self.corpus}"
 
 
 class Collection:
-    """The pass.
+    """The pass over the corpus.
 
     Args:
         settings: What to read.
         trainer: Its strategy reduces over the processes.
         module: The language model.
         projection_ids: The projections.
-        store: Where the moments go, and the unfinished sums meanwhile.
+        store: Where the moments are stored, and the unfinished sums until then.
         key: What the moments depend on.
     """
 
@@ -92,7 +93,7 @@ class Collection:
         self.settings, self.trainer, self.module, self.store, self.key = settings, trainer, module, store, key
         self.processes = ProcessGroup.of(trainer)
         self.sums = MomentSums(module.model, module.sites, projection_ids, module.encoder.pad_id, module.device)
-        self.previous: dict[ProjectionId, Tensor] = {}  # the moments at the last look
+        self.previous: dict[ProjectionId, Tensor] = {}  # the moments at the last evaluation
         width = max(len(total) for total in self.sums.lower.values())
         self.least, self.most = LEAST_KEYS * width, MOST_KEYS * width
         name = hashlib.sha256(repr(sorted(self.sums.lower)).encode()).hexdigest()[:12]
@@ -125,8 +126,8 @@ class Collection:
         log.info("second moments over %d tokens", tokens)
 
     def _pass(self) -> None:
-        """Blocks from where it was left to the end, or to where it is enough."""
-        saved = time.monotonic()
+        """Add blocks, from the first that is missing, until the corpus ends or the moments no longer change."""
+        last_save = time.monotonic()
         total = None if self.settings.samples else self.most
         with counter(self.trainer, total, "Second moments", "token") as bar:
             bar.update(self.sums.tokens * self.processes.size)
@@ -135,15 +136,15 @@ class Collection:
                     continue
                 self._add(self.processes.shard(block))
                 bar.update(sum(len(row.ids) for row in block))
-                if self.settings.samples:  # how many tokens they will be shows as they are read
+                if self.settings.samples:  # their number of tokens is estimated as they are read
                     bar.total = round(bar.n * self.settings.samples / max(self.texts_read, 1))
                 self.blocks_done = number + 1
-                if number and self.blocks_done.bit_count() == 1 and self._look():
+                if number and self.blocks_done.bit_count() == 1 and self._check_convergence():
                     return
-                due = time.monotonic() - saved >= self.settings.save_every
+                due = time.monotonic() - last_save >= self.settings.save_every
                 if self.trainer.strategy.broadcast(due):
                     self._save()
-                    saved = time.monotonic()
+                    last_save = time.monotonic()
 
     def _blocks(self) -> Iterator[list[TokenRow]]:
         settings = self.settings
@@ -163,14 +164,14 @@ class Collection:
         for indices in by_token_budget([len(row.ids) for row in rows], self.module.tokens_per_batch):
             self.sums.add([rows[i] for i in indices])
 
-    def _look(self) -> bool:
-        """Compare the moments with those from half the text; whether that is enough."""
+    def _check_convergence(self) -> bool:
+        """Compare the moments with those from half the text; returns whether they have converged."""
         tokens = self._tokens()
         changes = []
         for projection_id, total in self.sums.lower.items():
             moment = symmetrize(self.processes.all_reduce_sum(total)).div_(tokens)
             if projection_id in self.previous:
-                change = _relative_change(self.previous.pop(projection_id), moment)  # gone before the next
+                change = _relative_change(self.previous.pop(projection_id), moment)  # freed before the next
                 rank = float(moment.diagonal().sum() ** 2 / moment.norm() ** 2)
                 changes.append(change)
                 log.info(
@@ -178,8 +179,8 @@ class Collection:
                     "rank %.1f of %d", *projection_id, tokens, 100 * change, rank, len(moment),
                 )  # fmt: skip
             self.previous[projection_id] = moment.float()
-        enough = len(changes) == len(self.sums.lower) and max(changes) <= self.settings.tolerance
-        return self.settings.samples is None and tokens >= self.least and enough
+        converged = len(changes) == len(self.sums.lower) and max(changes) <= self.settings.tolerance
+        return self.settings.samples is None and tokens >= self.least and converged
 
     def _tokens(self) -> int:
         return int(self.processes.all_reduce_sum(torch.tensor(self.sums.tokens, device=self.module.device)))
@@ -190,14 +191,14 @@ class Collection:
         return self.unfinished / f"{block:08d}-{rank}-of-{self.processes.size}.safetensors"
 
     def _own_files(self) -> dict[int, Path]:
-        """What this process has kept, by the number of blocks done."""
+        """Files that this process has saved, by the number of blocks done."""
         return {
             int(p.name[:8]): p
             for p in self.unfinished.glob(f"*-{self.processes.rank}-of-{self.processes.size}.safetensors")
         }
 
     def _save(self) -> None:
-        """Keep this process' sums; the files of the save before go once all processes have theirs."""
+        """Save this process's sums; files of earlier saves are deleted once all processes have saved."""
         tensors = {}
         for (site, layer), total in self.sums.lower.items():
             tensors[f"sum-{site}-{layer}"] = pack_lower(total.cpu())
@@ -212,9 +213,9 @@ class Collection:
                 path.unlink(missing_ok=True)
 
     def _resume(self) -> None:
-        """Go on from the last block that all processes have kept."""
-        whole = [b for b in self._own_files() if all(self._path(b, r).is_file() for r in range(self.processes.size))]
-        newest = self.trainer.strategy.broadcast(max(whole, default=0))
+        """Resume after the last block that all processes have saved."""
+        complete = [b for b in self._own_files() if all(self._path(b, r).is_file() for r in range(self.processes.size))]
+        newest = self.trainer.strategy.broadcast(max(complete, default=0))
         if not newest:
             return
         path = self._path(newest, self.processes.rank)
@@ -229,11 +230,11 @@ class Collection:
         except (SafetensorError, OSError, KeyError) as error:
             raise MomentError(f"{path}: unreadable unfinished sums ({error}); delete {self.unfinished}") from error
         self.blocks_done = newest
-        log.info("going on behind block %d of an unfinished collection", newest)
+        log.info("resuming an unfinished collection after block %d", newest)
 
 
 def _relative_change(before_II: Tensor, now_II: Tensor) -> float:
-    """‖now − before‖ / ‖now‖, row by row: there may be no room for the difference."""
+    """‖now − before‖ / ‖now‖, some rows at a time: there may be no memory for the whole difference."""
     rows = zip(before_II.split(512), now_II.split(512), strict=True)
     square = sum(float((now - before).square().sum()) for before, now in rows)
     return math.sqrt(square) / float(now_II.norm())

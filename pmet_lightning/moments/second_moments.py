@@ -1,4 +1,4 @@
-"""A callback that has the second moments ready before the first edit: found in a folder, or collected."""
+"""A callback that provides the second moments before the first edit: found in a folder, or collected."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ log = logging.getLogger(__name__)
 
 
 class SecondMoments(HyperparametersMixin, L.Callback):
-    """Second moments of the edited layers, by model, tokenizer, corpus, count, length and precision.
+    """Second moments of the edited layers, stored by model, tokenizer, corpus, samples, length, precision and seed.
 
     Args:
-        corpus: A local file (.jsonl, .csv or .parquet with a column 'text', or plain text with one text a line), a hub
-            data set with a column 'text', or the shipped 'atlas-corpus'.
-        corpus_subset: Subset of a hub data set; null where it has none. A local file has none anyway.
-        samples: Texts used. 'auto' goes on until the moments no longer change (4 to 32 tokens for each key dimension).
-        tolerance: With 'auto', the relative change from doubling the text below which it is enough.
-        length: Tokens of a row that texts are packed into.
+        corpus: A local file (.jsonl, .csv or .parquet with a column 'text', or plain text with one text per line), a
+            hub data set with a column 'text', or the shipped 'atlas-corpus'.
+        corpus_subset: Subset of a hub data set; null if it has none. Ignored for a local file.
+        samples: Number of texts. 'auto' adds texts until the moments no longer change (4 to 32 tokens for each key
+            dimension).
+        tolerance: With 'auto', the relative change with the last doubling of the text below which no more is added.
+        length: Tokens in a row that texts are packed into.
         seed: Seed of the order of the texts.
-        folder: Where moments are kept; a matching one is used, a missing one collected.
-        given: A folder with moments made elsewhere, by this program or by ROME or MEMIT (.npz), which is used as it is
-            and never added to.
+        folder: Where moments are stored; a matching one is used, a missing one is collected.
+        given: A folder with moments made elsewhere, by this program or by ROME or MEMIT (.npz), used as it is and
+            never added to.
         save_every: Seconds between two saves of an unfinished collection.
         write: Which sites are edited; linked to --spread.write on the command line.
     """
@@ -62,9 +63,9 @@ class SecondMoments(HyperparametersMixin, L.Callback):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        wanted = None if samples == "auto" else int(samples)
+        count = None if samples == "auto" else int(samples)
         self.settings = CollectionSettings(
-            corpus, corpus_subset, wanted, float(tolerance), int(length), int(seed), float(save_every)
+            corpus, corpus_subset, count, float(tolerance), int(length), int(seed), float(save_every)
         )
         self.folder = Path(folder).expanduser()
         self.given = given
@@ -74,19 +75,19 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         self._null_spaces: dict[tuple[ProjectionId, float], NullSpace] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that every moment that the spread will ask for is there; collect those that are missing.
+        """Check that every moment that the write will need is there; collect those that are missing.
 
         Raises:
-            MomentError: If a stored moment is of another model, layer or width, or there is no room for one.
+            MomentError: If a stored moment is of another model, layer or width, or there is no memory for one.
             FileNotFoundError: If the corpus, or a moment in ``given``, is not there.
             CorpusError: If the corpus has no text.
         """
         assert isinstance(pl_module, EditableModel)
         config: Any = pl_module.model.config
-        most = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if most is not None and most < self.settings.length:
-            log.info("rows of %d tokens instead of %d: the model has no more positions", most, self.settings.length)
-            self.settings = replace(self.settings, length=int(most))
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and longest < self.settings.length:
+            log.info("rows of %d tokens instead of %d: the model has no more positions", longest, self.settings.length)
+            self.settings = replace(self.settings, length=int(longest))
         projection_ids: list[ProjectionId] = [(site, layer) for layer in pl_module.layers for site in self.sites]
         widths = {
             projection_id: in_features(pl_module.sites.module(*projection_id)) for projection_id in projection_ids
@@ -98,7 +99,7 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         if missing and pl_module.edits_done:
             raise MomentError(
                 f"moments of layers {sorted({layer for _, layer in missing})} are no longer in {store.folder}, "
-                "and those of the edited model are others; take the edits back, or put the files back"
+                "and those of the edited model would differ; take the edits back, or put the files back"
             )
         if missing:
             log.info(
@@ -119,17 +120,17 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         log.info("second moments of %d projections ready in %s", len(projection_ids), store.folder)
 
     def moment(self, projection_id: ProjectionId) -> Tensor:
-        """The second moment of a projection, shape [I, I], float32, read when it is asked for."""
+        """The second moment of a projection, shape [I, I], float32, read from its file at every call."""
         store, width, name, _ = self._stored(projection_id)
         return store.load(projection_id, width, name)
 
     def factor(self, projection_id: ProjectionId) -> Factor:
-        """Its Cholesky factor, float64, on the module's device; kept beside it."""
+        """Cholesky factor of a moment, float64, on the module's device; stored beside the moment."""
         store, width, name, device = self._stored(projection_id)
         return store.factor(projection_id, width, name, device)
 
     def null_space(self, projection_id: ProjectionId, share: float) -> NullSpace:
-        """Its null space, on the module's device; computed once, and kept on the CPU (8 · I · R bytes).
+        """Null space of a moment, on the module's device; computed once, and kept on the CPU (8 · I · R bytes).
 
         Args:
             projection_id: The projection.

@@ -1,6 +1,6 @@
-"""Second moments C = E[k kᵀ] of keys over general text: summed in one pass for many layers, stored for reuse.
+"""Files of second moments C = E[k kᵀ] of keys over general text, and of their Cholesky factors.
 
-Legend: T = tokens, I = in-features (d_k).
+Legend: I = in-features (d_k).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOMENTS_FOLDER = "~/.cache/pmet_lightning/moments"
 
 
 class MomentError(PmetError):
-    """Second moments that do not belong to the model, or that there is no room for."""
+    """Second moments that do not belong to the model, or that there is no memory for."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class MomentKey:
         model: Fingerprint of the weights.
         tokenizer: Fingerprint of the tokenizer.
         corpus: Fingerprint of the corpus.
-        samples: Texts used, or 'auto' with its tolerance.
-        length: Tokens of a row.
+        samples: Number of texts, or 'auto' with its tolerance.
+        length: Tokens in a row.
         dtype: Precision of the model.
         seed: Seed of the order of the texts.
     """
@@ -78,9 +78,9 @@ class MomentStore:
         return self.folder / f"{projection_id[0]}-{projection_id[1]}.safetensors"
 
     def save(self, projection_id: ProjectionId, moment_II: Tensor, tokens: int, key: MomentKey) -> None:
-        """Store a mean second moment, one triangle of it in float32."""
+        """Store a mean second moment: one triangle of it, in float32."""
         lower = pack_lower(moment_II.to(torch.float32).cpu())
-        described = {
+        metadata = {
             **vars(key),
             "site": projection_id[0],
             "layer": projection_id[1],
@@ -89,21 +89,21 @@ class MomentStore:
             "checksum": checksum(lower),
         }
         with atomic_path(self.path(projection_id)) as temporary:
-            save_file({"lower": lower}, temporary, metadata={name: str(value) for name, value in described.items()})
+            save_file({"lower": lower}, temporary, metadata={name: str(value) for name, value in metadata.items()})
 
     def check(self, projection_id: ProjectionId, model: str, width: int, weight_name: str) -> None:
-        """See that a moment is there and is of this model, layer and width, without reading it whole.
+        """Check that a moment is there and is of this model, layer and width, without reading all of it.
 
         Raises:
             FileNotFoundError: If it is not there.
-            MomentError: With expected and found, if it belongs to something else or is broken.
+            MomentError: If it belongs to something else or is broken; the message says what was expected and found.
         """
         path = self.path(projection_id)
         if not path.is_file():
             if self._npz(weight_name) is None:
                 raise FileNotFoundError(f"no second moments {str(path)!r}; run the command 'stats' to collect them")
             return
-        found, entries = self._described(path)
+        found, entries = _read_metadata(path)
         expected = {"model": model, "site": projection_id[0], "layer": str(projection_id[1])}
         for name, value in expected.items():
             if found.get(name) != value:
@@ -115,7 +115,7 @@ class MomentStore:
             raise MomentError(f"{path}: expected width {width}, found {found.get('width')} with {entries} numbers")
 
     def load(self, projection_id: ProjectionId, width: int, weight_name: str) -> Tensor:
-        """A moment that :meth:`check` has found in order, shape [I, I], float32.
+        """A moment that has passed :meth:`check`, shape [I, I], float32.
 
         Raises:
             MomentError: If the file is broken, or an .npz file is of another width.
@@ -130,40 +130,33 @@ class MomentStore:
             raise _broken(path, error) from error
 
     def factor(self, projection_id: ProjectionId, width: int, weight_name: str, device: torch.device) -> Factor:
-        """Cholesky factor of a moment (plus a ridge where it is singular), float64, kept beside it.
+        """Cholesky factor of a moment (plus a ridge where it is singular), float64, stored beside it.
 
-        A kept factor is known by the checksum of the moment that it is of, and the moment is not read then.
+        A stored factor has the checksum of its moment; if it matches, the moment itself is not read.
 
         Returns:
             The factor, on the device, and its ridge.
         """
         path = self.path(projection_id).with_suffix(".factor.safetensors")
-        kept = (
-            self._described(self.path(projection_id))[0].get("checksum", "")
+        moment_checksum = (
+            _read_metadata(self.path(projection_id))[0].get("checksum", "")
             if self.path(projection_id).is_file()
             else ""
         )
         try:
             with safe_open(path, framework="pt") as file:
                 found = file.metadata() or {}
-                if kept and found.get("checksum") == kept and "ridge" in found:
+                if moment_checksum and found.get("checksum") == moment_checksum and "ridge" in found:
                     lower_II = unpack_lower(file.get_tensor("lower"), width).to(device)
                     return Factor(lower_II, float(found["ridge"]))
         except (SafetensorError, OSError):
-            pass  # absent or broken: made anew
+            pass  # absent or broken: computed again
         factor = factorize(lambda: self.load(projection_id, width, weight_name).to(device).double())
         if not self.read_only:
             with atomic_path(path) as temporary:
-                described = {"checksum": kept, "ridge": repr(factor.ridge)}
-                save_file({"lower": pack_lower(factor.lower_II.cpu())}, temporary, metadata=described)
+                metadata = {"checksum": moment_checksum, "ridge": repr(factor.ridge)}
+                save_file({"lower": pack_lower(factor.lower_II.cpu())}, temporary, metadata=metadata)
         return factor
-
-    def _described(self, path: Path) -> tuple[dict[str, str], int]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.metadata() or {}, int(file.get_slice("lower").get_shape()[0])
-        except (SafetensorError, OSError) as error:
-            raise _broken(path, error) from error
 
     def _npz(self, weight_name: str) -> Path | None:
         """A file of sums and counts that ROME or MEMIT made for a weight."""
@@ -172,7 +165,7 @@ class MomentStore:
 
     def _from_npz(self, width: int, weight_name: str) -> Tensor:
         path = self._npz(weight_name)
-        assert path is not None, "check has found it"
+        assert path is not None, "check() has found it"
         try:
             with np.load(path) as file:
                 total, count = torch.from_numpy(file["mom2.mom2"]), float(file["mom2.count"])
@@ -180,8 +173,17 @@ class MomentStore:
             raise MomentError(f"{path}: expected arrays mom2.mom2 and mom2.count ({error})") from error
         if list(total.shape) != [width, width]:
             raise MomentError(f"{path}: expected width {width}, found shape {list(total.shape)}")
-        log.warning("%s: taken as it is; such a file does not say which model it is of", path)
+        log.warning("%s: used as it is; such a file does not say which model it belongs to", path)
         return (total.double() / count).float()
+
+
+def _read_metadata(path: Path) -> tuple[dict[str, str], int]:
+    """Metadata of a stored moment, and the length of its packed triangle."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, int(file.get_slice("lower").get_shape()[0])
+    except (SafetensorError, OSError) as error:
+        raise _broken(path, error) from error
 
 
 def _broken(path: Path, error: Exception) -> MomentError:
@@ -189,7 +191,7 @@ def _broken(path: Path, error: Exception) -> MomentError:
 
 
 def stored_moments(folder: str | Path) -> Iterator[dict[str, str]]:
-    """What is kept in a folder of moments: the description of every file, with its path."""
+    """What is stored in a folder of moments: the metadata of every file, with its path."""
     for path in sorted(Path(folder).expanduser().glob("*/*.safetensors")):
         if path.suffixes[-2:-1] == [".factor"]:
             continue
@@ -201,10 +203,10 @@ def stored_moments(folder: str | Path) -> Iterator[dict[str, str]]:
 
 
 def list_moments(folder: str = MOMENTS_FOLDER) -> None:
-    """Show the second moments that are kept.
+    """Show the second moments that are stored.
 
     Args:
-        folder: Where they are kept (--moments.folder of the other commands).
+        folder: Where they are stored (--moments.folder of the other commands).
     """
     columns = ("model", "site", "layer", "width", "tokens", "samples", "length", "dtype", "corpus", "path")
     rows = [columns, *(tuple(found.get(name, "-") for name in columns) for found in stored_moments(folder))]

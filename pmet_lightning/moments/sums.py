@@ -28,7 +28,7 @@ class MomentSums:
         model: The language model.
         sites: Its modules.
         projection_ids: Sites and layers.
-        pad_id: Padding token; padded positions are left out exactly.
+        pad_id: Padding token; padded positions add exactly nothing.
         device: Where the model is.
     """
 
@@ -39,7 +39,7 @@ class MomentSums:
         self.modules = {projection_id: sites.module(*projection_id) for projection_id in projection_ids}
         self.last = sites.layers[max(layer for _, layer in projection_ids)]
         self.tokens = 0
-        # The lower triangles hold the sums, what is above is no use.
+        # Only the lower triangles hold sums; entries above the blocks on the diagonal stay zero.
         self.lower = {
             projection_id: torch.zeros(in_features(m), in_features(m), dtype=torch.float64, device=device)
             for projection_id, m in self.modules.items()
@@ -47,7 +47,7 @@ class MomentSums:
 
     @torch.no_grad()
     def add(self, rows: Sequence[TokenRow]) -> None:
-        """Add every token of some rows, in one pass that ends after the last layer."""
+        """Add every token of some rows, in one pass that ends after the last of the layers."""
         batch: RowBatch = pad_rows(rows, self.pad_id).to(self.device)
         mask_RT = batch.attention_mask.bool()
         self.tokens += int(mask_RT.sum())
@@ -78,7 +78,7 @@ def _sum_inputs(module: nn.Module, mask_RT: Tensor, lower_II: Tensor) -> Iterato
 def memory_groups(widths: Mapping[ProjectionId, int], available: int) -> list[list[ProjectionId]]:
     """Projections whose sums fit into memory together; each group is a pass of its own over the corpus.
 
-    A projection needs its sum in float64 and its last moment in float32 all the time, and one float64 matrix besides.
+    A projection always needs its sum in float64 and its previous moment in float32, and at times one float64 matrix.
 
     Args:
         widths: d_k of each projection, in order.

@@ -1,1 +1,1 @@
-"""What a run shows: tables, figures, one page."""
+"""The report of a run: tables, figures, one HTML page."""

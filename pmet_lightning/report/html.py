@@ -1,4 +1,4 @@
-"""Pages that need nothing but a browser: their template, their figures as drawings inside them, their colors."""
+"""Pages that need nothing but a browser: their templates, their figures as inline SVG, their colors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Of the light page; in the page they are variables of the style sheet, which has dark ones too.
+# Colors of the light theme; in the page they are variables of the style sheet, which has a dark theme too.
 COLORS = {
     **{"paper": "#ffffff", "ink": "#24303d", "muted": "#66727f", "grid": "#dde2e8"},
     **{"blue": "#2f6fb0", "orange": "#c8761a", "green": "#2e8b67", "purple": "#8457a6"},
@@ -43,8 +43,8 @@ def write_page(template: str, values: Mapping[str, Any], path: Path) -> Path:
 
     Args:
         template: Its file name.
-        values: What it may name, beside ``metrics``, ``colors``, ``json`` and the filter ``shown``.
-        path: The page.
+        values: Variables of the template, besides ``metrics``, ``colors``, ``json`` and the filter ``shown``.
+        path: File of the page.
 
     Returns:
         The path.
@@ -53,19 +53,19 @@ def write_page(template: str, values: Mapping[str, Any], path: Path) -> Path:
 
     environment = Environment(loader=PackageLoader("pmet_lightning.report"), autoescape=True, trim_blocks=True)
     environment.filters["shown"] = _shown
-    own = {
+    shared = {
         "metrics": METRICS,
         "colors": COLORS,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
     }
-    page = environment.get_template(template).render(**own, **values)
+    page = environment.get_template(template).render(**shared, **values)
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON has it: null for NaN and infinity, and text that can be encoded."""
+    """The same as plain JSON values: null for NaN and infinity, and text that can be encoded."""
     if isinstance(value, Mapping):
         return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -78,32 +78,32 @@ def plain(value: Any) -> Any:
 
 
 def number(value: Any) -> float:
-    """The number, or NaN where there is none."""
+    """The value as a float, or NaN if it is no number."""
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _shown(value: Any, form: str = ".1f") -> str:
-    """A number as people write it, or a dash."""
+    """A number as it is shown on a page, or a dash."""
     if math.isnan(number(value)):
         return "–"
     text = format(float(value), form)
-    return text.replace("-", "−") if text.strip("-0.%") else text.lstrip("-")  # -0.0 is 0.0
+    return text.replace("-", "−") if text.strip("-0.%") else text.lstrip("-")  # -0.0 is shown as 0.0
 
 
 def svg(figure: Figure, name: str) -> str:
-    """A figure as an element of the page: its own ids, no date, text as text, colors of the style sheet."""
+    """A figure as an inline SVG element: unique ids, no date, text as text, colors of the style sheet."""
     from markupsafe import Markup
     from matplotlib import rc_context
 
     buffer = io.StringIO()
     with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser has fonts for what matplotlib lacks
-        # What is drawn later, for TensorBoard too, need not be laid out again.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # browsers have the fonts that matplotlib misses
+        # Fix the layout, so that later drawings, for TensorBoard too, need not compute it again.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawing = buffer.getvalue()
-    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing[drawing.index("<svg") :])  # the same in every figure
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing[drawing.index("<svg") :])  # ids that recur in every figure
     # Some of the other ids hold an address in memory.
     ids = {found: f"{name}-{i}" for i, found in enumerate(dict.fromkeys(re.findall(r'id="([^"]+)"', drawing)))}
     drawing = re.sub(r'(id="|#)([\w-]+)', lambda match: match[1] + ids.get(match[2], match[2]), drawing)
@@ -113,7 +113,7 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def write_svg(figure: Figure, path: Path) -> None:
-    """Write a figure as an SVG file: text as text, no date, the same ids every time."""
+    """Write a figure as an SVG file: text as text, no date, reproducible ids."""
     from matplotlib import rc_context
 
     with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": path.stem}):

@@ -1,4 +1,4 @@
-"""What a run shows in its loggers, as plain numbers and texts: pure functions of what an edit batch has left.
+"""What a run logs, as plain numbers and texts: pure functions of the results of an edit batch.
 
 Legend: B = edits, S = steps, P = parts of the loss and P(o*), L = quantiles.
 """
@@ -30,24 +30,24 @@ from pmet_lightning.utils.metric_names import (
 from pmet_lightning.write.write_report import LayerReport, WriteReport
 
 LEVELS = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
-CLAMP_TOLERANCE = 1e-4  # relative: a delta this near its clamp touches it
-# Figures of a LayerReport: what a write did, and how well it was solved and stored.
+CLAMP_TOLERANCE = 1e-4  # relative: a delta this close to its clamp touches it
+# Fields of a LayerReport: what a write did, and how accurately it was solved and stored.
 _DONE = ("residual_after", "overshoot", "norm_ratio", "growth")
 _NUMERICS = ("solve_error", "condition_bound", "ridge", "kept", "changed", "rounding")
-_MOST_VECTORS = 256  # of an edit batch, in a histogram
-_MOST_TEXTS = 8  # of an edit batch
+_MAX_VECTORS = 256  # of an edit batch, in a histogram
+_MAX_TEXTS = 8  # of an edit batch
 _COLUMNS = ("question", "was", "target", "says before", "says after")
 
 
 def step_points(targets: Sequence[Target], rules: Rules) -> Iterator[dict[str, float]]:
-    """At each step of an edit batch: means and quantiles over all its edits, those that have stopped as they did.
+    """At each step of an edit batch: means and quantiles over all its edits, stopped ones with their last values.
 
-    Means over the edits that took the step are there too, and the share that is done behind it. EditObjects of the loss
-    without a weight are left out.
+    Means over the edits that took the step are there too, and the share of edits that are finished after it. Parts of
+    the loss without a weight are left out.
 
     Args:
-        targets: Of the edit batch.
-        rules: The weights.
+        targets: Targets of the edit batch.
+        rules: The weights of the parts.
     """
     weights = {"loss_nll": rules.nll, "loss_kl": rules.kl, "loss_norm": rules.norm}
     names = [part for part in PARTS if weights.get(part, 1)]
@@ -55,22 +55,22 @@ def step_points(targets: Sequence[Target], rules: Rules) -> Iterator[dict[str, f
     histories_BSP = pad_histories(targets)[..., columns]
     levels_L = histories_BSP.new_tensor(list(LEVELS.values()))
     for step, active in enumerate(mean_curves(targets)):
-        here_BP = histories_BSP[:, step]
-        values = dict(zip((f"{STEPS}/{name}" for name in names), here_BP.mean(dim=0).tolist(), strict=True))
-        for level, row_P in zip(LEVELS, here_BP.quantile(levels_L, dim=0), strict=True):
+        values_BP = histories_BSP[:, step]
+        values = dict(zip((f"{STEPS}/{name}" for name in names), values_BP.mean(dim=0).tolist(), strict=True))
+        for level, row_P in zip(LEVELS, values_BP.quantile(levels_L, dim=0), strict=True):
             named = (f"{QUANTILES}/{name}_{level}" for name in names)
             values |= dict(zip(named, row_P.tolist(), strict=True))
         values |= {f"{ACTIVE}/{name}": active[name] for name in (*names, "active_edits")}
-        done = sum(len(target.history_SP) <= step + 1 for target in targets)
-        yield values | {f"{STEPS}/finished": done / len(targets)}
+        finished = sum(len(target.history_SP) <= step + 1 for target in targets)
+        yield values | {f"{STEPS}/finished": finished / len(targets)}
 
 
 def batch_points(report: WriteReport, clamp: float) -> dict[str, float]:
-    """What the search for the targets of an edit batch has found, and what is left of the residual.
+    """Results of the target optimization of an edit batch, and the residual left after its write.
 
     Args:
-        report: Of the edit batch.
-        clamp: Longest delta, in norms of the clean output.
+        report: Report of the edit batch.
+        clamp: Maximum norm of a delta, in norms of the clean output.
     """
     records, count = [target.record for target in report.targets], len(report.targets)
     reasons = Counter(record["stop_reason"] for record in records)
@@ -85,23 +85,23 @@ def batch_points(report: WriteReport, clamp: float) -> dict[str, float]:
 
 
 def layer_points(layer: LayerReport) -> dict[str, float]:
-    """One write among those of its layer: what it did, and how well it was solved and stored."""
+    """A write under the tags of its layer: what it did, and how accurately it was solved and stored."""
     where, figures = f"{layer.site}_layer_{layer.layer}", asdict(layer)
     groups = {LAYERS: _DONE, NUMERICS: _NUMERICS}
     return {f"{group}/{name}/{where}": figures[name] for group, names in groups.items() for name in names}
 
 
 def write_points(report: WriteReport) -> Iterator[tuple[int, dict[str, float]]]:
-    """What each layer's write did, numbered from the first edit batch on, so that a curve leads from layer to layer."""
+    """What each layer's write did, with steps that count writes from the first edit batch on."""
     layers = sorted({layer.layer for layer in report.layers})
-    for place, number in enumerate(layers, start=report.edit_batch * len(layers)):
-        here = [layer for layer in report.layers if layer.layer == number]
-        yield place, {f"{WRITES}/{name}_{layer.site}": getattr(layer, name) for layer in here for name in _DONE}
+    for step, number in enumerate(layers, start=report.edit_batch * len(layers)):
+        writes = [layer for layer in report.layers if layer.layer == number]
+        yield step, {f"{WRITES}/{name}_{layer.site}": getattr(layer, name) for layer in writes for name in _DONE}
 
 
 def histograms(report: WriteReport) -> dict[str, Tensor]:
-    """Entries of the target vectors of some edits, and a number for every edit."""
-    some = report.targets[:_MOST_VECTORS]
+    """Entries of the target vectors of some edits, and figures with one number for each edit."""
+    some = report.targets[:_MAX_VECTORS]
     found = {f"target_{site}": torch.stack([target.values[site] for target in some]).float() for site in some[0].values}
     for name in ("steps", "p_after", *_deltas(report)):
         found[name] = torch.tensor([float(target.record[name]) for target in report.targets])
@@ -110,34 +110,34 @@ def histograms(report: WriteReport) -> dict[str, Tensor]:
 
 
 def shown_edits(count: int) -> range:
-    """Places of the edits of an edit batch that are shown as text."""
-    return range(min(count, _MOST_TEXTS))
+    """Indices of the edits of an edit batch that are shown as text."""
+    return range(min(count, _MAX_TEXTS))
 
 
 def answers_table(questions: Sequence[str], before: Sequence[str], ledger: Sequence[Mapping[str, Any]]) -> str:
-    """What the model says about some edits before and after their edit batch, in Markdown.
+    """The model's answers to the questions of some edits before and after their edit batch, in Markdown.
 
     Args:
-        questions: What is asked.
-        before: What it said.
-        ledger: Lines of these edits.
+        questions: Questions of these edits.
+        before: Answers before the edit batch.
+        ledger: Ledger lines of these edits.
     """
     rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
-    for question, said, line in zip(questions, before, ledger, strict=True):
-        rows.append((question, line["target_true"] or "", line["target"], said, line["answer"]))
+    for question, answer_before, line in zip(questions, before, ledger, strict=True):
+        rows.append((question, line["target_true"] or "", line["target"], answer_before, line["answer"]))
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
 
 
 def is_shown(edit_batch: int) -> bool:
-    """Whether curves, histograms and texts of an edit batch are kept: 0 to 9, 10, 20 to 90, 100, 200 and so on.
+    """Whether curves, histograms and texts of an edit batch are logged: 0 to 9, 10, 20 to 90, 100, 200 and so on.
 
-    A stream of thousands would otherwise leave gigabytes.
+    A stream of thousands of edit batches would otherwise log gigabytes.
     """
     return edit_batch % 10 ** (len(str(edit_batch)) - 1) == 0
 
 
 def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
-    """Charts of TensorBoard's custom scalars: quantiles as bands, layers together."""
+    """Charts of TensorBoard's custom scalars: quantiles as bands, all layers in one chart."""
 
     def band(part: str) -> tuple[str, list[str]]:
         return "Margin", [f"{QUANTILES}/{part}_{level}" for level in ("q50", "q10", "q90")]

@@ -1,4 +1,4 @@
-"""What the report of a run shows, as plain numbers and texts."""
+"""The data of a run's report, as plain numbers and texts."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from pmet_lightning.evaluation.scores import CORE, row_scores
 
 
 def columns_of(points: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Points of curves, turned into one list for each curve."""
+    """Points of curves, turned into one list of values for each curve."""
     return {name: [point[name] for point in points] for name in points[0]} if points else {}
 
 
 def edit_lines(
     edits: Sequence[Edit], ledger: Iterable[Mapping[str, Any]], rows: Mapping[str, Tensor], first: int = 0
 ) -> list[dict[str, Any]]:
-    """Every edit: what the ledger says of it, if it does, and its scores before and after.
+    """A line for every edit: its ledger line, if there is one, and its scores before and after.
 
     Args:
-        edits: All edits, by position; none of a stream, of which the ledger says all that is known.
-        ledger: Lines of the first of them, or of those from ``first`` on.
-        rows: Rows of all records by phase, as :meth:`EditScores.record_rows` gives them.
+        edits: All edits, by position; empty for a stream, whose edits are known from the ledger only.
+        ledger: Ledger lines of the first of them, or of those from ``first`` on.
+        rows: Score rows of all records by phase, as :meth:`EditScores.record_rows` gives them.
         first: Position of the first line of the ledger.
     """
     shown = {phase: table[table[:, 0] >= first] for phase, table in rows.items()}
     scores = {phase: {int(row[0]): row_scores(row) for row in table} for phase, table in shown.items()}
     lines = iter(ledger)
-    described = ({**_described(edit), **next(lines, {})} for edit in edits) if edits else map(_as_asked, lines)
+    described = ({**_described(edit), **next(lines, {})} for edit in edits) if edits else map(_with_question, lines)
     return [
         line | {phase: found.get(position, {}) for phase, found in scores.items()}
         for position, line in enumerate(described, start=first)
@@ -51,9 +51,9 @@ def _described(edit: Edit) -> dict[str, Any]:
     }
 
 
-def _as_asked(known: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the ledger with its question."""
-    return dict(known) | {"question": fill(known["prompt"], known["subject"])[0]}
+def _with_question(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A ledger line with its question."""
+    return dict(line) | {"question": fill(line["prompt"], line["subject"])[0]}
 
 
 def relation_lines(lines: Sequence[Mapping[str, Any]], phases: Iterable[str]) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ def relation_lines(lines: Sequence[Mapping[str, Any]], phases: Iterable[str]) ->
 
     Args:
         lines: As :func:`edit_lines` gives them.
-        phases: Which evaluations they have.
+        phases: The evaluations that the lines have scores of.
     """
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for line in lines:
@@ -76,7 +76,7 @@ def relation_lines(lines: Sequence[Mapping[str, Any]], phases: Iterable[str]) ->
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The configuration that lies in the run folder; empty for a run without one."""
+    """The configuration that is saved in the run folder; empty for a run without one."""
     path = folder / "config.yaml"
     return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-WORST = 20  # edits in the table of the worst
-MOST_RELATIONS = 30  # in the figure
-_WIDTH, _HALF = 9.4, 4.6  # inches; a figure as wide as the page, one of two side by side
+WORST = 20  # number of edits in the table of the worst ones
+MOST_RELATIONS = 30  # number of relations in their figure
+_WIDTH, _HALF = 9.4, 4.6  # inches: a figure as wide as the page, and one of two side by side
 
 _PARTS = {"loss": INK, "loss_nll": ORANGE, "loss_kl": BLUE, "loss_norm": PURPLE}
 _CURVES = ("step", *_PARTS, "p", "active_edits")
@@ -59,7 +59,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, Figure]:
 
     makers = (_loss_curves, _steps, _residual, _norms, _relations, _forgetting)
     known = plain(data)
-    with rc_context(STYLE):  # matplotlib's settings are again what they were behind it
+    with rc_context(STYLE):  # restores matplotlib's own settings afterward
         drawn = {make.__name__[1:]: make(known) for make in makers}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -69,8 +69,8 @@ def write_report(data: Mapping[str, Any], folder: Path, drawn: Mapping[str, Figu
 
     Args:
         data: What the run did; every part of it may be missing.
-        folder: Where to; made if it does not exist.
-        drawn: Its :func:`figures`, where they have been drawn for something else already.
+        folder: Folder of the files; created if it does not exist.
+        drawn: Its :func:`figures`, if they have been drawn already.
 
     Returns:
         The path of ``report.html``.
@@ -91,7 +91,7 @@ def write_report(data: Mapping[str, Any], folder: Path, drawn: Mapping[str, Figu
 
 
 def _at(data: Any, *path: str) -> Any:
-    """What lies at a path of keys, or ``None``."""
+    """The value at a path of keys, or ``None``."""
     for key in path:
         data = data.get(key) if isinstance(data, Mapping) else None
     return data
@@ -116,7 +116,7 @@ def _short(text: Any, length: int = 26) -> str:
 
 
 def _worst(edits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The edits with the lowest mean score afterwards, then those with most of the residual left."""
+    """The edits with the lowest mean score after writing; among equals, those with the most residual left first."""
 
     def order(edit: dict[str, Any]) -> tuple[float, float]:
         scores = _known([number(_at(edit, "after", name)) for name in CORE])
@@ -127,21 +127,21 @@ def _worst(edits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _loss_curves(data: Mapping[str, Any]) -> Figure | None:
-    """Loss parts, P(target) and the number of active edits over the inner steps, one below the other."""
+    """Loss parts, P(target) and the number of active edits over the inner steps, one chart below the other."""
     steps = _inner_steps(_at(data, "curves") or {})
     columns = {name: _column(steps, name) for name in _CURVES}
     parts = {name: columns[name] for name in _PARTS if any(value > 0 for value in columns[name])}
-    there = (
+    charts = (
         ("loss", 2.3, parts),
         ("p", 1.2, _known(columns["p"])),
         ("active_edits", 1.0, _known(columns["active_edits"])),
     )
-    heights = {name: height for name, height, values in there if values}
+    heights = {name: height for name, height, values in charts if values}
     if not heights:
         return None
     ratios = list(heights.values())
-    figure, below = panels(_WIDTH, sum(ratios) + 0.4, len(ratios), 1, sharex=True, height_ratios=ratios)
-    axes = dict(zip(heights, below, strict=True))
+    figure, stacked = panels(_WIDTH, sum(ratios) + 0.4, len(ratios), 1, sharex=True, height_ratios=ratios)
+    axes = dict(zip(heights, stacked, strict=True))
     if "loss" in axes:
         _draw_parts(axes["loss"], columns["step"], parts)
     if "p" in axes:
@@ -151,17 +151,17 @@ def _loss_curves(data: Mapping[str, Any]) -> Figure | None:
         axes["active_edits"].fill_between(columns["step"], columns["active_edits"], step="mid", color=MUTED, alpha=0.45)
         axes["active_edits"].set(title="edits still being optimized", ylim=(0, None))
     known = _known(columns["step"])
-    below[-1].set_xlim(min(known) - 1, max(known) + 1)
-    below[-1].set_xlabel("inner step, edits in flight together")
+    stacked[-1].set_xlim(min(known) - 1, max(known) + 1)
+    stacked[-1].set_xlabel("inner step of the edits that are optimized together")
     return figure
 
 
 def _inner_steps(curves: Mapping[str, Any]) -> list[dict[str, float]]:
-    """A mapping for each step, and an empty one where an edit batch begins, so that no line leads over to it."""
+    """A mapping for each step, and an empty one before each later edit batch, so that lines have a gap there."""
     steps: list[dict[str, float]] = []
-    for place, values in enumerate(zip_longest(*(curves.get(name) or [] for name in _CURVES))):
+    for index, values in enumerate(zip_longest(*(curves.get(name) or [] for name in _CURVES))):
         step = dict(zip(_CURVES, map(number, values), strict=True))
-        step["step"] = float(place) if math.isnan(step["step"]) else step["step"]
+        step["step"] = float(index) if math.isnan(step["step"]) else step["step"]
         if steps and step["active_edits"] > steps[-1]["active_edits"]:
             steps.append({})
         steps.append(step)
@@ -169,12 +169,12 @@ def _inner_steps(curves: Mapping[str, Any]) -> list[dict[str, float]]:
 
 
 def _draw_parts(ax: Axes, steps: Sequence[float], parts: Mapping[str, Sequence[float]]) -> None:
-    """The parts of the loss, on a logarithmic axis if they span much; what is tiny stays below it."""
+    """The parts of the loss, on a logarithmic axis if they span much; tiny values are below its range."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for name, values in parts.items():
-        thick = 2.6 if name == "loss" else 1.2  # so that it shows where one part is all of it
-        ax.plot(steps, values, color=_PARTS[name], lw=thick, label=name.removeprefix("loss_"))
+        width = 2.6 if name == "loss" else 1.2  # so that the loss shows where it equals one of its parts
+        ax.plot(steps, values, color=_PARTS[name], lw=width, label=name.removeprefix("loss_"))
     positive = [value for values in parts.values() for value in values if value > 0]
     top, low = max(positive), max(min(positive), max(positive) * 1e-4)
     if top > 20 * low:
@@ -188,7 +188,7 @@ def _draw_parts(ax: Axes, steps: Sequence[float], parts: Mapping[str, Sequence[f
 
 
 def _steps(data: Mapping[str, Any]) -> Figure | None:
-    """How many steps the edits took, stacked by why they stopped, and how often each reason was."""
+    """How many steps the edits took, stacked by why they stopped, and the number of edits for each reason."""
     edits = [edit for edit in _rows(data, "edits") if edit.get("stop_reason") and edit.get("steps") is not None]
     if not edits:
         return None
@@ -196,12 +196,12 @@ def _steps(data: Mapping[str, Any]) -> Figure | None:
     names = [name for name in _REASONS if name in reasons] + sorted(set(reasons) - set(_REASONS))
     figure, (left, right) = panels(_WIDTH, 2.6, 1, 2, width_ratios=(1.7, 1))
     below: Counter[int] = Counter()
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         label, color = _REASONS.get(name, (_short(name), MUTED))
         taken = Counter(int(edit["steps"]) for edit in edits if str(edit["stop_reason"]) == name)
         left.bar(list(taken), list(taken.values()), 0.85, [below[step] for step in taken], color=color, label=label)
         below.update(taken)
-        right.bar_label(right.barh(place, reasons[name], 0.6, color=color, label=label), padding=4)
+        right.bar_label(right.barh(index, reasons[name], 0.6, color=color, label=label), padding=4)
     left.set(title="edits by the steps they took", xlabel="steps")
     right.set(title="why they stopped", xlabel="edits", xlim=(0, 1.15 * max(reasons.values())))
     right.set_yticks(range(len(names)), [_REASONS.get(name, (_short(name),))[0] for name in names], color=INK)
@@ -213,7 +213,7 @@ def _steps(data: Mapping[str, Any]) -> Figure | None:
 
 
 def _residual(data: Mapping[str, Any]) -> Figure | None:
-    """What is left of the residual at each layer and, of the FFN's, in the end."""
+    """The residual left before the write of each layer and, for the FFN, at the end."""
     left: dict[int, list[float]] = {}
     for edit in _rows(data, "edits"):
         left.setdefault(edit.get("edit_batch") or 0, []).extend(_known([number(edit.get("residual_left"))]))
@@ -228,7 +228,7 @@ def _norms(data: Mapping[str, Any]) -> Figure | None:
 def _over_layers(
     data: Mapping[str, Any], field: str, title: str, ends: Mapping[tuple[str, int], float]
 ) -> Figure | None:
-    """One line for each site and edit batch, the earlier ones fainter; ``ends`` has a point behind the last layer."""
+    """One line for each site and edit batch, the earlier ones fainter; ``ends`` has a point after the last layer."""
     rows = [row for row in _rows(data, "layers") if row.get(field) is not None and row.get("layer") is not None]
     if not rows:
         return None
@@ -241,12 +241,12 @@ def _over_layers(
     figure, (ax,) = panels(_HALF, 2.9, 1, 1)
     for (site, batch), line in sorted(lines.items()):
         points = sorted(line.items()) + [(len(layers), ends[key]) for key in [(site, batch)] if key in ends]
-        named = batch in (batches[0], batches[-1])  # a legend with all of many is none
+        named = batch in (batches[0], batches[-1])  # a legend of many lines would be unreadable
         label = f"{site}, edit batch {batch}" if len(batches) > 1 else site
         strength = 0.4 + 0.6 * (batches.index(batch) + 1) / len(batches)
         ax.plot(*zip(*points, strict=True), "o-", color=_SITES.get(site, PURPLE), alpha=strength,
                 label=label if named else f"_{label}")  # fmt: skip
-    ticks = {place: str(layers[place]) for place in range(0, len(layers), 1 + len(layers) // 16)}
+    ticks = {index: str(layers[index]) for index in range(0, len(layers), 1 + len(layers) // 16)}
     ticks |= {len(layers): "end"} if any(key in ends for key in lines) else {}
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.margins(x=0.06, y=0.08)
@@ -256,25 +256,25 @@ def _over_layers(
 
 
 def _pairs(rows: Sequence[Any], phases: tuple[str, str], names: Sequence[str]) -> dict[str, list[list[float]]]:
-    """Of each score that is known at all, a column for each of two phases."""
+    """For each score that is known at all, a column of values for each of two phases."""
     pairs = {name: [_column(rows, phase, name) for phase in phases] for name in names}
     return {name: pair for name, pair in pairs.items() if _known(pair[0] + pair[1])}
 
 
 def _relations(data: Mapping[str, Any]) -> Figure | None:
-    """Efficacy and specificity of the commonest relations, before and after."""
+    """Efficacy and specificity of the most frequent relations, before and after."""
     rows = sorted(_rows(data, "relations"), key=lambda row: -(row.get("count") or 0))[:MOST_RELATIONS]
     pairs = _pairs(rows, ("before", "after"), ("efficacy", "specificity"))
     if not pairs:
         return None
     figure, axes = panels(_WIDTH, 0.9 + 0.27 * len(rows), 1, len(pairs), sharey=True)
-    places = range(len(rows))
+    heights = range(len(rows))
     for ax, (name, (before, after)) in zip(axes, pairs.items(), strict=True):
-        _two_marks(ax, (before, places), (after, places), ("before", "after"))
+        _two_marks(ax, (before, heights), (after, heights), ("before", "after"))
         ax.set(title=name, xlim=(-3, 103))
     counts = [f" ({row['count']})" if row.get("count") else "" for row in rows]
     labels = [_short(row.get("relation") or "no relation") + count for row, count in zip(rows, counts, strict=True)]
-    axes[0].set_yticks(places, labels, color=INK)
+    axes[0].set_yticks(heights, labels, color=INK)
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
@@ -286,10 +286,10 @@ def _forgetting(data: Mapping[str, Any]) -> Figure | None:
     pairs = _pairs(rows, ("at_once", "at_the_end"), METRICS)
     if len(rows) < 2 or not pairs:
         return None
-    places = [place if row.get("edit_batch") is None else row["edit_batch"] for place, row in enumerate(rows)]
+    numbers = [i if row.get("edit_batch") is None else row["edit_batch"] for i, row in enumerate(rows)]
     figure, axes = panels(_WIDTH, 2.6, 1, len(pairs), sharey=True)
     for ax, (name, (at_once, at_the_end)) in zip(axes, pairs.items(), strict=True):
-        _two_marks(ax, (places, at_once), (places, at_the_end), ("right after writing", "at the end"))
+        _two_marks(ax, (numbers, at_once), (numbers, at_the_end), ("right after writing", "at the end"))
         ax.margins(x=0.15 if len(rows) < 10 else 0.05, y=0.1)
         ax.set(title="Score" if name == "score" else name, xlabel="edit batch")
         ax.locator_params("x", integer=True)
@@ -297,8 +297,8 @@ def _forgetting(data: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def _two_marks(ax: Axes, was: Sequence[Any], now: Sequence[Any], labels: tuple[str, str]) -> None:
-    """A ring for what was, a disc for what is, a line between them."""
-    ax.plot([was[0], now[0]], [was[1], now[1]], color=MUTED, alpha=0.5, lw=2, zorder=1)
-    ax.plot(*was, "o", color=MUTED, markerfacecolor=PAPER, markeredgewidth=1.3, label=labels[0])
-    ax.plot(*now, "o", color=BLUE, label=labels[1])
+def _two_marks(ax: Axes, earlier: Sequence[Any], later: Sequence[Any], labels: tuple[str, str]) -> None:
+    """A ring for the earlier value, a disc for the later one, a line between them."""
+    ax.plot([earlier[0], later[0]], [earlier[1], later[1]], color=MUTED, alpha=0.5, lw=2, zorder=1)
+    ax.plot(*earlier, "o", color=MUTED, markerfacecolor=PAPER, markeredgewidth=1.3, label=labels[0])
+    ax.plot(*later, "o", color=BLUE, label=labels[1])

@@ -9,9 +9,9 @@ from pmet_lightning.evaluation.scores import METRICS, TEXTS
 
 
 def score_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A small table of the scores, with 95 % intervals: a row for each time they were taken.
+    """A small table of the scores, with 95 % intervals: a row for each evaluation.
 
-    Below each stands how often the answer was in what the model said freely.
+    The row "freely" below it shows how often the answer appears in the text that the model generates.
     """
     lines = [f"{'':8}" + "".join(f"{name:>24}" for name in METRICS)]
     for phase, table in results.items():
@@ -29,7 +29,7 @@ def score_cell(table: Mapping[str, float], name: str) -> str:
 
 
 def other_lines(results: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What else was measured: text that has nothing to do with the edits, texts about what was edited."""
+    """Lines of the other measures: on text unrelated to the edits, and on generated text about what was edited."""
     lines = []
     for name in ("perplexity", "kl", "specificity_kept", *TEXTS):
         values = [f"{phase} {table[name]:.4g}" for phase, table in results.items() if name in table]
@@ -39,7 +39,7 @@ def other_lines(results: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def forgetting_lines(batches: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each edit batch lost to those after it."""
+    """Scores of each edit batch right after it was written and after all of them."""
     if not batches:
         return []
     lines = [f"{'batch':8}" + "".join(f"{name:>24}" for name in METRICS) + "   (at once, then at the end)"]

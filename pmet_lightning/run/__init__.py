@@ -1,1 +1,1 @@
-"""One run of a Trainer: its settings, its callbacks, the files in its folder."""
+"""A run of the Trainer: its settings, its callbacks, the files in its folder."""

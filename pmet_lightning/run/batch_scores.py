@@ -15,9 +15,9 @@ from pmet_lightning.utils.distributed import ProcessGroup
 
 
 class BatchScores(L.Callback):
-    """Hands on ``outputs["rows_before"]`` (of a stream) and ``outputs["rows_at_once"]``.
+    """Adds ``outputs["rows_before"]`` (for a stream) and ``outputs["rows_at_once"]``.
 
-    Of a single edit batch the evaluations before and after the run say it all.
+    For a single edit batch the evaluations before and after the run are enough.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class BatchScores(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Score what a stream has brought, before it is written."""
+        """Score the edits of a stream before they are written."""
         self._rows_before = None
         if is_stream(trainer) and batch.edits:
             self._rows_before = _evaluate(trainer, pl_module, batch, "before")
@@ -34,7 +34,7 @@ class BatchScores(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Score what was written, unless it is all there is."""
+        """Score the edits that were written, unless they are all edits of the run."""
         if outputs is None or "written" not in outputs:
             return
         if self._rows_before is not None:

@@ -1,4 +1,4 @@
-"""What a run shows at its end: report.json, report.html and their figures, from the journal and the evaluations."""
+"""The report at the end of a run: report.json, report.html and their figures, from journal and evaluations."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from pmet_lightning.utils.versions import versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MOST_REPORTED = 20_000  # edits of a stream
+_MAX_REPORTED = 20_000  # edits of a stream
 
 
 def report_data(
     trainer: L.Trainer, module: EditableModel, journal: Journal, found: Summary, folder: Path, written: int
 ) -> dict[str, Any]:
-    """All that the report shows, but for how long the run took.
+    """All that the report shows, except for how long the run took.
 
     Args:
         trainer: The trainer.
         module: Its module, with the scores.
         journal: What was written down after each edit batch.
-        found: What that comes to.
+        found: Summary of the journal.
         folder: The run folder.
-        written: Edits in the weights.
+        written: Number of edits in the weights.
     """
     # Of a long stream the report shows the latest edits.
-    first = max(0, written - _MOST_REPORTED) if is_stream(trainer) else 0
+    first = max(0, written - _MAX_REPORTED) if is_stream(trainer) else 0
     edits = edit_lines(all_edits(trainer), itertools.islice(journal.edits(), first, None), module.record_rows, first)
     return {
         "title": folder.name,
@@ -64,7 +64,7 @@ def write_final_report(trainer: L.Trainer, data: dict[str, Any], folder: Path, s
         trainer: The trainer, whose profiler counts the drawing.
         data: As :func:`report_data` gives it.
         folder: The run folder.
-        seconds: Of the run from the first phase after the second moments on.
+        seconds: Duration of the run, from the first phase after the second moments on.
 
     Returns:
         The figures by name.

@@ -1,4 +1,4 @@
-"""The settings of a run under their names on the command line: one list for loggers and the patch's manifest."""
+"""The settings of a run under their command-line names: one list for loggers and the patch's manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pmet_lightning.utils.callbacks import all_edits, find_callback
 from pmet_lightning.write.drift import Drift
 from pmet_lightning.write.weight_spread import WeightSpread
 
-# Settings that change nothing but time, memory and what is kept where; and those that are linked to others.
+# Settings that affect only time, memory and where files are kept; and those that are linked to others.
 _WITHOUT_EFFECT = {
     *(f"model.{name}" for name in ("padding_side", "tokens_per_batch", "targets_folder", "micro_batch")),
     *(f"model.{name}" for name in ("suffix_only", "compile_ffn", "device_map", "attn_implementation")),
@@ -26,7 +26,7 @@ Value = bool | int | float | str
 
 
 def collect_hparams(trainer: L.Trainer, module: EditableModel) -> dict[str, Value]:
-    """What decides the result of a run, one plain value each; what is null is left out."""
+    """The settings that decide the result of a run, as plain values; null ones are left out."""
     owners = {
         "model": module,
         "data": getattr(trainer, "datamodule", None),
@@ -50,11 +50,11 @@ def collect_hparams(trainer: L.Trainer, module: EditableModel) -> dict[str, Valu
 
 
 def settings_of(section: str, owner: Any) -> dict[str, Any]:
-    """What an object was made with, by the names of the command line; nothing of ``None``.
+    """The settings that an object was made with, under their command-line names; empty for ``None``.
 
     Args:
         section: The section of a configuration that describes it.
-        owner: Has ``hparams``, as ``save_hyperparameters`` of Lightning leaves them.
+        owner: Object with ``hparams``, as Lightning's ``save_hyperparameters`` sets them.
     """
     if owner is None:
         return {}
@@ -63,10 +63,10 @@ def settings_of(section: str, owner: Any) -> dict[str, Any]:
 
 
 def hparams_summaries(settings: Mapping[str, Value], tags: Sequence[str]) -> tuple[Any, Any, Any]:
-    """What TensorBoard's HParams tab reads: the experiment, the beginning of a run, its good end.
+    """Summaries for TensorBoard's HParams tab: the experiment, the start of a run, its successful end.
 
     Args:
-        settings: The run's.
+        settings: Settings of the run.
         tags: Scalars that runs are compared by; the run logs them itself.
     """
     from torch.utils.tensorboard.summary import hparams
@@ -81,7 +81,7 @@ def _optimizer(module: EditableModel) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Value:
-    """As a table shows it; the bounded numbers of the command line become plain ones."""
+    """The value as a table shows it; the bounded number types of the command line become plain ones."""
     if isinstance(value, bool | str):
         return value
     if isinstance(value, int | float):

@@ -1,7 +1,7 @@
-"""What a run writes down after each edit batch, and finds again when it goes on: two files that only grow.
+"""What a run records after each edit batch, and reads when it is resumed: two append-only files.
 
 ``ledger.jsonl`` has a line for each edit, ``batches.jsonl`` one for each edit batch. Both are written before the patch,
-whose manifest says how many edit batches count.
+whose manifest says how many edit batches are valid.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class Journal:
         self.ledger_path, self.batches_path = folder / LEDGER, folder / BATCHES
 
     def add(self, ledger: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> None:
-        """Write one edit batch down.
+        """Append one edit batch.
 
         Args:
             ledger: Lines of its edits.
-            entry: What is kept of the batch itself.
+            entry: What is recorded of the batch itself.
         """
         _append(self.ledger_path, [json.dumps(line, ensure_ascii=False) for line in ledger])
         _append(self.batches_path, [json.dumps({**entry, "edits": len(ledger)})])
 
     def keep(self, batches: int) -> int:
-        """Leave out what a run that was killed had begun to write; returns the edits that are left.
+        """Truncate what a killed run has written beyond its patch; returns the number of edits that are kept.
 
         Args:
-            batches: Edit batches that count.
+            batches: Number of valid edit batches.
 
         Raises:
             ValueError: If some of these are missing.
@@ -52,7 +52,7 @@ class Journal:
         if (found[0].lines, found[1].lines) != (batches, edits):
             raise ValueError(
                 f"{self.batches_path} and {self.ledger_path} hold {found[0].lines} edit batches and {found[1].lines} "
-                f"edits, the patch beside them {batches} and {edits}: the run cannot go on; begin a new one"
+                f"edits, the patch beside them {batches} and {edits}: the run cannot be resumed; begin a new one"
             )
         for path, kept in zip((self.batches_path, self.ledger_path), found, strict=True):
             if path.is_file():
@@ -64,12 +64,12 @@ class Journal:
         return (json.loads(line) for line in _lines(self.ledger_path))
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """What is kept of each edit batch."""
+        """What is recorded of each edit batch."""
         return (json.loads(line) for line in _lines(self.batches_path))
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Whole lines of a file that may not be there."""
+    """Complete lines of a file that may not exist."""
     if path.is_file():
         with path.open(encoding="utf-8") as file:
             for line in file:
@@ -82,12 +82,12 @@ class _Length(NamedTuple):
     bytes: int
 
 
-def _length(path: Path, most: int) -> _Length:
-    """How many whole lines a file begins with, ``most`` at the most, and the bytes that they take."""
+def _length(path: Path, max_lines: int) -> _Length:
+    """How many complete lines a file begins with, at most ``max_lines``, and the bytes that they take."""
     lines = size = 0
     if path.is_file():
         with path.open("rb") as file:
-            for line in itertools.islice(file, most):
+            for line in itertools.islice(file, max_lines):
                 if line.endswith(b"\n"):
                     lines, size = lines + 1, size + len(line)
     return _Length(lines, size)

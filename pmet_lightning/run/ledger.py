@@ -1,4 +1,4 @@
-"""One line for every edit: how its target was found, what is left of it in the weights, what the model says."""
+"""One line for every edit: how its target was found, the residual left after the write, the model's answer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class EditLedger(L.Callback):
         keep: Whether lines and layers of all edit batches are kept here too.
 
     Attributes:
-        edits: The lines.
-        layers: A line for every write.
-        count: Edit batches.
+        edits: The lines, if they are kept.
+        layers: A line for every write, likewise.
+        count: Number of edit batches, likewise.
     """
 
     def __init__(self, keep: bool = False) -> None:
@@ -36,7 +36,7 @@ class EditLedger(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Measure what was written, unless a limit has taken it back."""
+        """Measure what was written, unless it was taken back because of a limit."""
         if outputs is None or "written" not in outputs:
             return
         assert isinstance(pl_module, TargetOptimizer)
@@ -50,10 +50,10 @@ class EditLedger(L.Callback):
 
 def measure_ledger(module: TargetOptimizer, report: WriteReport) -> list[dict[str, Any]]:
     """Lines of one edit batch, measured on the model just written; each process measures its own edits."""
-    processes, own_indices = ProcessGroup.of(module.trainer), range(len(report.edits))
-    own = processes.shard(own_indices)
-    asked = [[Probe("efficacy", report.edits[i].question, report.edits[i].target)] for i in own]
-    scores = score_probes(module.model, module.encoder, asked, module.tokens_per_batch, module.device)
+    processes, count = ProcessGroup.of(module.trainer), len(report.edits)
+    own = processes.shard(range(count))
+    probes = [[Probe("efficacy", report.edits[i].question, report.edits[i].target)] for i in own]
+    scores = score_probes(module.model, module.encoder, probes, module.tokens_per_batch, module.device)
     answers = greedy_texts(
         module.model,
         module.encoder,
@@ -81,4 +81,4 @@ def measure_ledger(module: TargetOptimizer, report: WriteReport) -> list[dict[st
                 "answer": answer,
             }
         )
-    return processes.all_gather_objects(lines, len(own_indices))
+    return processes.all_gather_objects(lines, count)

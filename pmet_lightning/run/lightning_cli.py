@@ -1,4 +1,4 @@
-"""Lightning's own CLI, for the commands that need model, data and devices; and the same from Python."""
+"""Lightning's CLI, for the commands that need model, data and devices; and the same from Python."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ FitCommand = Literal["fit", "finetune"]
 
 
 class SingleCommandCLI(LightningCLI):
-    """Lightning's CLI with one of its commands: reading the signatures that all have takes as long for each of them.
+    """Lightning's CLI with one command only: parsing the signatures takes as long for each command that it has.
 
     Args:
         command: The command.
-        arguments: Of Lightning's CLI.
+        arguments: Positional arguments of Lightning's CLI.
+        named: Keyword arguments of Lightning's CLI.
     """
 
     HIDDEN: ClassVar[set[str]] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
@@ -38,12 +39,12 @@ class SingleCommandCLI(LightningCLI):
         super().__init__(*arguments, **named)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning asks the instance
-        """The command, and which of the trainer's arguments are no options."""
+        """The command, and the arguments of the trainer's method that are not options."""
         return {self._command: self.COMMANDS[self._command]}
 
 
 class FineTuningCLI(SingleCommandCLI):
-    """For the baseline, which needs neither second moments nor a spread."""
+    """The CLI of the baseline, which needs neither second moments nor a write."""
 
     COMMANDS: ClassVar[dict[str, set[str]]] = {"fit": SingleCommandCLI.HIDDEN}
     MODULE = FineTuning
@@ -54,7 +55,7 @@ class FineTuningCLI(SingleCommandCLI):
 
 
 class EditCLI(SingleCommandCLI):
-    """With the callbacks of editing as sections of their own."""
+    """The CLI of editing, whose callbacks have sections of their own."""
 
     COMMANDS: ClassVar[dict[str, set[str]]] = {
         **dict.fromkeys(("fit", "validate", "test"), SingleCommandCLI.HIDDEN),
@@ -71,7 +72,7 @@ class SaveFitConfig(SaveConfigCallback):
     """Stores ``config.yaml`` in the run folder of a fit; other commands leave no folder."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Save only what belongs to a run."""
+        """Save only for a fit with epochs."""
         if stage == "fit" and trainer.max_epochs != 0:
             super().setup(trainer, pl_module, stage)
 
@@ -81,26 +82,26 @@ def run_command(command: str, arguments: Sequence[str]) -> LightningCLI:
 
     Args:
         command: Its name.
-        arguments: What follows it; configurations are paths.
+        arguments: Arguments that follow it; configurations are given as paths.
 
     Raises:
         ValueError: If there is no such command.
     """
-    kind, own = _cli_of(command)
-    return _build(kind, own, [own, *arguments], run=True)
+    cli, name = _cli_of(command)
+    return _build(cli, name, [name, *arguments], run=True)
 
 
 def build_fit(config: str, overrides: Mapping[str, Any] | None = None, command: FitCommand = "fit") -> LightningCLI:
     """The trainer, module and data of a fit, before anything is loaded.
 
     Args:
-        config: A configuration, a file or the name of a shipped one.
-        overrides: What differs from it, by dotted names such as ``spread.lam``.
+        config: A configuration: a file or the name of a shipped one.
+        overrides: Settings that differ from it, by dotted names such as ``spread.lam``.
         command: fit, or finetune for the baseline.
 
     Raises:
         FileNotFoundError: If there is no such configuration.
-        SystemExit: With a message, if there is no such setting, or a value is not what it takes.
+        SystemExit: With a message, if there is no such setting, or a value is not valid for it.
     """
     settings: dict[str, Any] = yaml.safe_load(Path(locate_config(config)).read_text(encoding="utf-8"))
     for name, value in (overrides or {}).items():
@@ -109,16 +110,16 @@ def build_fit(config: str, overrides: Mapping[str, Any] | None = None, command: 
         for part in path:
             section = section.setdefault(part, {})
         section[last] = value
-    kind, own = _cli_of(command)
-    return _build(kind, own, settings, run=False)
+    cli, lightning_name = _cli_of(command)
+    return _build(cli, lightning_name, settings, run=False)
 
 
 def run_fit(config: str, overrides: Mapping[str, Any] | None = None, command: FitCommand = "fit") -> Path:
     """Run a fit from Python, as the command line does.
 
     Args:
-        config: As for :func:`build_fit`, and so are the others.
-        overrides: What differs from it.
+        config: As for :func:`build_fit`.
+        overrides: Settings that differ from it.
         command: fit, or finetune for the baseline.
 
     Returns:
@@ -130,7 +131,7 @@ def run_fit(config: str, overrides: Mapping[str, Any] | None = None, command: Fi
 
 
 def _cli_of(command: str) -> tuple[type[SingleCommandCLI], str]:
-    """The CLI of a command, and what Lightning calls it."""
+    """The CLI of a command, and Lightning's name of the command."""
     if command == "finetune":
         return FineTuningCLI, "fit"
     if command not in EditCLI.COMMANDS:
@@ -138,12 +139,12 @@ def _cli_of(command: str) -> tuple[type[SingleCommandCLI], str]:
     return EditCLI, command
 
 
-def _build(kind: type[SingleCommandCLI], command: str, args: list[str] | dict[str, Any], run: bool) -> LightningCLI:
+def _build(cli: type[SingleCommandCLI], command: str, args: list[str] | dict[str, Any], run: bool) -> LightningCLI:
     # Configuration names are completed first, so the arguments cannot be left to sys.argv.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    return kind(
+    return cli(
         command,
-        kind.MODULE,
+        cli.MODULE,
         EditDataModule,
         trainer_class=EditTrainer,
         save_config_callback=SaveFitConfig,

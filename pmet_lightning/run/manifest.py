@@ -13,9 +13,9 @@ from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.versions import versions
 from pmet_lightning.write.weight_spread import WeightSpread
 
-# What must be the same when a run goes on, besides the settings.
+# What must be the same when a run is resumed, besides the settings.
 _IDENTITY = ("fingerprint", "layers", "optimizer", "contexts", "moments")
-# Settings that say nothing about ΔW, or that the identity says more exactly.
+# Settings that do not affect ΔW, or that the identity describes more exactly.
 _NOT_COMPARED = {
     *(f"model.{name}" for name in ("model_name", "layers", "dtype", "optimizer", "contexts", "context_count")),
     *(f"model.{name}" for name in ("context_length", "seed", "free_tokens", "texts", "patch")),
@@ -23,21 +23,21 @@ _NOT_COMPARED = {
 
 
 def moments_of(module: TargetOptimizer, moments: SecondMoments) -> dict[str, Any]:
-    """What the second moments of a run came from."""
+    """What the second moments of a run depend on."""
     return vars(moments.key(module)) | {"given": moments.given}
 
 
 def manifest_of(
     module: TargetOptimizer, spread: WeightSpread, moments: Mapping[str, Any] | None, edit_batches: int, edits: int
 ) -> dict[str, Any]:
-    """What a patch says about itself.
+    """The description of a patch that is stored in it.
 
     Args:
         module: The module with the model.
-        spread: What has written it.
+        spread: The callback that has written it.
         moments: As :func:`moments_of` gives them.
-        edit_batches: Edit batches in the patch.
-        edits: Edits in the patch.
+        edit_batches: Number of edit batches in the patch.
+        edits: Number of edits in the patch.
     """
     settings = settings_of("model", module) | settings_of("spread", spread)
     return {
@@ -56,19 +56,19 @@ def manifest_of(
 
 
 def check_same_settings(earlier: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on with a run whose edits were written with other settings.
+    """Refuse to resume a run whose edits were written with other settings.
 
     Args:
         earlier: The manifest of its patch.
-        now: That of this run.
+        now: The manifest of this run.
         folder: The run folder, for the message.
 
     Raises:
-        ValueError: If something differs; it says what.
+        ValueError: If something differs; the message says what.
     """
-    was, mine = _compared(earlier), _compared(json.loads(json.dumps(now, default=str)))
+    then, current = _compared(earlier), _compared(json.loads(json.dumps(now, default=str)))
     differences = [
-        f"{name}: {was.get(name)} then, {value} now" for name, value in mine.items() if was.get(name) != value
+        f"{name}: {then.get(name)} then, {value} now" for name, value in current.items() if then.get(name) != value
     ]
     if differences:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The patch of a run folder, and beside it the protected keys that belong to it."""
+"""The patch of a run folder, and the file of the protected keys that belongs to it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class PatchFile:
         self.path = folder / "patch.safetensors"
 
     def save(self, edited: EditedWeights, manifest: Mapping[str, Any], protect_past: bool) -> None:
-        """Replace the patch; the protected keys that belong to the old one go after it, those of the new come before.
+        """Replace the patch; new protected keys are saved before it, and those of the old patch deleted after it.
 
-        Wherever a kill comes, the keys that the patch's manifest asks for are there.
+        Whenever the process is killed, the keys that the patch's manifest asks for are there.
 
         Args:
             edited: What was written.
-            manifest: What the patch says about itself, the number of its edit batches among it.
-            protect_past: Whether earlier keys are protected.
+            manifest: The description of the patch, with the number of its edit batches.
+            protect_past: Whether the keys of earlier edit batches are protected.
         """
         past = self._past_path(manifest["edit_batches"])
         if protect_past:
@@ -43,7 +43,7 @@ class PatchFile:
                 path.unlink()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """ΔW and manifest."""
+        """ΔW by weight name, and the manifest."""
         return load_patch(self.path)
 
     def past_keys(self, edit_batches: int) -> dict[ProjectionId, Tensor]:
@@ -51,7 +51,7 @@ class PatchFile:
         return load_products(self._past_path(edit_batches))
 
     def check_past_keys(self, edit_batches: int) -> None:
-        """See that the protected keys of so many edit batches are there.
+        """Check that the protected keys of so many edit batches are there.
 
         Raises:
             FileNotFoundError: If they are not.

@@ -1,4 +1,4 @@
-"""A callback that writes the run folder: contexts, journal, patch, scores, report, and how the run stands."""
+"""A callback that writes the run folder: contexts, journal, patch, scores, report, and the state of the run."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class RunRecorder(L.Callback):
 
     Args:
         folder: The run folder.
-        resume: Whether a run that is there goes on.
+        resume: Whether a run that is there is resumed.
 
     Attributes:
-        written: Edits in the patch.
-        drawn: The figures of the report, at the end.
+        written: Number of edits in the patch.
+        drawn: The figures of the report, once they are drawn at the end.
     """
 
     def __init__(self, folder: str | Path, resume: bool = False) -> None:
@@ -58,19 +58,19 @@ class RunRecorder(L.Callback):
         self.written = 0
         self.drawn: dict[str, Figure] = {}
         self._started = 0.0
-        self._moments: dict[str, Any] | None = None  # what they came from
+        self._moments: dict[str, Any] | None = None  # what they depend on
 
     def check_free(self) -> None:
-        """Refuse a folder that another run is in, unless that run goes on.
+        """Refuse a folder that holds another run, unless that run is resumed.
 
         Raises:
-            FileExistsError: If there is one.
+            FileExistsError: If it holds one.
         """
         if not self.resume:
             self.state.check_free()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say that the work begins, or goes on."""
+        """Record that the run has started, or is resumed."""
         self._started = time.perf_counter()
         if not self.records:
             return
@@ -81,11 +81,11 @@ class RunRecorder(L.Callback):
         if self.resume:
             batches, self.written = restore_progress(trainer, pl_module, self.patch, self.journal, self._moments)
         if batches:
-            log.info("going on after %d edits in %d edit batches", self.written, batches)
+            log.info("resuming after %d edits in %d edit batches", self.written, batches)
         self._save_state(trainer, status="running", edit_batches_written=batches, edits_written=self.written)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Store the contexts; write again what a resumed run had written."""
+        """Store the contexts; write again what was written before the run was resumed."""
         if not isinstance(pl_module, TargetOptimizer):
             return
         if self.written:
@@ -142,7 +142,7 @@ class RunRecorder(L.Callback):
         self.on_validation_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say how the run ended, and that the patch holds whole edit batches only."""
+        """Record how the run ended; the patch holds whole edit batches only."""
         if self.state.begun:
             status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
             self._save_state(trainer, status=status, error=f"{type(exception).__name__}: {exception}")

@@ -1,4 +1,4 @@
-"""A run that goes on: what its folder says was done, and doing it again to the model."""
+"""Resuming a run: read from its folder what was done, and do it again to the model."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def restore_progress(
     journal: Journal,
     moments: Mapping[str, Any] | None,
 ) -> tuple[int, int]:
-    """Have module, spread and data go on after the patch, and cut what a kill has left beyond it from the journal.
+    """Have module, spread callback and data continue after the patch; drop what the journal holds beyond it.
 
     Args:
         trainer: The trainer.
         module: Its module.
-        patch: That of the run folder.
-        journal: That of the run folder.
-        moments: What the second moments came from.
+        patch: The patch of the run folder.
+        journal: The journal of the run folder.
+        moments: What the second moments depend on.
 
     Returns:
-        Edit batches and edits that the patch holds.
+        Numbers of edit batches and of edits that the patch holds.
 
     Raises:
         FileNotFoundError: If something that the run has written is missing.
@@ -49,7 +49,7 @@ def restore_progress(
 
 
 def reapply_patch(trainer: L.Trainer, module: TargetOptimizer, patch: PatchFile) -> None:
-    """Write the patch of the run that goes on into the model again."""
+    """Write the patch of the resumed run into the model again."""
     spread = find_callback(trainer, WeightSpread)
     assert spread is not None
     spread.edited.record_base_norms(module)
@@ -72,8 +72,8 @@ def _resume_after(
     if spread.protect_past:
         patch.check_past_keys(batches)
     trainer.datamodule.resume_after(itertools.islice(journal.edits(), manifest["edits"]))  # type: ignore[attr-defined]
-    # The process that solves needs them; they are as large as the second moments.
+    # Only the process that solves needs them; they are as large as the second moments.
     past_keys = patch.past_keys(batches) if spread.protect_past and trainer.is_global_zero else {}
     spread.edited.resume(deltas, past_keys)
-    module.batches_done = batches - 1  # the first of this epoch is what was written
+    module.batches_done = batches - 1  # the first batch of this epoch stands for what was written
     return batches

@@ -1,4 +1,4 @@
-"""The sections of a configuration: what their settings are called, checked and turned into."""
+"""The sections of a configuration: names and checks of their settings, and the objects that they describe."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pmet_lightning.write.weight_spread import WeightSpread
 
 
 def add_shared_sections(parser: LightningArgumentParser) -> None:
-    """Section ``drift``, and the values that two owners share."""
+    """Add the section ``drift``, and link the values that two sections share."""
     parser.add_lightning_class_args(Drift, "drift")
     parser.link_arguments("model.model_name", "data.tokenizer")
     parser.link_arguments("model.chat", "data.chat")
 
 
 def add_editing_sections(parser: LightningArgumentParser) -> None:
-    """Sections ``moments`` and ``spread`` too."""
+    """Add the sections ``moments`` and ``spread`` too."""
     parser.add_lightning_class_args(SecondMoments, "moments")
     parser.add_lightning_class_args(WeightSpread, "spread")
     add_shared_sections(parser)
@@ -33,20 +33,20 @@ def add_editing_sections(parser: LightningArgumentParser) -> None:
 
 
 SECTIONS = ("model", "data", "moments", "spread", "drift")
-_OTHERS = ("seed_everything", "trainer")  # of a configuration: what only the command line has
-_NOT_TAKEN = {"data": ("path", "tokenizer", "chat"), "moments": ("write",)}  # given to edit, or linked to others
+_OTHERS = ("seed_everything", "trainer")  # sections of a configuration that only the command line has
+_NOT_TAKEN = {"data": ("path", "tokenizer", "chat"), "moments": ("write",)}  # passed to edit(), or linked to others
 _PLACEHOLDER = "facts"
 
 
 @dataclass(frozen=True)
 class EditObjects:
-    """What the settings make.
+    """The objects that the settings describe.
 
     Attributes:
         module: Finds target vectors.
-        moments: Has the second moments ready.
-        spread: Writes.
-        drift: Watches plain text.
+        moments: Provides the second moments.
+        spread: Writes the weights.
+        drift: Measures plain text.
         data: Arguments of every data module.
     """
 
@@ -58,21 +58,21 @@ class EditObjects:
 
 
 def make_objects(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> EditObjects:
-    """Check settings and make what they describe.
+    """Check settings and make the objects that they describe.
 
     Args:
-        model_name: What the model is called.
+        model_name: Name of the model.
         sections: Settings by section, as in a configuration.
 
     Raises:
-        ValueError: If there is no such setting, or a value is not what it takes.
+        ValueError: If there is no such setting, or a value is not valid for it.
     """
     parser = section_parser()
-    wanted = {name: dict(section) for name, section in sections.items()}
-    wanted["model"] = {**wanted.get("model", {}), "model_name": model_name}
-    wanted["data"] = {"path": _PLACEHOLDER, **wanted.get("data", {})}
+    settings = {name: dict(section) for name, section in sections.items()}
+    settings["model"] = {**settings.get("model", {}), "model_name": model_name}
+    settings["data"] = {"path": _PLACEHOLDER, **settings.get("data", {})}
     try:
-        parsed = parser.parse_object(wanted)
+        parsed = parser.parse_object(settings)
     except (ArgumentError, TypeError) as error:
         raise ValueError(
             f"Editor: {error}\n(settings of the section 'model' are keyword arguments, the other sections are dicts)"
@@ -85,14 +85,14 @@ def make_objects(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def read_sections(config: str) -> dict[str, dict[str, Any]]:
-    """The sections of a configuration, with defaults for what it does not say.
+    """The sections of a configuration, with defaults for what it does not set.
 
     Args:
         config: A path, or the name of a shipped one.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is none of an edit run.
+        ValueError: If it is not a configuration of an edit run.
     """
     parser = section_parser()
     for name in _OTHERS:
@@ -108,7 +108,7 @@ def read_sections(config: str) -> dict[str, dict[str, Any]]:
 
 
 def section_parser() -> LightningArgumentParser:
-    """A parser of the sections, linked as on the command line."""
+    """A parser of all sections, linked as on the command line."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(TargetOptimizer, "model")
     parser.add_lightning_class_args(EditDataModule, "data")

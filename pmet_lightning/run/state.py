@@ -1,4 +1,4 @@
-"""state.json: how a run stands, and how it ended."""
+"""state.json: the progress of a run, and how it ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STATE = "state.json"
 
 
 class RunState:
-    """What is known of a run, written as one file at every change.
+    """The state of a run, written as one file at every change.
 
     Args:
         folder: The run folder.
@@ -23,7 +23,7 @@ class RunState:
 
     @property
     def begun(self) -> bool:
-        """Whether anything was said of this run."""
+        """Whether anything was recorded of this run."""
         return bool(self._values)
 
     def update(self, write: bool, **changes: Any) -> None:
@@ -38,14 +38,14 @@ class RunState:
             write_json(self.path, self._values)
 
     def check_free(self) -> None:
-        """Refuse a folder that another run is in.
+        """Refuse a folder that holds another run.
 
         Raises:
-            FileExistsError: If there is one.
+            FileExistsError: If it holds one.
         """
         if self.path.exists():
             raise FileExistsError(
                 f"the output folder {str(self.path.parent)!r} holds another run ({STATE}); expected a new one: set "
-                "--trainer.run_dir to another folder, or leave it out to have one made; --trainer.resume true goes on "
-                "with the run that is there"
+                "--trainer.run_dir to another folder, or leave it out to have one made; --trainer.resume true resumes "
+                "the run that is there"
             )

@@ -1,4 +1,4 @@
-"""What the journal of a run comes to at its end, read an edit batch at a time.
+"""A summary of the journal at the end of a run, read one edit batch at a time.
 
 Legend: N = records, C = position and scores, as :func:`~pmet_lightning.evaluation.scores.record_rows` makes them.
 """
@@ -18,15 +18,15 @@ from pmet_lightning.evaluation.scores import METRICS, table_of
 
 @dataclass(frozen=True)
 class Summary:
-    """What is kept of the journal's entries.
+    """What is collected from the journal's entries.
 
     Attributes:
         layers: A line for each write.
         curves: Points of the inner steps.
-        batches: For each edit batch that was judged, its scores right after it and after all of them, and the
-            difference.
-        rows: Rows of the records right before (``before``) and right after (``after``) their edit batch was written,
-            shape [N, C]; nothing of what was not judged then.
+        batches: For each edit batch that was evaluated, its scores right after it was written and after all of them,
+            and the difference.
+        rows: Score rows of the records right before (``before``) and right after (``after``) their edit batch was
+            written, shape [N, C]; without phases that were not evaluated.
     """
 
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -36,11 +36,11 @@ class Summary:
 
 
 def summary_of(entries: Iterable[Mapping[str, Any]], final_NC: Tensor | None) -> Summary:
-    """Add the journal up, without keeping its entries.
+    """Summarize the journal, without keeping its entries.
 
     Args:
-        entries: The journal's.
-        final_NC: Rows of all records after the last edit batch; ``None`` for a stream, whose end is not judged.
+        entries: Entries of the journal.
+        final_NC: Rows of all records after the last edit batch; ``None`` for a stream, whose end is not evaluated.
     """
     found = Summary()
     parts: dict[str, list[Tensor]] = {"before": [], "after": []}
@@ -61,12 +61,12 @@ def summary_of(entries: Iterable[Mapping[str, Any]], final_NC: Tensor | None) ->
 
 
 def plain_rows(rows_NC: Tensor | None) -> list[list[float | None]] | None:
-    """Rows as JSON has them: no NaN."""
+    """Rows as JSON can hold them: null for NaN."""
     return None if rows_NC is None else [[None if v != v else v for v in row] for row in rows_NC.tolist()]
 
 
 def rows_of(plain: Sequence[Sequence[float | None]]) -> Tensor:
-    """What :func:`plain_rows` has turned into numbers, float64."""
+    """The rows that :func:`plain_rows` has converted, float64."""
     return torch.tensor([[math.nan if v is None else v for v in row] for row in plain], dtype=torch.float64)
 
 

@@ -1,6 +1,6 @@
-"""A callback that shows a run from the inside, in TensorBoard and in every other logger.
+"""A callback that logs a run in detail, to TensorBoard and to every other logger.
 
-What the tags mean is listed in docs/tensorboard.md.
+The meaning of the tags is listed in docs/tensorboard.md.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MAIN = {*METRICS, "perplexity", "kl"}  # in the first group
-_PHASES = ("before", "targets", "spread", "ledger", "after")  # that an edit batch takes its time in
+_MAIN = {*METRICS, "perplexity", "kl"}  # logged in the first group
+_PHASES = ("before", "targets", "spread", "ledger", "after")  # phases that the time of an edit batch consists of
 
 
 class TensorBoardCallback(L.Callback):
-    """Logs what an edit batch has left; added by :class:`~pmet_lightning.run.trainer.EditTrainer` after the recorder.
+    """Logs the results of edit batches; added by :class:`~pmet_lightning.run.trainer.EditTrainer` after the recorder.
 
-    Nothing is asked of the device while targets are found: curves by step come from their histories, at the end of the
+    The device is not read while targets are found: curves by step come from the targets' histories, at the end of the
     edit batch. Numbers go to every logger; histograms, texts, figures and hyper-parameters to TensorBoard's. Of many
-    edit batches, fewer and fewer keep curves and texts (:func:`~pmet_lightning.report.logged_metrics.is_shown`).
+    edit batches, fewer and fewer have curves and texts (:func:`~pmet_lightning.report.logged_metrics.is_shown`).
 
     Args:
-        recorder: What writes the run folder; its figures are shown.
+        recorder: The callback that writes the run folder; its figures are logged.
     """
 
     def __init__(self, recorder: RunRecorder) -> None:
         self.recorder = recorder
         self._seconds: dict[str, float] = {}  # of each phase, until the last edit batch
-        self._said: list[str] = []  # about the first edits of the edit batch, before it
+        self._answers_before: list[str] = []  # to the first edits of the edit batch
         self._shown: set[str] = set()  # phases whose scores have been logged
-        self._begun = False
-        self._warned = False  # of a number that is not finite
+        self._started = False
+        self._warned = False  # about a number that is not finite
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the scores before the first and after the last edit."""
@@ -75,12 +75,12 @@ class TensorBoardCallback(L.Callback):
             self._log_scores(trainer, pl_module, pl_module.phase)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the hyper-parameters, and how TensorBoard shall show what comes."""
+        """Log the hyper-parameters, and the layout of TensorBoard's charts."""
         assert isinstance(pl_module, EditableModel)
         self._seconds = _seconds(trainer)
         if not trainer.loggers:
             return
-        self._begun = True
+        self._started = True
         settings = collect_hparams(trainer, pl_module)
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
@@ -93,18 +93,18 @@ class TensorBoardCallback(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Ask the model about the first edits of an edit batch before it is written."""
-        self._said = []
+        """Have the model answer the first edits' questions before the edit batch is written."""
+        self._answers_before = []
         if not (isinstance(pl_module, TargetOptimizer) and batch.edits and _has_board(trainer)):
             return
         if is_shown(batch_idx + pl_module.batches_done):
             with trainer.profiler.profile("before"):
-                self._said = _answers(trainer, pl_module, batch)
+                self._answers_before = _answers(trainer, pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Log what the edit batch has left, and have it read while the run goes on."""
+        """Log the results of the edit batch, so that they can be read while the run continues."""
         seconds, self._seconds = self._seconds, _seconds(trainer)
         with trainer.profiler.profile("report"):
             if outputs is not None and "written" in outputs and trainer.is_global_zero and trainer.loggers:
@@ -125,8 +125,8 @@ class TensorBoardCallback(L.Callback):
         for layer in report.layers:
             points |= layer_points(layer)
         self._log(trainer, points, number)
-        for place, values in write_points(report):
-            self._log(trainer, values, place)
+        for step, values in write_points(report):
+            self._log(trainer, values, step)
         if is_shown(number):
             for step, values in enumerate(step_points(report.targets, rules), start=number * rules.steps):
                 self._log(trainer, values, step)
@@ -134,7 +134,7 @@ class TensorBoardCallback(L.Callback):
                 self._show(writer, outputs)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what the end alone knows: the scores of a stream, the figures of the report, that all went well."""
+        """Log what is known only at the end: scores of a stream, figures of the report, that the run succeeded."""
         assert isinstance(pl_module, EditableModel)
         if not self.recorder.records or not trainer.is_global_zero:
             return
@@ -143,7 +143,7 @@ class TensorBoardCallback(L.Callback):
         for writer in _writers(trainer):
             for name, figure in self.recorder.drawn.items():
                 writer.add_figure(f"{FIGURES}/{name}", figure, self._edits(trainer))
-            if self._begun:
+            if self._started:
                 writer._get_file_writer().add_summary(hparams_summaries({}, [])[2])
 
     def _show(self, writer: SummaryWriter, outputs: BatchOutputs) -> None:
@@ -153,25 +153,26 @@ class TensorBoardCallback(L.Callback):
             writer.add_histogram(name, values, report.edit_batch)
         shown = shown_edits(len(report.edits))
         questions = [report.edits[i].question for i in shown]
-        writer.add_text(TEXTS, answers_table(questions, self._said, outputs["ledger"][: len(shown)]), report.edit_batch)
+        table = answers_table(questions, self._answers_before, outputs["ledger"][: len(shown)])
+        writer.add_text(TEXTS, table, report.edit_batch)
 
     def _log_scores(self, trainer: L.Trainer, module: EditableModel, phase: str) -> None:
-        """Scores of all records, at the number of edits that have been written."""
+        """Log scores of all records, with the number of edits that have been written as the step."""
         values = module.results.get(phase, {})
         self._shown.add(phase)
         points = {f"{SCORES if name in _MAIN else DETAILS}/{name}": value for name, value in values.items()}
         self._log(trainer, points, 0 if phase == "before" else self._edits(trainer))
 
     def _log(self, trainer: L.Trainer, points: Mapping[str, float], step: int) -> None:
-        known = {name: value for name, value in points.items() if math.isfinite(value)}
+        finite = {name: value for name, value in points.items() if math.isfinite(value)}
         for logger in trainer.loggers:
-            logger.log_metrics(known, step)
-        if len(known) < len(points) and not self._warned and trainer.is_global_zero:
+            logger.log_metrics(finite, step)
+        if len(finite) < len(points) and not self._warned and trainer.is_global_zero:
             self._warned = True
-            lacking = ", ".join(f"{name} ({value})" for name, value in points.items() if name not in known)
+            not_finite = ", ".join(f"{name} ({value})" for name, value in points.items() if name not in finite)
             log.warning(
-                "not finite, and so left out of what TensorBoard and metrics.csv show: %s at step %d (said once)",
-                lacking,
+                "not finite, and so left out of TensorBoard and metrics.csv: %s at step %d (reported once)",
+                not_finite,
                 step,
             )
 
@@ -181,17 +182,17 @@ class TensorBoardCallback(L.Callback):
 
 
 def _final_tags() -> list[str]:
-    """What hyper-parameters are compared by, the Score first."""
+    """Tags that runs are compared by, the Score first."""
     return [f"{SCORES}/{name}" for name in reversed(METRICS)]
 
 
 def _seconds(trainer: L.Trainer) -> dict[str, float]:
-    """Seconds of each phase until now; nothing where the user has given a profiler of his own."""
+    """Seconds of each phase so far; empty if the user has given another profiler."""
     return dict(trainer.profiler.seconds) if isinstance(trainer.profiler, PhaseProfiler) else {}
 
 
 def _answers(trainer: L.Trainer, module: TargetOptimizer, batch: EditBatch) -> list[str]:
-    """What the model says now about the first edits of an edit batch."""
+    """The model's current answers to the questions of the first edits of an edit batch."""
     processes, shown = ProcessGroup.of(trainer), shown_edits(len(batch.edits))
     texts = greedy_texts(
         module.model,
@@ -204,12 +205,12 @@ def _answers(trainer: L.Trainer, module: TargetOptimizer, batch: EditBatch) -> l
 
 
 def _rates(edits: int, before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
-    """Edits per second, of the search for targets, of the writing, and of all that an edit batch takes.
+    """Edits per second: in finding targets, in writing, and in all phases of an edit batch.
 
     Args:
-        edits: How many.
-        before: Seconds of each phase until the edit batch.
-        now: The same behind it.
+        edits: Number of edits.
+        before: Seconds of each phase before the edit batch.
+        now: Seconds of each phase after it.
     """
     if not now:
         return {}
@@ -222,7 +223,7 @@ def _rates(edits: int, before: Mapping[str, float], now: Mapping[str, float]) ->
 
 
 def _save(trainer: L.Trainer) -> None:
-    """Have the loggers write what they hold back: Lightning does so every so many training steps, not edit batches."""
+    """Have the loggers write what they buffer: Lightning does so every so many training steps, not edit batches."""
     for logger in trainer.loggers:
         logger.save()
 
@@ -232,7 +233,7 @@ def _has_board(trainer: L.Trainer) -> bool:
 
 
 def _writers(trainer: L.Trainer) -> Iterator[SummaryWriter]:
-    """TensorBoard's writers; none on other processes than the first."""
+    """TensorBoard's writers; none except on the first process."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

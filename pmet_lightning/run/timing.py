@@ -1,4 +1,4 @@
-"""Where the time of a run goes, by what Lightning's profiler is told anyway."""
+"""How long each phase of a run takes, from the actions that Lightning reports to its profiler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 
 from lightning.pytorch.profilers import Profiler
 
-# In this order in the report. What matches none of them is 'other', and so is what lies between actions.
+# In the order of the report. What matches none of them, or lies between actions, is 'other'.
 _PHASES = {
     "records": r"\[LightningDataModule\]\w+\.setup|\[_TrainingEpochLoop\]\.train_dataloader_next",
     "model": r"\[LightningModule\]\w+\.(setup|configure_model)",
@@ -27,9 +27,9 @@ class PhaseProfiler(Profiler):
     """Adds up the seconds of each phase of a fit.
 
     The phases are ``records`` (read and checked), ``model`` (loaded), ``moments`` (found or collected), ``contexts``,
-    ``before`` (evaluation, of a stream that of each edit batch), ``targets`` (or all of a fine-tuning), ``spread``
-    (with the limits on drift), ``ledger`` (with journal and patch), ``after`` (evaluation, that of each edit batch
-    too) and ``report`` (its figures, and what the loggers show of an edit batch).
+    ``before`` (evaluation; for a stream, that of each edit batch), ``targets`` (or all of a fine-tuning), ``spread``
+    (with the limits on drift), ``ledger`` (with journal and patch), ``after`` (evaluation, also that of each edit
+    batch) and ``report`` (its figures, and what is logged of an edit batch).
     """
 
     def __init__(self) -> None:
@@ -39,21 +39,21 @@ class PhaseProfiler(Profiler):
         self._begun = time.perf_counter()
 
     def restart(self) -> None:
-        """Begin at zero."""
+        """Reset all times to zero."""
         self.seconds, self._since, self._begun = dict.fromkeys(_PHASES, 0.0), {}, time.perf_counter()
 
     def start(self, action_name: str) -> None:
-        """An action begins."""
+        """Note the start of an action."""
         self._since[action_name] = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
-        """An action ends; its time is its phase's."""
+        """Add the time of an action that ends to its phase."""
         since, phase = self._since.pop(action_name, None), _phase_of(action_name)
         if since is not None and phase is not None:
             self.seconds[phase] += time.perf_counter() - since
 
     def phases(self) -> dict[str, float]:
-        """Seconds of each phase until now, and of everything else (``other``)."""
+        """Seconds of each phase so far, and of everything else (``other``)."""
         total = time.perf_counter() - self._begun
         return {**self.seconds, "other": max(0.0, total - sum(self.seconds.values()))}
 

@@ -20,9 +20,9 @@ from pmet_lightning.run.tensorboard import TensorBoardCallback
 from pmet_lightning.run.timing import PhaseProfiler
 from pmet_lightning.utils.progress import EditProgressBar
 
-# Lightning warns of what is meant here: the language model stays in eval mode, batches are text, edits are
-# read once and by this process, edit batches are as many as they say, the CSV logger shares the run folder, nothing is
-# done in place to outputs.
+# Lightning warns about what is intended here: the language model stays in eval mode, batches are text, edits are read
+# once and by this process, their number of batches is known, the CSV logger shares the run folder, outputs are not
+# changed in place.
 _EXPECTED_WARNINGS = (
     r".*module\(s\) in eval mode.*",
     r".*transfer_batch_to_device.*",
@@ -34,9 +34,9 @@ _EXPECTED_WARNINGS = (
     r".*FSDP2-wrapped module .* returned a view tensor.*",
 )
 
-_FLUSH_SECONDS = 5  # until TensorBoard can read what was logged
+_FLUSH_SECONDS = 5  # at most, until TensorBoard can read what was logged
 
-# The patch is the result; one epoch is one pass over the edits; all edits are judged before.
+# The patch is the result; one epoch is one pass over the edits; all edits are evaluated before the first is written.
 EDIT_RUN: dict[str, Any] = {
     "max_epochs": 1,
     "num_sanity_val_steps": -1,
@@ -46,12 +46,12 @@ EDIT_RUN: dict[str, Any] = {
 
 
 class EditTrainer(L.Trainer):
-    """A Trainer whose fit is one pass over the edits, judged before and after.
+    """A Trainer whose fit is one pass over the edits, evaluated before and after.
 
     Args:
-        run_dir: Folder of everything the run leaves; must not hold another run. Null takes the next free
+        run_dir: Folder of everything that the run writes; must not hold another run. Null takes the next free
             runs/run_N.
-        resume: Whether a run that is in the folder goes on behind its last edit batch; without one, begins.
+        resume: Whether a run that is in the folder is resumed after its last edit batch; without one, a run begins.
         kwargs: Everything that Lightning's Trainer takes.
 
     Raises:
@@ -62,7 +62,7 @@ class EditTrainer(L.Trainer):
         folder = _free_folder(Path("runs")) if run_dir is None else Path(run_dir).expanduser()
         for name, value in {**EDIT_RUN, "default_root_dir": str(folder)}.items():
             kwargs[name] = value if kwargs.get(name) is None else kwargs[name]
-        kwargs["use_distributed_sampler"] = False  # the data module deals out the edits itself
+        kwargs["use_distributed_sampler"] = False  # the data module distributes the edits itself
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = [
                 TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False, flush_secs=_FLUSH_SECONDS),
@@ -71,7 +71,7 @@ class EditTrainer(L.Trainer):
         self.run_dir, self.recorder = folder, RunRecorder(folder, resume)
         if kwargs.get("profiler") is None:
             kwargs["profiler"] = PhaseProfiler()
-        # In this order: each callback hands what it has found on to those after it.
+        # In this order: each callback passes its results on to those after it.
         given = _as_list(kwargs.get("callbacks"))
         ledger = [] if any(isinstance(callback, EditLedger) for callback in given) else [EditLedger()]
         bars = [] if kwargs.get("enable_progress_bar") is False else [EditProgressBar()]
@@ -89,21 +89,21 @@ class EditTrainer(L.Trainer):
             super().fit(*args, **kwargs)
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
-        """Ask the questions of the edits and show the scores."""
+        """Evaluate the questions of the edits and show the scores."""
         with ignore_expected_warnings():
-            return super().validate(*args, **kwargs | {"verbose": False})  # the recorder shows a table that can be read
+            return super().validate(*args, **kwargs | {"verbose": False})  # the recorder shows a more readable table
 
     def test(self, *args: Any, **kwargs: Any) -> Any:
-        """Ask the questions of the edits and show the scores; the same as validate."""
+        """Evaluate the questions of the edits and show the scores; the same as validate."""
         with ignore_expected_warnings():
-            return super().test(*args, **kwargs | {"verbose": False})  # the recorder shows a table that can be read
+            return super().test(*args, **kwargs | {"verbose": False})  # the recorder shows a more readable table
 
     def stats(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> None:
         """Collect and store the second moments of the edited layers; a later fit finds them.
 
         Args:
-            model: The module, whose layers say what to collect.
-            datamodule: Not used; the edits have no part in it.
+            model: The module, whose layers decide what is collected.
+            datamodule: Not used; the moments do not depend on the edits.
         """
         # A fit without epochs: Lightning sets up devices and model, and the callback of the moments does its
         # work before the first batch.
@@ -121,7 +121,7 @@ def _as_list(callbacks: Any) -> list[Callback]:
 
 
 def _free_version(folder: Path) -> str:
-    """A folder of its own for the figures of a run that goes on: the logger begins its file anew."""
+    """A folder of its own for the metrics of a resumed run: the logger starts a new file."""
     if not (folder / "metrics.csv").exists():
         return ""
     return f"resumed-{1 + len(list(folder.glob('resumed-*')))}"
@@ -136,7 +136,7 @@ def _free_folder(parent: Path) -> Path:
 
 @contextmanager
 def ignore_expected_warnings() -> Iterator[None]:
-    """No warning of what is meant."""
+    """Suppress the warnings about what is intended."""
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)

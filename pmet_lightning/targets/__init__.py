@@ -1,1 +1,1 @@
-"""Step 1: the target vectors, found by gradient descent on the residual deltas."""
+"""Target vectors, found by gradient descent on the deltas (docs/method.md, 'Targets')."""

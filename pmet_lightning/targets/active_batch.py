@@ -1,6 +1,7 @@
-"""Edits in active: where their deltas are, the rows that are run for them, and what is started of each.
+"""The active batch: the deltas of the edits that are optimized together, their rows, and what is recorded of each.
 
-Legend: A = edits in active, P = rows of an edit, R = A·P, K = target tokens, V = vocabulary, F = model width.
+This is continuous batching: an edit leaves as soon as it has stopped, and a waiting edit takes its slot.
+Legend: A = active edits, P = rows of an edit, R = A·P, K = target tokens, V = vocabulary, F = model width.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from pmet_lightning.targets.row_cache import RowSet
 
 
 class DeltaSlots:
-    """A index for each edit in active: one trainable delta for every site.
+    """A slot for each active edit: one trainable delta for every site.
 
-    Each delta is a parameter of its own, so that an optimizer counts its steps alone; they are rows of one tensor for
-    every site, so that all are read and projected at once.
+    Each delta is a parameter of its own, so that the optimizer counts its steps separately. The deltas of a site are
+    rows of one tensor, so that all of them are read and projected at once.
 
     Attributes:
-        values: Shape [slots, F] for each site.
-        parameters: Their rows.
+        values: The deltas of each site, shape [slots, F].
+        parameters: Their rows, which share memory with ``values``.
     """
 
     def __init__(self, sites: Sequence[SiteName], count: int, width: int, dtype: torch.dtype, device: torch.device):
@@ -36,7 +37,7 @@ class DeltaSlots:
         return len(next(iter(self.values.values())))
 
     def open(self, slots: Sequence[int], state: Any) -> None:
-        """Begin with zero, and without an optimizer's memory of who was there before."""
+        """Set the deltas to zero and drop what the optimizer keeps of the edits that had the slots before."""
         for site, parameters in self.parameters.items():
             self.values[site][list(slots)] = 0
             for slot in slots:
@@ -44,40 +45,40 @@ class DeltaSlots:
                 parameters[slot].grad = self._gradients[site][slot]
 
     def close(self, slots: Sequence[int]) -> None:
-        """An optimizer passes over what has no gradient."""
+        """Remove the gradients, so that the optimizer skips these slots."""
         for parameters in self.parameters.values():
             for slot in slots:
                 parameters[slot].grad = None
 
     def leaves(self, slots: Tensor) -> dict[SiteName, Tensor]:
-        """Copies of some deltas that a gradient can be taken for, shape [A, F]."""
+        """Copies of the deltas in some slots, to differentiate with respect to; shape [A, F] for each site."""
         return {site: value[slots].requires_grad_() for site, value in self.values.items()}
 
     def set_gradients(self, slots: Tensor, gradients: Sequence[Tensor]) -> None:
-        """Hand gradients of shape [A, F] to the parameters."""
-        for gradient, own in zip(gradients, self._gradients.values(), strict=True):
-            own[slots] = gradient
+        """Store gradients of shape [A, F], one for each site, as those of the parameters."""
+        for gradient, buffer in zip(gradients, self._gradients.values(), strict=True):
+            buffer[slots] = gradient
 
 
 @dataclass
 class ActiveBatch:
-    """The edits that are optimized together at present, one behind the other in every field.
+    """The edits that are optimized together at present, in the same order in every field.
 
     Attributes:
-        edit_ids: Which edits.
-        slots: Where their deltas are, int64, shape [A].
-        step_counts: Steps each has taken.
+        edit_ids: Index of each edit among those to optimize.
+        slots: Slot of each edit's deltas, int64, shape [A].
+        step_counts: Number of steps that each edit has taken.
         facts: Rows of their prompts: the bare one and the contexts.
         meanings: Rows of their KL prompts; ``None`` if the divergence has no weight.
-        running: Whether an edit goes on, bool, shape [A].
-        reason: Why it does not, a number of the loop's, shape [A].
-        nll_factor: Its weight of the likelihood now, shape [A].
-        clean: Each site's output without deltas in the bare row, shape [A, F]; of new ones after their first step.
+        running: Whether an edit is still optimized, bool, shape [A].
+        reason: Why it is not, as the loop numbers its stop reasons (0 while it is), int64, shape [A].
+        nll_factor: Current weight of its negative log-likelihood, shape [A].
+        clean: Each site's output without deltas in the bare row, shape [A, F]; new edits follow after their first step.
         clean_kl: Log-probabilities at the KL prompt without deltas, shape [A, V]; likewise.
-        final: v* as it stands, or stood when the edit stopped, shape [A, F].
-        final_norm: Norm of the delta then, relative to the clean output, shape [A].
-        step_log: What each step since the last look has brought: the parts of the loss and whether it counts, shape
-            [A, parts + 1].
+        final: v* at the current step, or at the step at which the edit stopped, shape [A, F].
+        final_norm: Norm of the delta at that step, relative to the clean output, shape [A].
+        step_log: For each step since the last synchronization with the host, the parts of the loss and whether the
+            step counts, shape [A, parts + 1].
     """
 
     edit_ids: list[int]
@@ -96,11 +97,11 @@ class ActiveBatch:
 
     @property
     def started(self) -> int:
-        """How many edits have taken a step: the first ones."""
+        """Number of edits that have taken a step; they come first."""
         return len(next(iter(self.clean.values()))) if self.clean else 0
 
     def join(self, other: ActiveBatch) -> None:
-        """Let others in behind these; what they learn in their first step is added after it."""
+        """Append other edits; what their first step shows is appended after that step."""
         self.edit_ids += other.edit_ids
         self.step_counts += other.step_counts
         self.facts.join(other.facts)
@@ -110,7 +111,7 @@ class ActiveBatch:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
     def keep(self, indices: Sequence[int]) -> None:
-        """Let all others leave."""
+        """Drop all edits but those at these indices."""
         index = torch.tensor(indices, dtype=torch.long, device=self.slots.device)
         self.facts.keep(index)
         if self.meanings is not None:

@@ -1,5 +1,6 @@
-"""Contexts: short sentences of the model's own, put in front of a prompt so that a fact is not tied to one
-wording (METHOD.md, step 1, choice 2). Sampled once, seeded, and stored with the run.
+"""Contexts: short sentences sampled from the model, put before a prompt so that a fact is not tied to one wording.
+
+They are sampled once, with a seed, and stored with the run (docs/method.md, choice 2).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def sample_contexts(
     Args:
         model: The clean language model.
         tokenizer: Its tokenizer.
-        count: How many; the openings are taken in turn.
-        length: New tokens of each.
-        seed: Two calls with one seed give the same contexts; the global generators are left alone.
+        count: Number of contexts; the openings are taken in turn.
+        length: New tokens in each.
+        seed: Two calls with the same seed give the same contexts; the global random generators are left alone.
         device: The model's device.
 
     Returns:
@@ -57,8 +58,8 @@ class ContextStore:
     """Sampled contexts in a folder, under the hash of everything they depend on.
 
     Args:
-        folder: Where; made when contexts are saved.
-        depends: Fingerprints of model and tokenizer, and how they are sampled.
+        folder: The folder; created when contexts are saved.
+        depends: Fingerprints of model and tokenizer, and the settings of the sampling.
     """
 
     def __init__(self, folder: str | Path, depends: Mapping[str, Any]) -> None:
@@ -66,26 +67,26 @@ class ContextStore:
         self.path = Path(folder) / f"contexts-{name}.json"
 
     def load(self) -> list[str] | None:
-        """The stored contexts, or ``None``; an unreadable file counts as absent and is made anew."""
+        """The stored contexts, or ``None``; an unreadable file counts as absent and is replaced."""
         try:
             return check_contexts(json.loads(self.path.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError):
             return None
 
     def save(self, contexts: Sequence[str]) -> None:
-        """Store contexts; a reader never sees half a file."""
+        """Store contexts; a reader never sees a partial file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, list(contexts))
 
 
 def as_context(sentence: str) -> str:
-    """A template from a sentence: braces and line breaks removed, a full stop between it and the prompt."""
+    """A template from a sentence: braces and line breaks removed, a period between it and the prompt."""
     plain = " ".join(sentence.replace("{", " ").replace("}", " ").split())
     return f"{plain.rstrip('. ')}. {{}}"
 
 
 def check_contexts(contexts: Sequence[str]) -> list[str]:
-    """Given contexts, each with exactly one ``{}``, the bare one left out.
+    """Check that each context has exactly one ``{}``; returns them without the bare one.
 
     Raises:
         ValueError: If one has no ``{}`` or several.

@@ -1,7 +1,9 @@
-"""The inner loop of the target optimization: edits enter a active, take their steps, and leave it one by one.
+"""The inner loop of the target optimization, by continuous batching.
 
-What stops is decided on the device; the host looks every few steps, lets finished edits leave, and others enter.
-Legend: A = edits in active, P = rows per edit, R = A·P, K = target tokens, V = vocabulary, F = model width.
+Edits enter the active batch, take their steps and leave it one by one, and waiting edits take the slots that become
+free. Which edits stop is decided on the device; every few steps the host reads that back, removes the edits that have
+finished and admits others.
+Legend: A = active edits, P = rows per edit, R = A·P, K = target tokens, V = vocabulary, F = model width.
 """
 
 from __future__ import annotations
@@ -27,27 +29,27 @@ from pmet_lightning.utils.memory import free_memory, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-# METHOD.md, step 1, choice 6: once every target token is the argmax, its likelihood weighs a tenth, and the
-# edit is done as soon as the subject's meaning has not drifted either.
+# docs/method.md, choice 6: once every target token is the argmax, the likelihood is weighted by a tenth, and the edit
+# stops as soon as the divergence shows that the subject's meaning has not drifted either.
 ARGMAX_NLL_SHARE = 0.1
 ARGMAX_KL_TOLERANCE = 0.01
 _REASONS = ("", *STOP_REASONS)
-# Edits enter when this share of the capacity is free: each time costs a pass over what precedes the subjects.
+# Waiting edits enter when this share of the capacity is free: each time costs a pass over what precedes the subjects.
 _REFILL = 0.25
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is minimised and when an edit stops.
+    """What is minimized and when an edit stops.
 
     Attributes:
         nll: f_nll, weight of the target's negative log-likelihood.
         kl: f_kl, weight of the divergence at "{subject} is a".
         norm: f_wd, weight of the norm term.
-        steps: Most iterations; the last one makes no update.
+        steps: Maximum number of iterations; the last one makes no update.
         clamp: Radius of the ball of each delta, in norms of its clean output.
-        loss_tolerance: An edit whose loss is below stops.
-        argmax_rule: Whether PMET's rule for targets that are the argmax holds (MEMIT has none).
+        loss_tolerance: An edit whose loss is below this stops.
+        argmax_rule: Whether PMET's rule for targets that are the argmax applies (MEMIT has none).
         realized: Whether v* is what the model realizes, or the clean output plus delta.
     """
 
@@ -67,7 +69,7 @@ class Request:
 
     Attributes:
         rows: Bare prompt, contexts, KL prompt.
-        name: What to call it in an error.
+        name: What errors call the edit.
     """
 
     rows: list[TokenRow]
@@ -75,24 +77,24 @@ class Request:
 
 
 class TargetLoop:
-    """Finds the targets of any number of edits, as many of them at a time as there is capacity for.
+    """Finds the targets of any number of edits, with as many of them active at a time as there are slots.
 
     Args:
         model: The frozen language model.
         modules: The module of each optimized site at layer L.
         slots: Trainable deltas of the same sites.
         optimizer: The optimizer of their parameters.
-        step: What makes its step.
+        step: Takes the optimizer's step.
         rules: The loss and the stop rules.
-        partial_forward: Layers up to and with the one above layer L. What precedes the subjects, or lies below L, is
-            then computed once; ``None`` runs the whole model at every step, which gives the same.
+        partial_forward: Starts passes at layer L or at the layer above it. What precedes the subjects, or lies below L,
+            is then computed once; ``None`` runs the whole model at every step, which gives the same.
         pad_id: Padding token.
         padding_side: Where rows are padded.
-        sync_every: Steps between two looks of the host at what has stopped; an edit that has stopped in between
-            stays as it was.
-        log_means: Gets means over the active edits at every synchronization.
-        broadcast: Of processes that must run the same passes, gives all of them what one has. An allocation that fails
-            on one of them then ends the run.
+        sync_every: Steps between two synchronizations with the host; an edit that has stopped in between stays as it
+            was.
+        log_means: Receives means over the active edits at every synchronization.
+        broadcast: Where several processes must run the same passes, gives all of them the value of the first. An
+            allocation that fails on one of them then ends the run.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class TargetLoop:
         self.pad_id, self.padding_side, self.sync_every, self.log_means = pad_id, padding_side, sync_every, log_means
         self.broadcast, self.capacity = broadcast, len(slots)
         self.active: ActiveBatch | None = None
-        self.active_ids: list[int] = []  # in active, or about to be
+        self.active_ids: list[int] = []  # of the active edits, and of those that are about to be
         self._steps_since_sync = 0
         self._requests: Sequence[Request] = ()
         self._histories: dict[int, list[list[float]]] = {}
@@ -125,10 +127,10 @@ class TargetLoop:
         self.dtype, self.device = first.dtype, first.device
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Target]]:
-        """Optimize all edits, the longest first, since what fits then always fits.
+        """Optimize all edits, the longest first: later batches then need no more memory than the first.
 
         Yields:
-            The number of each edit and its target, as it is finished.
+            The index of each edit in ``requests`` and its target, as soon as it is finished.
 
         Raises:
             FloatingPointError: If a loss is not finite; the message names the edit.
@@ -150,20 +152,20 @@ class TargetLoop:
                         "--model.dtype bfloat16, or fewer and shorter contexts"
                     ) from error
                 short_of_memory = True
-            if short_of_memory:  # behind the handler, since the error holds on to what did not fit
+            if short_of_memory:  # after the handler: the error keeps references to what did not fit
                 self._restart_smaller(waiting)
             else:
                 yield from finished
 
     def _round(self, waiting: list[int]) -> list[tuple[int, Target]]:
-        """Let edits enter if there is capacity, take one step, and let those that have stopped leave."""
+        """Admit edits if there is capacity, take one step, and remove the edits that have stopped."""
         self._admit(waiting)
         assert self.active is not None
         active = self.active
         leaves = self.slots.leaves(active.slots)
         loss = self.iterate(active, leaves)
         self._steps_since_sync += 1
-        active.step_counts = [age + 1 for age in active.step_counts]
+        active.step_counts = [steps + 1 for steps in active.step_counts]
         stopped: list[int] = []
         if self._steps_since_sync >= self.sync_every or max(active.step_counts) >= self.rules.steps:
             stopped = self._sync_to_host(active)
@@ -199,13 +201,13 @@ class TargetLoop:
             self.active.join(entering_batch)
 
     def _row_set(self, rows: Sequence[Sequence[TokenRow]]) -> RowSet:
-        """Rows of some edits, as many of each."""
-        padded = pad_rows([row for own in rows for row in own], self.pad_id, self.padding_side).to(self.device)
+        """Rows of some edits, the same number for each."""
+        padded = pad_rows([row for group in rows for row in group], self.pad_id, self.padding_side).to(self.device)
         return RowSet.of(self.model, padded, len(rows[0]), self.partial_forward)
 
     @torch.enable_grad()
     def iterate(self, active: ActiveBatch, leaves: dict[SiteName, Tensor]) -> Tensor:
-        """Forward, losses and stop rules; returns the sum of the losses of the edits that go on."""
+        """Forward pass, losses and stop rules; returns the sum of the losses of the edits that do not stop."""
         logits_NV, at_APK, outputs = self._forward(active.facts, leaves)
         started = active.started
         _record_clean_outputs(active, outputs)
@@ -226,8 +228,8 @@ class TargetLoop:
             for site, delta in leaves.items():
                 base = outputs[site] if self.rules.realized else active.clean[site]
                 length = delta.norm(dim=-1) / active.clean[site].norm(dim=-1)
-                going_on = active.running.unsqueeze(-1)
-                active.final[site] = torch.where(going_on, base + delta, active.final[site])
+                running = active.running.unsqueeze(-1)
+                active.final[site] = torch.where(running, base + delta, active.final[site])
                 active.final_norm[site] = torch.where(active.running, length, active.final_norm[site])
             columns = [parts[name].detach().to(self.dtype) for name in PARTS]
             active.step_log.append(torch.stack([*columns, active.running.to(self.dtype)], dim=1))
@@ -237,26 +239,26 @@ class TargetLoop:
     def _forward(
         self, rows: RowSet, leaves: Mapping[SiteName, Tensor]
     ) -> tuple[Tensor, Tensor, dict[SiteName, Tensor]]:
-        """As :meth:`RowSet.run`, the outputs in the deltas' precision."""
+        """As :meth:`RowSet.run`, with the outputs in the deltas' precision."""
         logits, at, outputs = rows.run(self.model, self.modules, leaves, self.partial_forward)
         return logits, at, {site: output.to(leaves[site]) for site, output in outputs.items()}
 
     def apply_stop_rules(self, active: ActiveBatch, loss: Tensor, kl: Tensor, argmax: Tensor) -> None:
-        """Decide on the device which edits stop at this step, and what the likelihood weighs at the next."""
+        """Decide on the device which edits stop at this step, and the weight of the likelihood at the next."""
         settled = torch.zeros_like(argmax)
         if self.rules.argmax_rule:
             active.nll_factor = self.rules.nll * torch.where(argmax, ARGMAX_NLL_SHARE, 1.0).to(self.dtype)
             settled = argmax & (kl <= ARGMAX_KL_TOLERANCE)
         reason = torch.where(settled, _REASONS.index("argmax"), 0)
         if max(active.step_counts) + 1 >= self.rules.steps:
-            over = torch.tensor([age + 1 >= self.rules.steps for age in active.step_counts], device=self.device)
-            reason = torch.where(over & ~settled, _REASONS.index("steps"), reason)
+            last = torch.tensor([steps + 1 >= self.rules.steps for steps in active.step_counts], device=self.device)
+            reason = torch.where(last & ~settled, _REASONS.index("steps"), reason)
         reason = torch.where(loss < self.rules.loss_tolerance, _REASONS.index("loss"), reason)
         active.reason = torch.where(active.running, reason, active.reason)
         active.running = active.running & (reason == 0)
 
     def _update(self, active: ActiveBatch, leaves: Mapping[SiteName, Tensor], loss: Tensor) -> None:
-        """Gradient, optimizer step and projection; the deltas that have stopped are no longer looked at."""
+        """Gradient, optimizer step and projection; the deltas of edits that have stopped are no longer read."""
         self.slots.set_gradients(active.slots, torch.autograd.grad(loss, list(leaves.values())))
         self.step()
         with torch.no_grad():
@@ -265,7 +267,7 @@ class TargetLoop:
                 values[active.slots] = project_to_ball(values[active.slots], radius)
 
     def _sync_to_host(self, active: ActiveBatch) -> list[int]:
-        """Fetch what has happened since the last look; returns the indices of the edits that have stopped.
+        """Read back the steps since the last synchronization; returns the indices of the edits that have stopped.
 
         Raises:
             FloatingPointError: If a loss is not finite.
@@ -275,16 +277,16 @@ class TargetLoop:
         self._steps_since_sync = 0
         counted = points[..., -1].bool()
         self._check_finite(active, points[..., 0].isfinite() | ~counted)
-        for index, number in enumerate(active.edit_ids):
-            own = self._histories.setdefault(number, [])
-            own += points[counted[:, index], index, :-1].tolist()
-        now = points[-1][counted[-1]]
-        means = dict(zip(PARTS, now[:, :-1].mean(dim=0).tolist(), strict=True)) if len(now) else {}
-        self.log_means(means | {"active_edits": float(len(now))})
+        for index, edit_id in enumerate(active.edit_ids):
+            history = self._histories.setdefault(edit_id, [])
+            history += points[counted[:, index], index, :-1].tolist()
+        latest = points[-1][counted[-1]]
+        means = dict(zip(PARTS, latest[:, :-1].mean(dim=0).tolist(), strict=True)) if len(latest) else {}
+        self.log_means(means | {"active_edits": float(len(latest))})
         stopped: list[int] = (~active.running).nonzero().flatten().tolist()
-        if self.broadcast is not None:  # a rounding error may decide: then it must be the same one everywhere
+        if self.broadcast is not None:  # rounding may decide, and must then decide the same on all
             stopped = self.broadcast(stopped)
-            active.running = torch.ones_like(active.running)  # a gradient may still need the old one
+            active.running = torch.ones_like(active.running)  # new: a gradient may need the old one
             active.running[stopped] = False
         return stopped
 
@@ -294,8 +296,8 @@ class TargetLoop:
         reasons = active.reason[list(stopped)].tolist()
         finished = []
         for k, index in enumerate(stopped):
-            number = active.edit_ids[index]
-            history = torch.tensor(self._histories.pop(number), dtype=self.dtype)
+            edit_id = active.edit_ids[index]
+            history = torch.tensor(self._histories.pop(edit_id), dtype=self.dtype)
             first, last = (dict(zip(PARTS, history[i].tolist(), strict=True)) for i in (0, -1))
             record = {
                 "steps": len(history),
@@ -306,34 +308,34 @@ class TargetLoop:
                 "p_after": last["p"],
                 **{f"delta_{site}": norm[k] for site, norm in norms.items()},
             }
-            finished.append((number, Target({s: v[k].clone() for s, v in values.items()}, record, history)))
+            finished.append((edit_id, Target({s: v[k].clone() for s, v in values.items()}, record, history)))
         self.slots.close(active.slots[list(stopped)].tolist())
-        left = [index for index in range(len(active.edit_ids)) if index not in set(stopped)]
-        if left:
-            active.keep(left)
+        remaining = [index for index in range(len(active.edit_ids)) if index not in set(stopped)]
+        if remaining:
+            active.keep(remaining)
         else:
             self.active = None
         self.active_ids = [] if self.active is None else list(active.edit_ids)
         return finished
 
     def _restart_smaller(self, waiting: list[int]) -> None:
-        """After a lack of memory: all edits in active begin anew, half as many at a time."""
+        """Out of memory: all active edits start again, half as many at a time."""
         self.capacity = max(1, len(self.active_ids) // 2)
-        log.warning("out of memory with %d edits in active: going on with %d", len(self.active_ids), self.capacity)
+        log.warning("out of memory with %d active edits: going on with %d", len(self.active_ids), self.capacity)
         waiting += reversed(self.active_ids)
-        for number in self.active_ids:
-            self._histories.pop(number, None)
+        for edit_id in self.active_ids:
+            self._histories.pop(edit_id, None)
         self.slots.close(range(len(self.slots)))
         self.active_ids, self.active, self._steps_since_sync = [], None, 0
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _check_finite(self, active: ActiveBatch, fine_SA: Tensor) -> None:
-        broken = (~fine_SA).any(dim=0).nonzero().flatten().tolist()
+    def _check_finite(self, active: ActiveBatch, valid_SA: Tensor) -> None:
+        broken = (~valid_SA).any(dim=0).nonzero().flatten().tolist()
         if broken:
             names = "; ".join(self._requests[active.edit_ids[index]].name for index in broken[:5])
-            taken = len(self._histories.get(active.edit_ids[broken[0]], ()))
-            step = taken + int((~fine_SA[:, broken[0]]).long().argmax())
+            earlier = len(self._histories.get(active.edit_ids[broken[0]], ()))
+            step = earlier + int((~valid_SA[:, broken[0]]).long().argmax())
             raise FloatingPointError(
                 f"the loss of {len(broken)} edit(s) is not finite at step {step}: {names}. "
                 "Check the model's weights for NaN, or load it with --model.dtype float32 or bfloat16."
@@ -343,24 +345,24 @@ class TargetLoop:
 def choose_micro_batch(
     wanted: int | Literal["auto"], requests: Sequence[Request], size: ModelSize, device: torch.device
 ) -> int:
-    """How many edits are optimized together: as many as wanted, or as fit into memory and pay.
+    """How many edits are optimized together: the number asked for, or as many as fit into memory and save time.
 
     Args:
-        wanted: ``micro_batch``.
+        wanted: The setting ``micro_batch``.
         requests: All edits.
-        size: Of the model.
+        size: Size of the model.
         device: Where the model is.
     """
     if wanted == "auto":
         longest = max(requests, key=lambda request: size.edit_bytes(request.rows))
         wanted = size.most_edits(longest.rows, device, free_memory(device))
         log.info("up to %d edits are optimized together", wanted)
-    # As many rounds as are needed, alike: a last one of a few edits takes nearly as long as a full one.
+    # Rounds of equal size, no more than are needed: a last one of a few edits takes nearly as long as a full one.
     return -(-len(requests) // -(-len(requests) // wanted))
 
 
 def _record_clean_outputs(active: ActiveBatch, outputs: Mapping[SiteName, Tensor]) -> None:
-    """Keep what the first step of entering_batch shows: their deltas are zero in it."""
+    """Keep the outputs of edits in their first step, in which their deltas are zero."""
     started = active.started
     if started == len(active.edit_ids):
         return
@@ -370,5 +372,5 @@ def _record_clean_outputs(active: ActiveBatch, outputs: Mapping[SiteName, Tensor
         active.final_norm[site] = _append_rows(active.final_norm.get(site), torch.zeros_like(output[started:, 0]))
 
 
-def _append_rows(started: Tensor | None, more: Tensor) -> Tensor:
-    return more.clone() if started is None else torch.cat([started, more])
+def _append_rows(rows: Tensor | None, more: Tensor) -> Tensor:
+    return more.clone() if rows is None else torch.cat([rows, more])

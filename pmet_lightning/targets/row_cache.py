@@ -1,4 +1,4 @@
-"""Rows of the active edits, and what of them need not be run at every step.
+"""Rows of the active edits, and cached states of what need not be run at every step.
 
 Legend: A = active edits, P = rows of an edit, R = A·P, S = tokens run, K = target tokens, V = vocabulary, F = width.
 """
@@ -23,18 +23,18 @@ from pmet_lightning.model.prefix_passes import split_at_subject
 
 @dataclass
 class RowSet:
-    """Rows of some edits, as many of each, and what of them need not be run at every step.
+    """Rows of some edits, the same number for each, and cached states of what need not be run at every step.
 
-    What stands before the subjects and below layer L is never run again. In layer L itself only the subjects' last
+    What precedes the subjects, or lies below layer L, is never run again. In layer L itself only the subjects' last
     tokens are, since no delta reaches the others there.
 
     Attributes:
         rows: What is run: from the subject's last token on, or whole rows.
         per_edit: P.
-        prefix: What stands before the rows; ``None`` where whole rows are run by the whole model.
-        entering: What enters layer L at the subject's last token, shape [R, 1, F], if it is kept.
-        leaving: What leaves layer L without deltas, shape [R, S, F], if it is kept.
-        kept: What modules of the layer above give where no delta reaches them, shape [R, S, their F] each.
+        prefix: What precedes the rows; ``None`` where the whole model runs whole rows.
+        entering: Hidden states that enter layer L at the subject's last token, shape [R, 1, F], if they are cached.
+        leaving: Hidden states that leave layer L without deltas, shape [R, S, F], if they are cached.
+        kept: Outputs of modules of the layer above where no delta reaches them, shape [R, S, their F] each.
     """
 
     rows: RowBatch
@@ -55,7 +55,7 @@ class RowSet:
             model: The language model.
             rows: Whole rows, padded on either side.
             per_edit: P.
-            partial_forward: Layers up to and with the one behind L; ``None`` runs everything at every step.
+            partial_forward: Starts passes at layer L or at the one above it; ``None`` runs everything at every step.
         """
         if partial_forward is None:
             return cls(rows, per_edit)
@@ -73,7 +73,7 @@ class RowSet:
         )
 
     def join(self, other: RowSet) -> None:
-        """Add rows of other edits."""
+        """Append the rows of other edits."""
         self._positions = self._target_layer = self._above = None
         self.rows = self.rows.join(other.rows)
         if self.prefix is not None and other.prefix is not None:
@@ -82,11 +82,11 @@ class RowSet:
             self.entering = torch.cat([self.entering, other.entering])
         width = self.rows.input_ids.shape[1]
         if self.leaving is not None and other.leaving is not None:
-            self.leaving = _stacked((self.leaving, other.leaving), width)
-        self.kept = {m: _stacked((mine, other.kept[m]), width) for m, mine in self.kept.items() if m in other.kept}
+            self.leaving = _concatenate((self.leaving, other.leaving), width)
+        self.kept = {m: _concatenate((kept, other.kept[m]), width) for m, kept in self.kept.items() if m in other.kept}
 
     def keep(self, indices: Tensor) -> None:
-        """Leave out the rows of all edits but these."""
+        """Drop the rows of all edits but those at these indices."""
         self._positions = self._target_layer = self._above = None
         count = torch.arange(self.per_edit, device=indices.device)
         rows = (indices.unsqueeze(1) * self.per_edit + count).flatten()
@@ -97,7 +97,7 @@ class RowSet:
         used = self.rows.used_columns(rows)
         if self.leaving is not None:
             self.leaving = self.leaving[rows][:, used]
-        # On the device of the layer above, which may be another one.
+        # The layer above may be on another device.
         self.kept = {module: outputs[rows.to(outputs.device)][:, used] for module, outputs in self.kept.items()}
         self.rows = self.rows.select(rows)
 
@@ -108,13 +108,13 @@ class RowSet:
         leaves: Mapping[SiteName, Tensor],
         partial_forward: PartialForward | None,
     ) -> tuple[Tensor, Tensor, dict[SiteName, Tensor]]:
-        """The rows with the deltas added.
+        """Run the rows with the deltas added.
 
         Returns:
-            Logits wherever a label is predicted, [N, V]; which of them is each label's, [A, P, K]; and each site's
-            output in the first row of an edit before its delta, [A, F].
+            Logits wherever a label is predicted, [N, V]; for each label, the index of its logits among these,
+            [A, P, K]; and each site's output in the first row of an edit before its delta is added, [A, F].
         """
-        _, labelled, at = self._looked_up()
+        _, labeled, at = self._positions_of_labels()
         partial_forward = None if self.prefix is None else partial_forward
         first = self.rows if partial_forward is None else self.rows.first_columns(1)
         with ExitStack() as stack:
@@ -123,24 +123,24 @@ class RowSet:
                 added = leaves[site].repeat_interleave(self.per_edit, dim=0)
                 recordings[site] = stack.enter_context(record_and_add(module, first.subject, added))
             if partial_forward is None:
-                logits = label_logits(model, self.rows, positions=labelled)
+                logits = label_logits(model, self.rows, positions=labeled)
             else:
-                hidden = self._leaving_target_layer(model, first, partial_forward)
+                hidden = self._run_target_layer(model, first, partial_forward)
         if partial_forward is not None:
-            logits = self._read(model, hidden, partial_forward)
+            logits = self._run_above(model, hidden, partial_forward)
         outputs = {site: recording.take().detach()[:: self.per_edit] for site, recording in recordings.items()}
         return logits, at.unflatten(0, (-1, self.per_edit)), outputs
 
-    def _looked_up(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Places of real tokens and of those that predict labels, and which of the latter is each label's."""
+    def _positions_of_labels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions of real tokens and of those that predict labels, and each label's index among the latter."""
         if self._positions is None:
-            # Behind a shorter target the index of its last label stands again, and is looked at once.
-            labelled, at = self.rows.label_positions().unique(return_inverse=True)
-            self._positions = self.rows.real_positions(), labelled, at
+            # After the end of a shorter target the position of its last label is repeated; it is kept once.
+            labeled, at = self.rows.label_positions().unique(return_inverse=True)
+            self._positions = self.rows.real_positions(), labeled, at
         return self._positions
 
-    def _leaving_target_layer(self, model: nn.Module, first: RowBatch, partial_forward: PartialForward) -> Tensor:
-        """What leaves layer L, which is run at the subjects' last tokens only, shape [R, S, F]."""
+    def _run_target_layer(self, model: nn.Module, first: RowBatch, partial_forward: PartialForward) -> Tensor:
+        """Hidden states that leave layer L, which is run at the subjects' last tokens only, shape [R, S, F]."""
         assert self.entering is not None
         assert self.leaving is not None
         assert self.prefix is not None
@@ -159,21 +159,21 @@ class RowSet:
             at_subject = output.take()
         return torch.cat([at_subject.unsqueeze(1).to(self.leaving), self.leaving[:, 1:]], dim=1)
 
-    def _read(self, model: nn.Module, hidden_RSF: Tensor, partial_forward: PartialForward) -> Tensor:
-        """Logits wherever a label is predicted, [N, V], of what enters the layer above L."""
+    def _run_above(self, model: nn.Module, hidden_RSF: Tensor, partial_forward: PartialForward) -> Tensor:
+        """Logits wherever a label is predicted, [N, V], from the hidden states that enter the layer above L."""
         assert self.prefix is not None
-        real, labelled, _ = self._looked_up()
-        with partial_forward.only_tokens(self.rows, real, labelled, self.kept):
+        real, labeled, _ = self._positions_of_labels()
+        with partial_forward.only_tokens(self.rows, real, labeled, self.kept):
             if self._above is not None and self._above.ready and partial_forward.direct:
                 hidden_RSF = self._above.run(hidden_RSF)
                 return partial_forward.logits(
-                    model, hidden_RSF.flatten(0, 1).index_select(0, labelled.to(hidden_RSF.device))
+                    model, hidden_RSF.flatten(0, 1).index_select(0, labeled.to(hidden_RSF.device))
                 )
             self._above = Replay([partial_forward.layer, *partial_forward.above], self.prefix)
             with partial_forward.start_from(hidden_RSF, partial_forward.layer), self._above.capture_inputs():
-                return label_logits(model, self.rows, self.prefix, labelled)
+                return label_logits(model, self.rows, self.prefix, labeled)
 
 
-def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:
-    """Rows of several tensors of shape [R, S, F], as wide as the widest."""
+def _concatenate(parts: Sequence[Tensor], width: int) -> Tensor:
+    """The rows of several tensors of shape [R, S, F], padded to S = width."""
     return torch.cat([nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])

@@ -1,6 +1,6 @@
-"""What the target optimization gives for each edit, and a store that keeps it for the next run.
+"""The result of the target optimization for each edit, and a store that keeps it for later runs.
 
-Legend: B = edits, A = those that took a step, F = model width, S = steps, P = parts of the loss and P(o*).
+Legend: B = edits, A = those that took a given step, F = model width, S = steps, P = parts of the loss and P(o*).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pmet_lightning.utils.files import atomic_path
 
 # What is kept of each step of an edit: the loss and its weighted parts, P(o*) over the contexts and at the bare prompt.
 PARTS = ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt")
-# Why the search for a target ends: its loss is low, its tokens are the argmax, it was out of steps.
+# Why an edit stops: its loss is low, its target tokens are the argmax, or it is out of steps.
 STOP_REASONS = ("loss", "argmax", "steps")
-_HISTORY = "history"  # its name in a file, among those of the sites
+_HISTORY = "history"  # name of the history in a file, where the other tensors have names of sites
 
 
 @dataclass(frozen=True)
 class Target:
-    """One edit's target.
+    """The target of one edit.
 
     Attributes:
         values: v* of each optimized site, shape [F], float32 (float64 for a float64 model), on the CPU.
@@ -51,7 +51,7 @@ class TargetStore:
     """A folder of targets, each under the hash of everything it depends on.
 
     Args:
-        folder: Where; made when the first target is saved.
+        folder: The folder; created when the first target is saved.
         depends: Fingerprints and settings shared by all edits: model weights, tokenizer, contexts, hyper-parameters.
     """
 
@@ -64,7 +64,7 @@ class TargetStore:
         return self.folder / f"{hashlib.sha256((self._base + identity).encode()).hexdigest()[:32]}.safetensors"
 
     def load(self, identity: str) -> Target | None:
-        """The stored target, or ``None``; an unreadable file counts as absent and is made anew."""
+        """The stored target, or ``None``; an unreadable file counts as absent and is replaced."""
         path = self.path(identity)
         if not path.is_file():
             return None
@@ -78,7 +78,7 @@ class TargetStore:
             return None
 
     def save(self, identity: str, target: Target) -> None:
-        """Store a target; a reader never sees half a file."""
+        """Store a target; a reader never sees a partial file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.contiguous() for name, value in target.values.items()}
         with atomic_path(self.path(identity)) as temporary:
@@ -88,7 +88,7 @@ class TargetStore:
 
 
 def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
-    """Means at each step over the edits that took it, and how many they were (``active_edits``)."""
+    """Means at each step over the edits that took it, and the number of these edits (``active_edits``)."""
     if not targets:
         return []
     points, lengths_B = [], torch.tensor([len(target.history_SP) for target in targets])
@@ -100,7 +100,7 @@ def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
 
 
 def pad_histories(targets: Sequence[Target]) -> Tensor:
-    """Histories of one length: an edit that has stopped stays as it was; shape [B, S, parts]."""
+    """Histories padded to one length: an edit that has stopped keeps its last values; shape [B, S, parts]."""
     histories = [target.history_SP for target in targets]
-    most = max(map(len, histories))
-    return torch.stack([torch.cat([h, h[-1:].expand(most - len(h), -1)]) for h in histories])
+    longest = max(map(len, histories))
+    return torch.stack([torch.cat([h, h[-1:].expand(longest - len(h), -1)]) for h in histories])

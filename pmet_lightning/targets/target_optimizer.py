@@ -1,7 +1,7 @@
-"""Step 1 of METHOD.md as a LightningModule: the residual deltas are its trainable parameters.
+"""The target optimization (docs/method.md, 'Targets') as a LightningModule: the deltas are its trainable parameters.
 
 One training batch is one edit batch. Some of its edits at a time take up to ``steps`` Adam steps (manual
-optimization); as soon as some have stopped, others take their places.
+optimization); as soon as some have stopped, others take their slots (continuous batching).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, Positiv
 
 log = logging.getLogger(__name__)
 
-# Steps between two looks at what has stopped: where the device runs ahead of the host, a look makes it wait.
+# Steps between two synchronizations with the host, which make a device wait that otherwise runs ahead of the host.
 SYNC_EVERY = {"cpu": 1}
 _SYNC_EVERY_ELSEWHERE = 4
 
@@ -58,7 +58,7 @@ class TargetOptimizer(EditableModel):
         target_value: v* as 'realized' by the model while the deltas are in place, or as 'stored' by the reference
             (clean output plus delta); they differ where one delta reaches the other, in sequential blocks only, and
             there the realized one was better (docs/results.md).
-        steps: Most iterations for one edit; the last one makes no update.
+        steps: Maximum number of iterations for one edit; the last one makes no update.
         optimizer: Adam and its learning rate; the delta of each edit is a parameter of its own.
         clamp: Radius of the ball of each delta, in norms of its clean output.
         nll_factor: Weight of the target's negative log-likelihood.
@@ -68,17 +68,17 @@ class TargetOptimizer(EditableModel):
         stop_at_argmax: Whether an edit also stops as soon as every target token is the argmax and the subject's
             meaning has not drifted (PMET; MEMIT never does). Without it targets become more certain, and take longer.
         contexts: Templates with one {} each; null samples them from the model.
-        context_count: How many contexts are sampled.
-        context_length: New tokens of each sampled context.
+        context_count: Number of contexts to sample.
+        context_length: New tokens in each sampled context.
         seed: Seed of the sampled contexts.
-        targets_folder: Folder in which sampled contexts and finished targets are kept by what they depend on, and found
-            again; null keeps none.
-        micro_batch: Edits optimized together; changes nothing but memory and time. 'auto' takes as many as fit into
-            free memory and pay. An allocation that fails halves them.
-        suffix_only: Whether what stands before the subjects and below layer L is computed once; the whole model at
-            every step gives the same, and is there for comparison.
+        targets_folder: Folder in which sampled contexts and finished targets are kept, under a hash of all that they
+            depend on, and found by later runs; null keeps none.
+        micro_batch: Number of edits optimized together; affects only memory and time. 'auto' takes as many as fit into
+            free memory and save time. An allocation that fails halves the number.
+        suffix_only: Whether what precedes the subjects, or lies below layer L, is computed once; running the whole
+            model at every step gives the same, and is there for comparison.
         compile_ffn: Whether torch.compile fuses the FFNs above layer L: less memory traffic at every step, for some
-            seconds of compiling at the first.
+            seconds of compilation at the first.
         kwargs: Everything that :class:`~pmet_lightning.evaluation.editable.EditableModel` takes.
     """
 
@@ -124,7 +124,7 @@ class TargetOptimizer(EditableModel):
         self.targets_folder, self.suffix_only, self.compile_ffn = targets_folder, suffix_only, compile_ffn
         self.micro_batch: int | Literal["auto"] = "auto" if micro_batch == "auto" else int(micro_batch)
 
-        # One for each edit in flight: their number and width are not known yet.
+        # One parameter for each active edit: their number and width are not known yet.
         self.deltas = nn.ModuleDict(
             {site: nn.ParameterList([nn.Parameter(torch.zeros(0))]) for site in self.optimized_sites}
         )
@@ -133,12 +133,12 @@ class TargetOptimizer(EditableModel):
         self._store_batch = -1
 
     def setup(self, stage: str) -> None:
-        """Check the layers and the family by the configuration alone, before any weight is read."""
+        """Check the layers and the model family by the configuration alone, before any weight is read."""
         super().setup(stage)
         if self.target_layer == self.depth - 1:
             log.warning(
-                "layer %d is the model's last: a target there changes only what follows a subject at once, and "
-                "nothing in prompts that go on; leave the upper layers out of --model.layers", self.target_layer,
+                "layer %d is the model's last: a target there changes only the token right after a subject, and "
+                "nothing in prompts that continue; leave the upper layers out of --model.layers", self.target_layer,
             )  # fmt: skip
 
     def configure_model(self) -> None:
@@ -148,7 +148,7 @@ class TargetOptimizer(EditableModel):
         if self.compile_ffn and not loaded:
             for block in map(self.sites.ffn_block, self._above):
                 if block is not None:
-                    # Its hooks stay outside: they come and go.
+                    # Hooks stay outside of what is compiled: they come and go.
                     block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
 
     @property
@@ -165,7 +165,7 @@ class TargetOptimizer(EditableModel):
     # ---- the targets -----------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over all deltas, each a parameter of its own."""
+        """One optimizer over all deltas, each a parameter of its own (docs/method.md, choice 7: one Adam per edit)."""
         return self.optimizer_callable(self.deltas.parameters())
 
     @property
@@ -176,7 +176,7 @@ class TargetOptimizer(EditableModel):
 
     def on_fit_start(self) -> None:
         """Fix the contexts of the run."""
-        self._store = None  # it is of the model as it was in an earlier run
+        self._store = None  # that of an earlier run is for the model as it was then
         if self.given_contexts is not None:
             self.contexts = self.given_contexts
         elif not self.contexts:
@@ -185,22 +185,22 @@ class TargetOptimizer(EditableModel):
         log.info("contexts: %s", self.contexts)
 
     def _sampled_contexts(self) -> list[str]:
-        """Sampled, or found where an equal run has kept them beside its targets."""
-        how = {"count": self.context_count, "length": self.context_length, "seed": self.seed}
+        """Contexts sampled from the model, or those that an equal run has kept beside its targets."""
+        sampling = {"count": self.context_count, "length": self.context_length, "seed": self.seed}
         store = None
         if self.targets_folder is not None:
             names = {"model": self.base_fingerprint, "tokenizer": self.encoder.fingerprint()}
-            store = ContextStore(self.targets_folder, names | how)
+            store = ContextStore(self.targets_folder, names | sampling)
             kept = ProcessGroup.of(self.trainer).compute_object_on_rank_zero(store.load)
             if kept is not None:
                 return kept
-        contexts = sample_contexts(self.model, self.tokenizer, device=self.device, **how)
+        contexts = sample_contexts(self.model, self.tokenizer, device=self.device, **sampling)
         if store is not None and self.trainer.is_global_zero:
             store.save(contexts)
         return contexts
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Target]]:
-        """Optimize this process' part of an edit batch, but for the targets that are in the store.
+        """Optimize this process's part of an edit batch, except for targets that are in the store.
 
         Returns:
             ``targets``: one for each of its edits, in order.
@@ -226,7 +226,7 @@ class TargetOptimizer(EditableModel):
         """Find the target vectors of some edits on the model as it is now.
 
         Yields:
-            The place of an edit among ``edits``, and its target, in the order in which they are found.
+            The index of an edit in ``edits``, and its target, in the order in which they are found.
 
         Raises:
             FloatingPointError: If a loss is not finite; the message names the edit.
@@ -238,8 +238,8 @@ class TargetOptimizer(EditableModel):
             Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question) for edit in edits
         ]
         optimizer = self.optimizers()
-        together = self._trainer is not None and ProcessGroup.of(self.trainer).sharded
-        broadcast = ProcessGroup.of(self.trainer).broadcast_if_sharded if together else None
+        sharded = self._trainer is not None and ProcessGroup.of(self.trainer).sharded
+        broadcast = ProcessGroup.of(self.trainer).broadcast_if_sharded if sharded else None
         count = choose_micro_batch(self.micro_batch, requests, self._size(), self.device)
         slots = self._slots(count if broadcast is None else broadcast(count))
         loop = TargetLoop(
@@ -249,7 +249,7 @@ class TargetOptimizer(EditableModel):
             optimizer=optimizer.optimizer,  # type: ignore[union-attr]
             step=optimizer.step,  # type: ignore[union-attr]
             rules=self.rules,
-            partial_forward=self._partial_forward(direct=not together) if self._suffix_only else None,
+            partial_forward=self._partial_forward(direct=not sharded) if self._suffix_only else None,
             pad_id=self.encoder.pad_id,
             padding_side=self.padding_side,
             sync_every=SYNC_EVERY.get(self.device.type, _SYNC_EVERY_ELSEWHERE),
@@ -264,7 +264,7 @@ class TargetOptimizer(EditableModel):
         return [targets[i] for i in range(len(edits))]
 
     def _slots(self, count: int) -> DeltaSlots:
-        """Places for so many deltas, as this module's parameters and its optimizer's."""
+        """Slots for so many deltas, registered as parameters of this module and of its optimizer."""
         slots = DeltaSlots(self.optimized_sites, count, self.width, self.delta_dtype, self.device)
         for site, parameters in slots.parameters.items():
             self.deltas[site] = nn.ParameterList(parameters)
@@ -287,11 +287,11 @@ class TargetOptimizer(EditableModel):
 
     @property
     def _suffix_only(self) -> bool:
-        """Above the last layer there is none that a pass could begin at."""
+        """``suffix_only``, if there is a layer above L for a pass to begin at."""
         return self.suffix_only and self.target_layer + 1 < self.depth
 
     def _size(self) -> ModelSize:
-        """What decides how many edits fit into memory."""
+        """The size of the model, which decides how many edits fit into memory."""
         whole = not self._suffix_only
         return ModelSize(
             width=self.width,
@@ -303,7 +303,7 @@ class TargetOptimizer(EditableModel):
         )
 
     def _target_store(self, edit_batch: int) -> TargetStore | None:
-        """The store of the model as it is now; a later edit batch meets other weights."""
+        """The store for the model as it is now; a later edit batch works on other weights."""
         if self.targets_folder is None:
             return None
         if self._store is None or self._store_batch != edit_batch:

@@ -1,4 +1,4 @@
-"""A callback that watches what edits do to unrelated text, and stops a run that ruins the model.
+"""A callback that measures what edits do to unrelated text, and ends a run that damages the model.
 
 Legend: R = rows, T = tokens, V = vocabulary.
 """
@@ -31,24 +31,25 @@ from pmet_lightning.write.write_report import WriteReport
 
 log = logging.getLogger(__name__)
 
-_MOST_LOGITS = 2**27
+_MAX_LOGITS = 2**27
 
 
 class Drift(HyperparametersMixin, L.Callback):
     """Perplexity of plain text at every evaluation, and KL(clean ‖ edited) of the next token after a fit.
 
     The clean model's distributions are kept for one position of each row, its last. With a limit, perplexity and the
-    growth of the weights are looked at after each edit batch too.
+    growth of the weights are checked after each edit batch too.
 
     Args:
-        text: A corpus as for --moments.corpus; null watches nothing.
+        text: A corpus as for --moments.corpus; null measures nothing.
         text_subset: Subset of a hub data set.
-        rows: Rows of text.
-        length: Tokens of a row.
-        seed: Seed of the order of the texts; another one than that of the second moments, so that the rows are others.
-        max_perplexity: Perplexity after an edit batch, relative to that before the first, which ends the run.
-        max_growth: Norm of all ΔW of a weight so far, relative to that of the weight, which ends the run.
-        on_limit: Whether the edit batch that goes beyond a limit stays ('stop') or is taken back ('rollback').
+        rows: Number of rows of text.
+        length: Tokens in a row.
+        seed: Seed of the order of the texts; not that of the second moments, so that the rows differ from theirs.
+        max_perplexity: Limit of the perplexity after an edit batch, relative to that before the first edit; beyond it
+            the run ends.
+        max_growth: Limit of the norm of a weight's total ΔW, relative to that of the weight; beyond it the run ends.
+        on_limit: Whether the edit batch that exceeds a limit is kept ('stop') or taken back ('rollback').
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Drift(HyperparametersMixin, L.Callback):
         if max_perplexity is not None and text is None:
             raise ValueError("--drift.max_perplexity needs text to measure it on; set --drift.text")
         self.max_perplexity, self.max_growth, self.on_limit = max_perplexity, max_growth, on_limit
-        self.ended = self.advice = ""  # why the run was ended, and what to do
+        self.ended = self.advice = ""  # why the run was ended, and what the user can do
         self._first_perplexity: float | None = None
         self.text, self.text_subset = text, text_subset
         self.rows, self.length, self.seed = int(rows), int(length), seed
@@ -91,23 +92,23 @@ class Drift(HyperparametersMixin, L.Callback):
 
     @property
     def limited(self) -> bool:
-        """Whether there is a limit to look at after each edit batch."""
+        """Whether there is a limit to check after each edit batch."""
         return self.max_perplexity is not None or self.max_growth is not None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure where the perplexity begins; have the spread able to take a batch back."""
+        """Measure the perplexity before the first edit; prepare for a rollback if one may be needed."""
         assert isinstance(pl_module, EditableModel)
         spread = find_callback(trainer, WeightSpread)
         if not self.limited or spread is None:
             return
         spread.edited.keep_previous = self.on_limit == "rollback"
-        if self.max_perplexity is not None and self._first_perplexity is None:  # nothing was judged before
+        if self.max_perplexity is not None and self._first_perplexity is None:  # no evaluation before the fit
             self._first_perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the limits after an edit batch; beyond one of them, end the run."""
+        """Check the limits after an edit batch; end the run if one is exceeded."""
         assert isinstance(pl_module, EditableModel)
         spread = find_callback(trainer, WeightSpread)
         if not self.limited or spread is None or "written" not in outputs:
@@ -120,11 +121,11 @@ class Drift(HyperparametersMixin, L.Callback):
             found["perplexity"], limits["perplexity"] = perplexity / self._first_perplexity, self.max_perplexity
         for logger in trainer.loggers:
             logger.log_metrics({f"{EDIT_BATCHES}/drift_{name}": value for name, value in found.items()}, number)
-        beyond = [name for name, most in limits.items() if most is not None and not found[name] <= most]
-        if not beyond:
+        exceeded = [name for name, limit in limits.items() if limit is not None and not found[name] <= limit]
+        if not exceeded:
             return
         self.ended = f"edit batch {number}: " + ", ".join(
-            f"{name} {found[name]:.3g} times that of the unedited model, limit {limits[name]:g}" for name in beyond
+            f"{name} {found[name]:.3g} times that of the unedited model, limit {limits[name]:g}" for name in exceeded
         )
         taken_back = self.on_limit == "rollback"
         if taken_back:
@@ -135,7 +136,7 @@ class Drift(HyperparametersMixin, L.Callback):
         trainer.should_stop = True
 
     def _own_rows(self, trainer: L.Trainer, module: EditableModel) -> list[TokenRow]:
-        """This process' rows of text."""
+        """This process's rows of text."""
         if self._rows is None:
             assert self.text is not None
             texts = corpus_texts(self.text, self.text_subset, self.seed)
@@ -148,7 +149,7 @@ class Drift(HyperparametersMixin, L.Callback):
     @torch.no_grad()
     def _measure(self, module: EditableModel, rows: Sequence[TokenRow]) -> tuple[float, float | None]:
         """Perplexity over all tokens, and KL at the end of each row, over the rows of all processes."""
-        # In this order: a metric that is moved computes in float32 again.
+        # In this order: moving a metric to a device sets it back to float32.
         nll, kl = (MeanMetric().to(module.device).set_dtype(torch.float64) for _ in range(2))
         head_VF = _head(module)
         ends_RV = torch.empty(len(rows), len(head_VF), dtype=torch.promote_types(head_VF.dtype, torch.float32))
@@ -172,9 +173,9 @@ def _advice(edits: Sequence[Edit], taken_back: bool) -> str:
     first, last = (edit.origin or repr(edit.question) for edit in (edits[0], edits[-1]))
     other = "begin another run with a larger --spread.lam"
     if not taken_back:
-        return f"its edit batch stays; a run that goes on writes one more and ends again: raise the limit, or {other}"
+        return f"its edit batch was kept; a resumed run writes one more and ends again: raise the limit, or {other}"
     return (
-        f"its edit batch ({first} to {last}) was taken back, and a run that goes on meets it again and ends again: "
+        f"its edit batch ({first} to {last}) was taken back, and a resumed run meets it again and ends again: "
         f"take these records out of the file, raise the limit, or {other}"
     )
 
@@ -186,5 +187,5 @@ def _head(module: EditableModel) -> Tensor:
 
 
 def _budget(module: EditableModel) -> int:
-    """Tokens of one forward pass whose logits, which are needed at all positions, take half a GiB at most."""
-    return max(1, min(module.tokens_per_batch, _MOST_LOGITS // len(_head(module))))
+    """Tokens in one forward pass whose logits, which are needed at all positions, take at most half a GiB."""
+    return max(1, min(module.tokens_per_batch, _MAX_LOGITS // len(_head(module))))

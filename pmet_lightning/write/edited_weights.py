@@ -1,4 +1,4 @@
-"""The weights that edit batches are written into: ΔW so far, the keys to protect, and the way back.
+"""The weights that edit batches are written into: the total ΔW, the keys to protect, and rollback.
 
 Legend: O = out-features, I = in-features (d_k).
 """
@@ -20,9 +20,9 @@ from pmet_lightning.model.fsdp import is_finite, local_rows, weight_norm
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state to go back to: each weight with a copy of this process' rows, ΔW and protected keys then.
+    """A state to return to: each weight with a copy of this process's rows, and the ΔW and protected keys of that time.
 
-    An edit batch makes new tensors and leaves the old ones as they are, so ΔW and keys here are no copies.
+    An edit batch makes new tensors and leaves the old ones unchanged, so ΔW and keys need not be copied.
     """
 
     weights: list[tuple[Tensor, Tensor]]
@@ -32,11 +32,11 @@ class Snapshot:
 
 @dataclass
 class Draft:
-    """What an edit batch has changed so far; it counts once the whole batch is written.
+    """What an edit batch has changed so far; it takes effect once the whole batch is written.
 
     Attributes:
-        deltas: ΔW of the written weights, with that of the edit batches before.
-        past_keys: K_past K_pastᵀ from now on.
+        deltas: Total ΔW of the weights written so far, earlier edit batches included.
+        past_keys: K_past K_pastᵀ of the projections written so far, with the keys of this edit batch.
     """
 
     deltas: dict[str, Tensor] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class EditedWeights:
         sites: Written sites.
 
     Attributes:
-        deltas: ΔW of every written weight by its name, shape [O, I], on the CPU.
+        deltas: Total ΔW of every written weight by its name, shape [O, I], on the CPU.
         past_keys: K_past K_pastᵀ of each written projection, on the first process: one triangle of it in float64, as
             :func:`~pmet_lightning.solver.packed.pack_lower` has it, on the CPU.
         base_norms: ‖W‖ of every weight before the first edit.
@@ -67,13 +67,13 @@ class EditedWeights:
         self.previous: Snapshot | None = None
 
     def record_base_norms(self, module: EditableModel) -> None:
-        """Keep the norms of the unedited weights, against which their growth is measured."""
+        """Record the norms of the unedited weights, against which their growth is measured."""
         for projection_id, weight in self._weights(module).items():
             name = module.sites.weight_name(*projection_id)
             self.base_norms[name] = weight_norm(weight, torch.promote_types(weight.dtype, torch.float32))
 
     def growth(self, name: str, delta_OI: Tensor) -> float:
-        """‖ΔW‖ of all edit batches relative to the norm of the unedited weight."""
+        """Norm of the total ΔW of all edit batches, relative to the norm of the unedited weight."""
         return float(delta_OI.norm()) / self.base_norms[name]
 
     def resume(self, deltas: dict[str, Tensor], past_keys: dict[ProjectionId, Tensor]) -> None:
@@ -82,15 +82,15 @@ class EditedWeights:
 
     @contextmanager
     def transaction(self, projections: Sequence[nn.Module]) -> Iterator[Draft]:
-        """All of an edit batch or nothing: if the block fails or is interrupted, everything is what it was, bit by bit.
+        """Write all of an edit batch or nothing: if the block fails or is interrupted, all is restored bit for bit.
 
         Args:
-            projections: What is written.
+            projections: The projections that are written.
 
         Raises:
             FloatingPointError: If a written weight is not finite.
         """
-        self.previous = None  # it is as large as the copies made now
+        self.previous = None  # freed first: it is as large as the copies made next
         weights: list[tuple[Tensor, Tensor]] = [(p.weight, local_rows(p.weight).clone()) for p in projections]  # type: ignore[arg-type,misc]
         draft = Draft()
         try:
@@ -107,17 +107,17 @@ class EditedWeights:
         self.past_keys = self.past_keys | draft.past_keys
 
     def undo(self) -> None:
-        """Take the last edit batch back, bit by bit; needs ``keep_previous``."""
+        """Take the last edit batch back, bit for bit; needs ``keep_previous``."""
         assert self.previous is not None, "keep_previous was not set"
         self.restore(self.previous)
 
     def snapshot(self, module: EditableModel) -> Snapshot:
-        """What there is now, the weights as copies on the CPU."""
+        """The current state, with copies of the weights on the CPU."""
         weights = [(w, local_rows(w).to("cpu", copy=True)) for w in self._weights(module).values()]
         return Snapshot(weights, self.deltas, self.past_keys)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put everything back, bit by bit, to what it was."""
+        """Return to the state of a snapshot, bit for bit."""
         _copy_back(snapshot.weights)
         self.resume(snapshot.deltas, snapshot.past_keys)
         self.previous = None

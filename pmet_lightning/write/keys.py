@@ -1,7 +1,7 @@
-"""Keys and current values of an edit batch: step 2 of METHOD.md.
+"""Keys and current values of an edit batch (docs/method.md, 'Keys').
 
-One pass over the bare prompts gives the keys of a layer and the values at the target layer; a pass over each context
-the keys there. Tokens that all rows of a context begin with are run once.
+One pass over the bare prompts gives the keys of a layer and the values at the target layer; one pass for each context
+gives the keys in that context. Tokens that all rows of a context begin with are run once.
 Legend: N = edits, I = in-features (d_k), F = width of a site's output.
 """
 
@@ -31,8 +31,8 @@ class SharedRows:
     """Rows that begin with the same tokens.
 
     Attributes:
-        head: These tokens.
-        tails: What follows, a token at least.
+        head: The shared tokens.
+        tails: The rest of each row, at least one token.
     """
 
     head: list[int]
@@ -40,12 +40,12 @@ class SharedRows:
 
     @classmethod
     def of(cls, rows: Sequence[TokenRow]) -> SharedRows:
-        """Part some rows, all of which end at their subject's last token."""
+        """Split rows, each of which ends at its subject's last token."""
         head = list(commonprefix([row.ids[:-1] for row in rows]))
         return cls(head, [TokenRow(row.ids[len(head) :], row.subject - len(head)) for row in rows])
 
     def whole(self) -> SharedRows:
-        """The same with nothing shared."""
+        """The same rows with nothing shared."""
         count = len(self.head)
         return SharedRows([], [TokenRow([*self.head, *row.ids], row.subject + count) for row in self.tails])
 
@@ -58,7 +58,7 @@ class KeyRows:
         bare: The bare row of every edit.
         contexts: Their rows in each context.
         pad_id: Padding token.
-        tokens_per_batch: Most padded tokens in one forward pass.
+        tokens_per_batch: Maximum number of padded tokens in one forward pass.
         device: Where the model is.
     """
 
@@ -77,7 +77,7 @@ class KeyRows:
         tokens_per_batch: int,
         device: torch.device,
     ) -> KeyRows:
-        """Tokenise an edit batch once for all layers."""
+        """Tokenize an edit batch, once for all layers."""
         bare, *others = (
             SharedRows.of([key_row(edit, context, encoder) for edit in edits]) for context in (BARE, *contexts)
         )
@@ -96,7 +96,7 @@ class _Point:
 def measure_keys(
     model: nn.Module, sites: Sites, projection_id: ProjectionId, values_at: Sequence[ProjectionId], over: KeyRows
 ) -> tuple[Tensor, list[Tensor]]:
-    """The keys of a projection, and current values there or further up.
+    """The keys of a projection, and current values of sites in its layer or above it.
 
     A key is ½ · key in the bare prompt + ½ · mean of the keys in the contexts, at the subject's last token; without
     contexts it is that of the bare prompt.
@@ -106,7 +106,7 @@ def measure_keys(
         sites: Its modules.
         projection_id: The projection.
         values_at: Sites and layers, the uppermost last.
-        over: The edit batch.
+        over: Rows of the edit batch.
 
     Returns:
         Keys, shape [N, I], and the values in the bare prompts, shape [N, F] each; float32 or float64, on the model's
@@ -130,15 +130,16 @@ def _value_point(sites: Sites, where: ProjectionId) -> _Point:
 
 
 @torch.no_grad()
-def _record(model: nn.Module, rows: SharedRows, points: Sequence[_Point], over: KeyRows) -> list[Tensor]:
-    """Record vectors of every row, by passes that end at the last point."""
-    prefix = compute_prefix(model, pad_rows([TokenRow(rows.head)], over.pad_id).to(over.device)) if rows.head else None
+def _record(model: nn.Module, rows: SharedRows, points: Sequence[_Point], settings: KeyRows) -> list[Tensor]:
+    """Record vectors of every row, in passes that end at the last point."""
+    pad_id, device = settings.pad_id, settings.device
+    prefix = compute_prefix(model, pad_rows([TokenRow(rows.head)], pad_id).to(device)) if rows.head else None
     if prefix is None:
         rows = rows.whole()
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    found = [torch.empty(len(rows.tails), point.width, dtype=dtype, device=over.device) for point in points]
-    for indices in by_token_budget([len(row.ids) for row in rows.tails], over.tokens_per_batch):
-        batch = _behind(pad_rows([rows.tails[i] for i in indices], over.pad_id), len(rows.head)).to(over.device)
+    found = [torch.empty(len(rows.tails), point.width, dtype=dtype, device=device) for point in points]
+    for indices in by_token_budget([len(row.ids) for row in rows.tails], settings.tokens_per_batch):
+        batch = _shift_positions(pad_rows([rows.tails[i] for i in indices], pad_id), len(rows.head)).to(device)
         with ExitStack() as stack:
             recordings = [
                 stack.enter_context((record_and_add if point.output else record_input)(point.module, batch.subject))
@@ -151,6 +152,6 @@ def _record(model: nn.Module, rows: SharedRows, points: Sequence[_Point], over: 
     return found
 
 
-def _behind(rows: RowBatch, count: int) -> RowBatch:
-    """The rows at the positions behind so many tokens."""
+def _shift_positions(rows: RowBatch, count: int) -> RowBatch:
+    """The rows at positions that follow ``count`` other tokens."""
     return replace(rows, position_ids=rows.position_ids + count)

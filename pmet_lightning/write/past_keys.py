@@ -1,4 +1,4 @@
-"""Files of the keys of earlier edit batches, K_past K_pastᵀ."""
+"""Files of K_past K_pastᵀ, the products of the keys of earlier edit batches."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pmet_lightning.utils.files import atomic_path
 
 
 def save_products(path: Path, products: Mapping[ProjectionId, Tensor]) -> None:
-    """Store symmetric matrices, each as :func:`pack_lower` has it, in place of what is there."""
+    """Store symmetric matrices, each packed by :func:`~pmet_lightning.solver.packed.pack_lower`; replaces the file."""
     with atomic_path(path) as temporary:
         save_file({f"{site}-{layer}": packed for (site, layer), packed in products.items()}, temporary)
 
 
 def load_products(path: Path) -> dict[ProjectionId, Tensor]:
-    """What :func:`save_products` has stored, packed as it is and on the CPU.
+    """What :func:`save_products` has stored, still packed and on the CPU.
 
-    A matrix goes to the model's device when it is worked with; they are too many for it.
+    Each matrix is moved to the model's device only while it is used; all of them might not fit there.
     """
     found: dict[ProjectionId, Tensor] = {}
     for name, packed in load_file(path).items():

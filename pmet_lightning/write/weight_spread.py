@@ -1,6 +1,6 @@
-"""Steps 2 and 3 of METHOD.md as a callback: after each edit batch, targets become weights.
+"""The write (docs/method.md, 'Keys' and 'The write') as a callback: after each edit batch, targets become weights.
 
-The layers are written lowest first, and keys and residuals are measured anew on the model as edited so far.
+The layers are written lowest first; keys and residuals are measured again for each, on the model as edited so far.
 Legend: N = edits of the edit batch, n = those of this process, O = out-features, I = in-features.
 """
 
@@ -45,13 +45,13 @@ PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
 
 
 @dataclass(frozen=True)
-class _Writing:
+class _WriteState:
     """An edit batch while it is written.
 
     Attributes:
         module: The module with the model.
         second_moments: Where C comes from.
-        processes: The processes.
+        processes: The processes of the run.
         count: N, the edits of all processes.
         draft: What has been written of it.
     """
@@ -67,17 +67,17 @@ class WeightSpread(HyperparametersMixin, L.Callback):
     """Writes each edit batch into the weights by the closed-form update, spread over the edited layers.
 
     Args:
-        lam: λ, weight of the second moments against the new keys, in preserved keys.
-        rule: Share of the residual that a layer takes: one over the square root of the layers left (PMET), or
-            one over their number (MEMIT).
-        write: Weights that are written: the FFN's (PMET) or the attention's too (ablation).
+        lam: λ, weight of the second moments relative to the new keys, as a number of preserved keys.
+        rule: Share of the residual that a layer takes: one over the square root of the number of layers left (PMET),
+            or one over that number (MEMIT).
+        write: Weights that are written: the FFN's (PMET), or the attention's too (ablation).
         null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
-            projection, such as 0.01); null writes to all directions.
+            projection; for example 0.01); null writes to all directions.
         protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC + KKᵀ,
             inside the null space too, which stays that of C).
 
     Attributes:
-        edited: What it has written, and the way back.
+        edited: What it has written, with rollback.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         """Check that what is written was optimized.
 
         Raises:
-            TypeError: If the module is no TargetOptimizer.
+            TypeError: If the module is not a TargetOptimizer.
             ValueError: If the attention is written without a delta of its own.
         """
         if not isinstance(pl_module, TargetOptimizer):
@@ -112,7 +112,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Write the edit batch, and hand its report on to the callbacks that follow."""
+        """Write the edit batch, and pass its report on to the callbacks that follow."""
         assert isinstance(pl_module, TargetOptimizer)
         if batch.edits:
             outputs["written"] = self.write_batch(
@@ -128,19 +128,20 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         targets: Sequence[Target],
         edit_batch: int,
     ) -> WriteReport:
-        """Write one edit batch: all of its layers, or, if anything fails or interrupts, none.
+        """Write one edit batch: all of its layers or, if anything fails or is interrupted, none.
 
-        Each process measures its own edits, the first one solves, and all write the same.
+        Each process measures its own edits, the first process solves, and all write the same.
 
         Args:
             trainer: The trainer.
             module: The module with the model.
             edits: The whole edit batch.
-            targets: The targets of this process' own edits.
+            targets: The targets of this process's own edits.
             edit_batch: Number of the edit batch.
 
         Raises:
             FloatingPointError: If anything is not finite; the weights are then what they were.
+            RuntimeError: If the trainer has no callback SecondMoments.
         """
         second_moments = find_callback(trainer, SecondMoments)
         if second_moments is None:
@@ -148,67 +149,81 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         if not self.edited.base_norms:
             self.edited.record_base_norms(module)
         processes = ProcessGroup.of(trainer)
-        over = KeyRows.of(
+        rows = KeyRows.of(
             processes.shard(edits), module.contexts, module.encoder, module.tokens_per_batch, module.device
         )
-        _warn_of_overload(module, len(edits))
+        _warn_if_overloaded(module, len(edits))
         site_targets = {site: self._site_target(module, targets, site) for site in self.sites}
         projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
-        stream: ProjectionId = ("hidden", module.target_layer)
-        ends = [*(target.projection_id for target in site_targets.values()), stream]
-        *values, passed = measure_values(module.model, module.sites, ends, over)
+        value_sites = [*(target.projection_id for target in site_targets.values()), ("hidden", module.target_layer)]
+        *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
         tracker = ResidualTracker(
-            {site: target.residual for site, target in site_targets.items()}, values, passed, processes, len(edits)
+            {site: target.residual for site, target in site_targets.items()}, values, stream_nF, processes, len(edits)
         )
         reports: list[LayerReport] = []
         with self.edited.transaction(list(projections.values())) as draft:
-            now = _Writing(module, second_moments, processes, len(edits), draft)
+            state = _WriteState(module, second_moments, processes, len(edits), draft)
             for projection_id in track(trainer, list(projections), "Layers"):
-                site, layer = projection_id
-                seen = [projection_id, site_targets[site].projection_id, stream]
-                keys, (here, value, passed) = measure_keys(module.model, module.sites, projection_id, seen, over)
-                tracker.record_overshoot(passed)
-                layers_left = len(module.layers) - module.layers.index(layer)
-                wanted = site_targets[site].residual(value) * residual_share(layers_left, self.rule)
-                norm = module.sites.norm(site, layer)
-                if norm is not None:
-                    wanted = pull_back(unshard(norm, here.device), here, wanted)
-                residual = float(tracker.left(site, value).nanmean())
-                reports.append(self._write(now, projection_id, projections[projection_id], keys, wanted, residual))
-            *values, passed = measure_values(module.model, module.sites, ends, over)
+                site_target = site_targets[projection_id[0]]
+                reports.append(self._measure_and_write(state, projection_id, site_target, tracker, rows))
+            *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
             left = {site: tracker.left(site, value) for site, value in zip(site_targets, values, strict=True)}
-            tracker.record_overshoot(passed)
-            everyone = processes.all_gather_objects(targets, len(edits))
+            tracker.record_overshoot(stream_nF)
+            all_targets = processes.all_gather_objects(targets, len(edits))
         means = {site: float(values_N.nanmean()) for site, values_N in left.items()}
         written = add_outcomes(reports, means, tracker.overshoots[1:])
         log_writes(written, edit_batch)
-        still = tuple(left["ffn"].nan_to_num(0.0).tolist())
-        return WriteReport(edit_batch, tuple(edits), tuple(everyone), written, still)
+        residual_left = tuple(left["ffn"].nan_to_num(0.0).tolist())
+        return WriteReport(edit_batch, tuple(edits), tuple(all_targets), written, residual_left)
+
+    def _measure_and_write(
+        self,
+        state: _WriteState,
+        projection_id: ProjectionId,
+        site_target: SiteTarget,
+        tracker: ResidualTracker,
+        rows: KeyRows,
+    ) -> LayerReport:
+        """Measure keys and residuals of one projection, on the model as edited so far, and write its weight."""
+        module, (site, layer) = state.module, projection_id
+        stream: ProjectionId = ("hidden", module.target_layer)
+        observed = [projection_id, site_target.projection_id, stream]
+        keys_nI, (output_nO, value_nO, stream_nF) = measure_keys(
+            module.model, module.sites, projection_id, observed, rows
+        )
+        tracker.record_overshoot(stream_nF)
+        layers_left = len(module.layers) - module.layers.index(layer)
+        share_nO = site_target.residual(value_nO) * residual_share(layers_left, self.rule)
+        norm = module.sites.norm(site, layer)
+        if norm is not None:
+            share_nO = pull_back(unshard(norm, output_nO.device), output_nO, share_nO)
+        residual = float(tracker.left(site, value_nO).nanmean())
+        return self._write(state, projection_id, module.sites.module(site, layer), keys_nI, share_nO, residual)
 
     def _write(
         self,
-        now: _Writing,
+        state: _WriteState,
         projection_id: ProjectionId,
         projection: nn.Module,
         keys_nI: Tensor,
-        wanted_nO: Tensor,
+        share_nO: Tensor,
         residual: float,
     ) -> LayerReport:
-        """Write one weight, the same on each process, from what each has measured for its own edits."""
+        """Write one weight, the same on each process, from what each process has measured for its own edits."""
         weight = projection.weight
         assert isinstance(weight, Tensor)
-        out_features, in_width = wanted_nO.shape[1], keys_nI.shape[1]
-        dtype, device = now.module.delta_dtype, now.module.device
-        solve = self._system(now, projection_id, keys_nI, wanted_nO)
+        out_features, in_width = share_nO.shape[1], keys_nI.shape[1]
+        dtype, device = state.module.delta_dtype, state.module.device
+        solve = self._build_solve(state, projection_id, keys_nI, share_nO)
         empty_OI = torch.empty(out_features, in_width, dtype=dtype, device=device)
-        delta_OI, solution = now.processes.compute_on_rank_zero(partial(_parted, solve, dtype), empty_OI)
+        delta_OI, solution = state.processes.compute_on_rank_zero(partial(_split_solution, solve, dtype), empty_OI)
         norm_before = weight_norm(weight, dtype)
         stored = add_to_weight(projection, delta_OI)
-        name = now.module.sites.weight_name(*projection_id)
+        name = state.module.sites.weight_name(*projection_id)
         total_OI = delta_OI.cpu()
         if name in self.edited.deltas:
             total_OI = self.edited.deltas[name] + total_OI
-        now.draft.deltas[name] = total_OI
+        state.draft.deltas[name] = total_OI
         return LayerReport(
             *projection_id,
             residual,
@@ -220,80 +235,80 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             **vars(stored),
         )
 
-    def _system(
-        self, now: _Writing, projection_id: ProjectionId, keys_nI: Tensor, wanted_nO: Tensor
+    def _build_solve(
+        self, state: _WriteState, projection_id: ProjectionId, keys_nI: Tensor, share_nO: Tensor
     ) -> Callable[[], Solution]:
-        """What solves for ΔW, with the keys and residuals of all processes or, where they are less, their products."""
-        protect = self.protect_past and now.processes.is_rank_zero
-        if now.processes.size > 1 and self.null_space is None and sums_are_less(now.count, keys_nI, wanted_nO):
-            products_II = now.processes.all_reduce_sum(multiply_transposed(keys_nI, keys_nI))
-            right_OI = now.processes.all_reduce_sum(multiply_transposed(wanted_nO, keys_nI))
+        """A function that solves for ΔW from the keys and residuals of all processes or, if smaller, their products."""
+        protect = self.protect_past and state.processes.is_rank_zero
+        if state.processes.size > 1 and self.null_space is None and sums_are_less(state.count, keys_nI, share_nO):
+            products_II = state.processes.all_reduce_sum(multiply_transposed(keys_nI, keys_nI))
+            right_OI = state.processes.all_reduce_sum(multiply_transposed(share_nO, keys_nI))
             if protect:
-                now.draft.past_keys[projection_id] = self._with_past(projection_id, products_II)
-            return partial(self._solution_of_sums, right_OI, products_II, projection_id, now)
-        keys_NI = now.processes.all_gather(keys_nI, now.count)
-        wanted_NO = now.processes.all_gather(wanted_nO, now.count)
+                state.draft.past_keys[projection_id] = self._with_past(projection_id, products_II)
+            return partial(self._solution_of_sums, right_OI, products_II, projection_id, state)
+        keys_NI = state.processes.all_gather(keys_nI, state.count)
+        share_NO = state.processes.all_gather(share_nO, state.count)
         if protect:
-            now.draft.past_keys[projection_id] = self._with_past(projection_id, multiply_transposed(keys_NI, keys_NI))
-        return partial(self._solution, wanted_NO, keys_NI, projection_id, now)
+            state.draft.past_keys[projection_id] = self._with_past(projection_id, multiply_transposed(keys_NI, keys_NI))
+        return partial(self._solution, share_NO, keys_NI, projection_id, state)
 
     def _with_past(self, projection_id: ProjectionId, products_II: Tensor) -> Tensor:
-        """The sum with the products of earlier edit batches: a new tensor, one triangle, on the CPU."""
+        """The sum of these products and those of earlier edit batches: a new tensor, one triangle, on the CPU."""
         packed = pack_lower(products_II.cpu())
         return packed.add_(self.edited.past_keys[projection_id]) if projection_id in self.edited.past_keys else packed
 
-    def _solution(self, wanted_NO: Tensor, keys_NI: Tensor, projection_id: ProjectionId, now: _Writing) -> Solution:
+    def _solution(self, share_NO: Tensor, keys_NI: Tensor, projection_id: ProjectionId, state: _WriteState) -> Solution:
         if self.null_space is not None:
-            space = now.second_moments.null_space(projection_id, self.null_space)
-            return solve_in_null_space(wanted_NO, keys_NI, space, self.lam, self._past_II(projection_id, now))
+            space = state.second_moments.null_space(projection_id, self.null_space)
+            return solve_in_null_space(share_NO, keys_NI, space, self.lam, self._past_II(projection_id, state))
         if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and projection_id not in self.edited.past_keys:
             try:
-                return solve_with_factor(wanted_NO, keys_NI, now.second_moments.factor(projection_id), self.lam)
+                return solve_with_factor(share_NO, keys_NI, state.second_moments.factor(projection_id), self.lam)
             except FloatingPointError as error:
                 log.info("%s: %s; solving without it", projection_id, error)
-        return solve_update(wanted_NO, keys_NI, self._protected(projection_id, now), self.lam)
+        return solve_update(share_NO, keys_NI, self._protected(projection_id, state), self.lam)
 
     def _solution_of_sums(
-        self, right_OI: Tensor, products_II: Tensor, projection_id: ProjectionId, now: _Writing
+        self, right_OI: Tensor, products_II: Tensor, projection_id: ProjectionId, state: _WriteState
     ) -> Solution:
-        return solve_sums(right_OI, products_II, self._protected(projection_id, now), self.lam)
+        return solve_sums(right_OI, products_II, self._protected(projection_id, state), self.lam)
 
-    def _protected(self, projection_id: ProjectionId, now: _Writing) -> Tensor:
-        """C and, in its units, the keys of earlier edit batches, which count as much as the new ones."""
+    def _protected(self, projection_id: ProjectionId, state: _WriteState) -> Tensor:
+        """C plus, in its units, the products of earlier edit batches' keys, which count as much as the new keys."""
         moment_II, past_II = (
-            now.second_moments.moment(projection_id).to(now.module.device),
-            self._past_II(projection_id, now),
+            state.second_moments.moment(projection_id).to(state.module.device),
+            self._past_II(projection_id, state),
         )
         return moment_II if past_II is None else past_II.div_(self.lam).add_(moment_II)
 
-    def _past_II(self, projection_id: ProjectionId, now: _Writing) -> Tensor | None:
+    def _past_II(self, projection_id: ProjectionId, state: _WriteState) -> Tensor | None:
         """K_past K_pastᵀ, on the model's device, float64, shape [I, I]; ``None`` before the second edit batch."""
         return (
-            unpack_products(self.edited.past_keys[projection_id], now.module.device)
+            unpack_products(self.edited.past_keys[projection_id], state.module.device)
             if projection_id in self.edited.past_keys
             else None
         )
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
-        """Where a written site's target and residual are measured (MEMIT: the layer's output)."""
+        """The site whose values give a written site's target and residual (MEMIT: the layer's output)."""
         return site if site in module.optimized_sites else "hidden"
 
     def _site_target(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> SiteTarget:
-        where = self._value_site(module, site)
-        nothing = torch.empty(0, module.width, dtype=module.delta_dtype)  # of a process without an edit
-        goal = (stack_values(targets, where) if targets else nothing).to(module.device)
-        norm = module.sites.norm(where, module.target_layer)
-        return SiteTarget((where, module.target_layer), goal, None if norm is None else unshard(norm, module.device))
+        values_at = (self._value_site(module, site), module.target_layer)
+        empty = torch.empty(0, module.width, dtype=module.delta_dtype)  # of a process without an edit
+        goal_nO = (stack_values(targets, values_at[0]) if targets else empty).to(module.device)
+        norm = module.sites.norm(*values_at)
+        return SiteTarget(values_at, goal_nO, None if norm is None else unshard(norm, module.device))
 
 
-def _parted(solve: Callable[[], Solution], dtype: torch.dtype) -> tuple[Tensor, Solution]:
-    """ΔW in the deltas' precision, and the solution without it."""
+def _split_solution(solve: Callable[[], Solution], dtype: torch.dtype) -> tuple[Tensor, Solution]:
+    """Solve; returns ΔW in the deltas' precision, and the solution without it."""
     solution = solve()
     return solution.delta_OI.to(dtype), replace(solution, delta_OI=torch.empty(0))
 
 
-def _warn_of_overload(module: TargetOptimizer, count: int) -> None:
-    """Say so when a batch asks more of the weights than they can hold."""
+def _warn_if_overloaded(module: TargetOptimizer, count: int) -> None:
+    """Warn when an edit batch has more edits for its key dimensions than any that was published."""
     width = in_features(module.sites.module("ffn", module.target_layer))
     if count > PUBLISHED_LOAD * width:
         log.warning(

@@ -1,4 +1,4 @@
-"""What the write of an edit batch did, layer by layer, and what it left."""
+"""What the write of an edit batch did, layer by layer, and the residual that it left."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ MUCH_ROUNDING = 0.5  # of ‖ΔW‖
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one write did; its fields are the names of these figures in the report, in TensorBoard and in JSON.
+    """What one write did; the names of its fields are used in the report, in TensorBoard and in JSON.
 
     Attributes:
-        site: Written projection.
+        site: The written site.
         layer: Its layer.
-        residual: Mean over edits of ‖E‖, relative to that before the first write; as this write met it. Edits that were
-            at their targets already do not count.
+        residual: Mean over edits of ‖E‖ before this write, relative to that before the first write. Edits that were at
+            their targets already do not count.
         norm_ratio: ‖ΔW‖ / ‖W‖.
-        growth: The same of all edit batches so far together, relative to the unedited weight.
+        growth: Norm of the total ΔW of all edit batches so far, relative to that of the unedited weight.
         solve_error: Relative error of the linear system.
         ridge: Ridge of the solve, on the diagonal of λC + KKᵀ.
         condition_bound: Lower bound of the condition number, as in :class:`~pmet_lightning.solver.update.Solution`.
-        kept: How much of ΔW the stored weight has, as in :class:`~pmet_lightning.model.projections.StoredDelta`; and so
-            are the next two.
-        changed: Share of the entries that are now different.
+        kept: How much of ΔW the stored weight has; this and the next two are those of
+            :class:`~pmet_lightning.model.projections.StoredDelta`.
+        changed: Share of the entries that have changed.
         rounding: ‖stored change − ΔW‖ / ‖ΔW‖.
         residual_after: As ``residual``, after this write (and that of the other site in the next layer, if both are
             written).
@@ -65,7 +65,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What one edit batch left behind.
+    """What the write of one edit batch has done.
 
     Attributes:
         edit_batch: Its number.
@@ -73,7 +73,7 @@ class WriteReport:
         targets: Their targets.
         layers: One report for each write, in order.
         residual_left: ‖V* − value‖ after the last write relative to before the first, for each edit; 0 if it
-            was there already.
+            was at its target already.
     """
 
     edit_batch: int
@@ -88,14 +88,14 @@ class WriteReport:
 
 
 class BatchOutputs(TypedDict, total=False):
-    """What a training step and the callbacks after it hand on: the ``outputs`` of ``on_train_batch_end``.
+    """What a training step and the callbacks after it pass on: the ``outputs`` of ``on_train_batch_end``.
 
     Attributes:
-        targets: Of this process' edits, by the module's step.
-        written: By the spread; absent if nothing was written, or a limit has taken it back.
+        targets: Targets of this process's edits, from the module's step.
+        written: Report of the write; absent if nothing was written, or if it was taken back because of a limit.
         ledger: A line for every edit, measured once on the model just written.
-        rows_before: Score rows of the edits before they were written; of a stream.
-        rows_at_once: The same right after; where there are several edit batches.
+        rows_before: Score rows of the edits before they were written; for a stream.
+        rows_at_once: Score rows of the edits right after they were written; if there are several edit batches.
     """
 
     targets: list[Target]
@@ -117,23 +117,23 @@ def add_outcomes(
     """
     done: list[LayerReport] = []
     left = dict(left)
-    for report, beyond in zip(reversed(reports), reversed(overshoots), strict=True):
-        done.append(replace(report, residual_after=left[report.site], overshoot=beyond))
+    for report, past in zip(reversed(reports), reversed(overshoots), strict=True):
+        done.append(replace(report, residual_after=left[report.site], overshoot=past))
         left[report.site] = report.residual
     return tuple(reversed(done))
 
 
 def log_writes(reports: Sequence[LayerReport], edit_batch: int) -> None:
-    """Say what was written, and warn where precision was lost."""
+    """Log what was written, and warn where precision was lost."""
     for report in reports:
         log.info(
-            "edit batch %d: wrote %s, residual %.3f, then %.3f, overshoot %+.2f, |dW|/|W| %.4f, of dW stored %.1f %%",
+            "edit batch %d: wrote %s, residual %.3f, then %.3f, overshoot %+.2f, |dW|/|W| %.4f, %.1f %% of dW stored",
             edit_batch, report.name, report.residual, report.residual_after, report.overshoot, report.norm_ratio,
             100 * report.kept,
         )  # fmt: skip
         if report.rounding > MUCH_ROUNDING:
             log.warning(
                 "%s: rounding to the weight's precision changed dW by %.0f %% of its norm (%.0f %% of the entries "
-                "moved); set --model.keep_float32 true, or load the model with --model.dtype float32",
+                "changed); set --model.keep_float32 true, or load the model with --model.dtype float32",
                 report.name, 100 * report.rounding, 100 * report.changed,
             )  # fmt: skip
