@@ -1,10 +1,10 @@
-"""How near to the rate of a large matrix product the layers of the shipped model come by themselves.
+"""How close to the rate of a large matrix product the layers of the shipped model come by themselves.
 
     python benchmarks/bound.py [--rows 268] [--tokens 5] [--repeat 15]
 
 Value and gradient of the layers above L of Atlas, as the package loads them and as torch.compile fuses them, without
 anything that the target optimization adds: no deltas, padding, tokens before the subject, vocabulary head, loss or
-Adam. Their share of the rate says how much of its floor ``benchmarks/targets.py`` might reach at such a size.
+Adam. Their share of the rate shows how much of its floor ``benchmarks/targets.py`` could reach at this size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pmet_lightning.model.loading import load_model
 
 
 def main() -> None:
-    """Time both, in turn."""
+    """Time both alternately."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=268, help="67 edits of four rows")
     parser.add_argument("--tokens", type=int, default=5)
@@ -42,25 +42,25 @@ def main() -> None:
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    def run(way: object) -> Tensor:
+    def run(version: object) -> Tensor:
         hidden = entering.clone().requires_grad_()
-        return torch.autograd.grad(way(hidden).sum(), hidden)[0]  # type: ignore[operator]
+        return torch.autograd.grad(version(hidden).sum(), hidden)[0]  # type: ignore[operator]
 
-    ways = {"as they are": stack, "compiled": torch.compile(stack)}
+    versions = {"as they are": stack, "compiled": torch.compile(stack)}
     start = time.perf_counter()
-    torch.testing.assert_close(run(ways["compiled"]), run(stack), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(versions["compiled"]), run(stack), rtol=1e-4, atol=1e-4)
     compiling = time.perf_counter() - start
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in versions}
     for _ in range(options.repeat):
-        for name, way in ways.items():
+        for name, version in versions.items():
             start = time.perf_counter()
-            run(way)
+            run(version)
             times[name].append(time.perf_counter() - start)
     weights = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
-    needed = 2 * 2 * weights * options.rows * options.tokens / matrix_rate("float32", 5)
+    floor = 2 * 2 * weights * options.rows * options.tokens / matrix_rate("float32", 5)
     for name, seconds in times.items():
-        taken = statistics.median(seconds)
-        sys.stdout.write(f"{len(layers)} layers {name}: {taken * 1e3:.0f} ms, {needed / taken:.0%} of the floor\n")
+        median = statistics.median(seconds)
+        sys.stdout.write(f"{len(layers)} layers {name}: {median * 1e3:.0f} ms, {floor / median:.0%} of the floor\n")
     sys.stdout.write(f"compiling took {compiling:.0f} s\n")
 
 

@@ -37,7 +37,7 @@ Results = list[list[ProbeResult]]
 
 
 def batched(model: Any, tokenizer: Any, records: Sequence[Sequence[Probe]], tokens: int, batch: int) -> Results:
-    """As a run does it."""
+    """Scores as a run computes them."""
     encoder, results = PromptEncoder(tokenizer), []
     for start in range(0, len(records), batch):
         some = records[start : start + batch]
@@ -46,7 +46,7 @@ def batched(model: Any, tokenizer: Any, records: Sequence[Sequence[Probe]], toke
 
 
 def one_at_a_time(model: Any, tokenizer: Any, records: Sequence[Sequence[Probe]]) -> Results:
-    """Every question of every record by itself."""
+    """Scores of every question of every record, one by one."""
     return [[one_question(model, tokenizer, probe) for probe in record] for record in records]
 
 
@@ -68,7 +68,7 @@ def one_question(model: Any, tokenizer: Any, probe: Probe) -> ProbeResult:
 
 
 def teacher_forced(model: Any, tokenizer: Any, prompt: str, answer: str) -> tuple[float, float]:
-    """NLL of an answer behind a prompt, and the share of its tokens that are the argmax."""
+    """NLL of an answer after a prompt, and the share of its tokens that are the argmax."""
     whole = tokenizer(f"{prompt} {answer.lstrip()}", return_tensors="pt").input_ids.to(model.device)
     first = len(tokenizer(prompt).input_ids)
     logits = model(whole).logits[0, first - 1 : -1].float()
@@ -78,14 +78,16 @@ def teacher_forced(model: Any, tokenizer: Any, prompt: str, answer: str) -> tupl
 
 
 def free_text(model: Any, tokenizer: Any, prompt: str) -> str:
-    """What the model says after a prompt, greedily."""
-    given = tokenizer(prompt, return_tensors="pt").to(model.device)
-    said = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
-    return str(tokenizer.decode(said[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+    """Greedy continuation of a prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    generated = model.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
+    )
+    return str(tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def first_sentence(text: str) -> str:
-    """Up to a line break or the end of a sentence."""
+    """The text up to a line break or the end of a sentence."""
     text = text.strip().split("\n")[0]
     ends = [i + 1 for i, c in enumerate(text) if c in ".!?" and text[i + 1 : i + 2] in ("", " ")]
     return text[: ends[0]] if ends else text
@@ -98,10 +100,10 @@ def words(text: str) -> list[str]:
 
 
 def check(found: Results, plain: Results) -> str:
-    """Say how well both agree.
+    """Describe how well both results agree.
 
     Raises:
-        AssertionError: If a success or a magnitude differs; free answers may, where two tokens are equally likely.
+        AssertionError: If a success or a magnitude differs; free answers may differ if two tokens are equally likely.
     """
     pairs = [pair for a, b in zip(found, plain, strict=True) for pair in zip(a, b, strict=True)]
     successes = sum(abs(a.success - b.success) > TOLERANCE for a, b in pairs)
@@ -116,7 +118,7 @@ def check(found: Results, plain: Results) -> str:
 
 
 def compare(name: str, path: str, options: argparse.Namespace) -> None:
-    """Check one model and set of records, and time both in turn."""
+    """Check one model and set of records, and time both ways alternately."""
     model, tokenizer = load_model(name), load_tokenizer(name)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     records = [edit.probes for edit in read_edits(path, limit=options.limit)]
@@ -125,11 +127,11 @@ def compare(name: str, path: str, options: argparse.Namespace) -> None:
         "one at a time": lambda: one_at_a_time(model, tokenizer, records),
     }
     agreement = check(*(evaluate() for evaluate in ways.values()))
-    # Before an edit few free answers are right, so that their being right or wrong says little of the texts.
+    # Before an edit few free answers are correct, so their scores say little about the texts, which are compared too.
     asked = [probe.prompt for record in records for probe in record if probe.kind in FREE_KINDS]
     encoder, device = PromptEncoder(tokenizer), model.device
-    _, said = score_answers(model, encoder.encode_all(asked), encoder.pad_id, options.tokens, device, NEW_TOKENS)
-    other = sum(free_text(model, tokenizer, prompt) != encoder.decode(said[i]) for i, prompt in enumerate(asked))
+    _, generated = score_answers(model, encoder.encode_all(asked), encoder.pad_id, options.tokens, device, NEW_TOKENS)
+    other = sum(free_text(model, tokenizer, prompt) != encoder.decode(generated[i]) for i, prompt in enumerate(asked))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.repeat):
         for way, evaluate in ways.items():
@@ -149,7 +151,7 @@ def compare(name: str, path: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Compare on Atlas, and on a model of one's own where one is given."""
+    """Compare on Atlas and, if one is given, on another model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--repeat", type=int, default=5)

@@ -2,13 +2,14 @@
 
     python benchmarks/fit.py [--world FOLDER] [--edits 10 100 1000] [--repeat 1]
 
-Every run is a process of its own that begins with nothing, neither second moments nor targets, and writes all edits in
-one edit batch, as ``fit --config pmet.yaml`` does. Fixed are the start (as long as showing the settings takes), loading
-the model, the second moments and the contexts; everything else is counted as growing with the edits, so that what is
-constant in it makes few edits look dearer, never many. Linear growth shows as a constant time for each further edit.
+Every run is a separate process that starts from nothing, without stored second moments or targets, and writes all edits
+in one edit batch, as ``fit --config pmet.yaml`` does. The fixed part is the start (as long as showing the settings
+takes), loading the model, the second moments and the contexts. Everything else counts as growing with the edits, so a
+constant part of it makes few edits look more expensive, never many. Linear growth is a constant time for each further
+edit.
 
-``demo --edits N --out FOLDER`` makes a larger world: with N = 1050 there are records enough for 1,000 edits. Without
-one the shipped Atlas has 200.
+``demo --edits N --out FOLDER`` makes a larger world: with N = 1050 it has enough records for 1,000 edits. The shipped
+Atlas, which is used without --world, has 200.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 STARTS = ("--help", "fit --help", "export --help", "compare --help", "demo --help")
 SETTINGS = "fit --config pmet.yaml --print_config"
 START_REPEAT = 5
-FIXED = ("model", "moments", "contexts")  # and the start
+FIXED = ("model", "moments", "contexts")  # besides the start
 GROWING = ("records", "before", "targets", "spread", "ledger", "after", "report")
 
 
@@ -46,7 +47,7 @@ class Point:
         cpu: Its processor seconds, user and system.
         peak: Its largest resident memory in GiB.
         phases: Seconds of each phase.
-        score: Score of the run, to see that it did what it should.
+        score: Score of the run, which shows that it worked.
     """
 
     edits: int
@@ -62,10 +63,10 @@ class Point:
 
 
 def timed(command: Sequence[str]) -> tuple[float, float, str]:
-    """Seconds and processor seconds of a process, and what it printed.
+    """Seconds and processor seconds of a process, and its standard output.
 
     Raises:
-        RuntimeError: If it failed; the message is the end of what it said.
+        RuntimeError: If it failed; the message ends with its error output.
     """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
@@ -78,7 +79,7 @@ def timed(command: Sequence[str]) -> tuple[float, float, str]:
 def child(arguments: Sequence[str]) -> None:
     """Run a command in this process, and print its peak memory in KiB.
 
-    Not ``ru_maxrss``: that begins with what the parent had.
+    Not ``ru_maxrss``, which starts at the value of the parent.
     """
     from pmet_lightning.cli.dispatch import main as run
 
@@ -89,7 +90,7 @@ def child(arguments: Sequence[str]) -> None:
 
 
 def one_run(edits: int, world: Sequence[str]) -> dict[str, Any]:
-    """What one run took.
+    """The measurements of one run.
 
     Raises:
         ValueError: If the world has fewer records.
@@ -99,11 +100,11 @@ def one_run(edits: int, world: Sequence[str]) -> dict[str, Any]:
             *("fit", "--config", "pmet.yaml", "--trainer.run_dir", f"{base}/run", "--data.limit", str(edits)),
             *("--trainer.enable_progress_bar", "false", "--moments.folder", f"{base}/moments", *world),
         ]
-        wall, cpu, said = timed([__file__, "--child", json.dumps(arguments)])
+        wall, cpu, output = timed([__file__, "--child", json.dumps(arguments)])
         report = json.loads(Path(base, "run", "report.json").read_text(encoding="utf-8"))
     if len(report["edits"]) < edits:
-        raise ValueError(f"{edits} edits were asked for, and the world has {len(report['edits'])} records")
-    peak = int(said.split()[-1]) / 2**20
+        raise ValueError(f"{edits} edits were requested, and the world has {len(report['edits'])} records")
+    peak = int(output.split()[-1]) / 2**20
     return {"wall": wall, "cpu": cpu, "peak": peak, "score": report["scores"]["after"]["score"], **report["phases"]}
 
 
@@ -128,7 +129,7 @@ def options_of(world: Path | None) -> list[str]:
 
 
 def show_starts() -> float:
-    """Show the start-up times; gives that of a fit which only shows its settings."""
+    """Print the start-up times, and return that of a fit that only shows its settings."""
     wall = 0.0
     for arguments in (*STARTS, SETTINGS):
         times = [timed(["-m", "pmet_lightning", *arguments.split()])[:2] for _ in range(START_REPEAT)]
@@ -139,7 +140,7 @@ def show_starts() -> float:
 
 
 def show(found: Sequence[Point], start: float) -> None:
-    """The table of the runs, that of their phases, and the line through them."""
+    """Print the table of the runs, that of their phases, and the line fitted to them."""
     out = sys.stdout.write
     out("\n| edits | seconds | processor | peak GiB | fixed | growing | per edit | each further edit | Score |\n")
     out("|---" * 9 + "|\n")
@@ -158,8 +159,8 @@ def show(found: Sequence[Point], start: float) -> None:
         out(f"| {p.edits} | " + " | ".join(f"{seconds:.1f}" for seconds in cells) + " |\n")
     if len(found) > 1:
         slope, intercept = statistics.linear_regression([p.edits for p in found], [p.wall for p in found])
-        away = max(abs(p.wall - intercept - slope * p.edits) / p.wall for p in found)
-        out(f"\nleast squares: {intercept:.1f} s + {slope:.4f} s for each edit, at most {away:.0%} away\n")
+        deviation = max(abs(p.wall - intercept - slope * p.edits) / p.wall for p in found)
+        out(f"\nleast squares: {intercept:.1f} s + {slope:.4f} s for each edit, at most {deviation:.0%} off\n")
 
 
 def main() -> None:

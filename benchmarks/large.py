@@ -1,12 +1,13 @@
-"""What 10,000 edits of a large model take on one device: every phase measured on fewer edits, then added up.
+"""How long 10,000 edits of a large model take on one device: every phase is measured on fewer edits, then added up.
 
-    python benchmarks/large.py                                        # a small shape, wherever it runs
+    python benchmarks/large.py                                        # a small shape, on any device
     python benchmarks/large.py --shape gptj-6b --device cuda --dtype bfloat16 --edits 512
 
-The model has the shape that is asked for and random weights, the tokenizer is the shipped one, six layers are edited.
-Target vectors take all of their steps; the plain way (benchmarks/plain.py) is one edit at a time, the whole model.
-Second moments are timed over random tokens and counted for ``TOKENS`` tokens a key dimension (where ``samples: auto``
-stops on Atlas). Solves take the way that WeightSpread takes for so many edits. Not counted: loading, evaluation, patch.
+The model has the given shape and random weights, the tokenizer is the shipped one, six layers are edited. Target
+vectors take all of their steps; the plain implementation (benchmarks/plain.py) runs one edit at a time through the
+whole model. Second moments are timed over random tokens and extrapolated to ``TOKENS`` tokens per key dimension (where
+``samples: auto`` stops on Atlas). Solves use the method that WeightSpread selects for this number of edits. Loading,
+evaluation and the patch are not included.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ ROW, AT_ONCE = 512, 16
 
 
 class Clock:
-    """Times work on a device, to its end."""
+    """Times work on a device, until the device has finished it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -63,7 +64,7 @@ class Clock:
         return time.perf_counter() - start
 
     def peak(self) -> float:
-        """Largest memory so far in GiB: the device's, on a CPU the process'."""
+        """Largest memory so far in GiB: the device's, or on a CPU the process's."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -102,20 +103,20 @@ def module_of(shape: str, device: torch.device, dtype: torch.dtype) -> TargetOpt
 
 
 def plain(module: TargetOptimizer, edits: list[Edit]) -> None:
-    """Targets, one edit after the other."""
+    """Targets by the plain implementation, one edit after the other."""
     attn, ffn = (module.sites.module(site, module.target_layer) for site in ("attn", "ffn"))
-    how = {**SETTINGS, **NO_STOP, "nll": 1.0, "kl": 0.0625, "norm": 0.1}
+    options = {**SETTINGS, **NO_STOP, "nll": 1.0, "kl": 0.0625, "norm": 0.1}
     with module.device:
         for edit in edits:
-            plain_target(module.model, module.tokenizer, attn, ffn, edit, CONTEXTS, **how)
+            plain_target(module.model, module.tokenizer, attn, ffn, edit, CONTEXTS, **options)
 
 
 def keys(module: TargetOptimizer, edits: list[Edit]) -> None:
     """Keys and values of all layers, as the writes measure them."""
-    over = KeyRows.of(edits, CONTEXTS, module.encoder, module.tokens_per_batch, module.device)
+    rows = KeyRows.of(edits, CONTEXTS, module.encoder, module.tokens_per_batch, module.device)
     for layer in module.layers:
         ends = [("ffn", module.target_layer), ("hidden", module.target_layer)]
-        measure_keys(module.model, module.sites, ("ffn", layer), ends, over)
+        measure_keys(module.model, module.sites, ("ffn", layer), ends, rows)
 
 
 def moments(module: TargetOptimizer, rows: list[TokenRow]) -> None:
@@ -126,16 +127,16 @@ def moments(module: TargetOptimizer, rows: list[TokenRow]) -> None:
 
 
 def solves(module: TargetOptimizer, count: int, clock: Clock) -> tuple[float, float]:
-    """Seconds of making one factor of C, where it is used, and of one solve."""
+    """Seconds of computing one factor of C, if it is used, and of one solve."""
     ffn = module.sites.module("ffn", module.target_layer)
     width, device = in_features(ffn), module.device
     moment_II = multiply_transposed(*[torch.randn(2 * width, width, device=device)] * 2) / (2 * width)
     keys_NI, wanted_NO = torch.randn(count, width, device=device), torch.randn(count, module.width, device=device)
     if count > FEW_EDITS * width:
         return 0.0, clock.seconds(lambda: solve_update(wanted_NO, keys_NI, moment_II, LAM))
-    made = []
-    once = clock.seconds(lambda: made.append(factorize(moment_II.clone)))
-    return once, clock.seconds(lambda: solve_with_factor(wanted_NO, keys_NI, made[0], LAM))
+    factors = []
+    once = clock.seconds(lambda: factors.append(factorize(moment_II.clone)))
+    return once, clock.seconds(lambda: solve_with_factor(wanted_NO, keys_NI, factors[0], LAM))
 
 
 def main() -> None:
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--edits", type=int, default=64, help="whose targets are found together; up to 840")
+    parser.add_argument("--edits", type=int, default=64, help="edits whose targets are optimized together; up to 840")
     parser.add_argument("--plain_edits", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens of the second moments that are timed")
     options = parser.parse_args()
@@ -153,11 +154,11 @@ def main() -> None:
     clock = Clock(device)
     module = module_of(options.shape, device, getattr(torch, options.dtype))
     edits = read_edits(["atlas-records", "atlas-spare", "atlas-tuning"], limit=options.edits)
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    out(f"{place}, torch {torch.__version__}, {options.shape}, {options.dtype}, {len(edits)} edits, ")
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    out(f"{device_name}, torch {torch.__version__}, {options.shape}, {options.dtype}, {len(edits)} edits, ")
     out(f"{SETTINGS['steps']} steps, {len(CONTEXTS)} contexts, layers {module.layers}\n")
     with preserve_caller_state(module.model, device):
-        module.find_targets(edits[:8])  # warm
+        module.find_targets(edits[:8])  # warm-up
         rate = len(edits) / clock.seconds(lambda: module.find_targets(edits))
         few = edits[: options.plain_edits]
         slow = len(few) / clock.seconds(lambda: plain(module, few))

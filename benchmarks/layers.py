@@ -1,4 +1,4 @@
-"""The layers that ``analyze`` proposes beside the Scores of editing one range of layers after the other.
+"""The layers that ``analyze`` proposes, and the Scores of editing each of several ranges of layers.
 
     python benchmarks/layers.py [--records atlas-tuning] [--limit 100] [--layers "[0]" "[0,1]"] [--facts 100]
     python -m pmet_lightning demo --architecture llama --out llama      # about ten minutes
@@ -6,8 +6,8 @@
 
 Every range gets the same settings: those of configs/pmet.yaml, which were chosen for layers 0 to 2 of the shipped
 Atlas, and --settings. A range for which others would be better is at a disadvantage. The proposal is made on the same
-records, from the unedited model alone, and is edited first; "to the proposal" is the difference of the Scores by a
-paired bootstrap over records.
+records, from the unedited model alone, and is the first range edited; "to the proposal" is the difference of the Scores
+by a paired bootstrap over records.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ RANGES = (
 
 
 def proposal(model: str, records: str, facts: int, base: str) -> tuple[list[int], str]:
-    """The layers that are proposed, and a line that says how sure that is."""
+    """The proposed layers, and a line that says how sure the proposal is."""
     analyze(f"{base}/analysis", ModelOptions(model, device="cpu"), DataOptions(records, limit=facts))
-    known = json.loads(Path(f"{base}/analysis/analysis.json").read_text(encoding="utf-8"))
-    found = known["proposals"]["before"]
+    analysis = json.loads(Path(f"{base}/analysis/analysis.json").read_text(encoding="utf-8"))
+    found = analysis["proposals"]["before"]
     effect, lead = (f"{part['mean']:.3f} [{part['low']:.3f}, {part['high']:.3f}]" for part in map(found.get, _PARTS))
     return found["layers"], (
         f"proposed from {found['effect']['count']} facts: layers {found['layers']} ({found['verdict']}; "
@@ -46,25 +46,25 @@ def proposal(model: str, records: str, facts: int, base: str) -> tuple[list[int]
     )
 
 
-def source(asked: argparse.Namespace) -> dict[str, Any]:
+def source(options: argparse.Namespace) -> dict[str, Any]:
     """Model, records and corpus as options of a run."""
-    if asked.model is None:
-        return {"data.path": asked.records}
+    if options.model is None:
+        return {"data.path": options.records}
     return {
-        "model.model_name": f"{asked.model}/model",
-        "data.path": f"{asked.model}/tuning.json",
-        "moments.corpus": f"{asked.model}/corpus.txt",
+        "model.model_name": f"{options.model}/model",
+        "data.path": f"{options.model}/tuning.json",
+        "moments.corpus": f"{options.model}/corpus.txt",
     }
 
 
-def ranges(asked: argparse.Namespace, first: list[int]) -> list[list[int]]:
-    """What is edited, the proposal first."""
-    rest = [layers for layers in map(json.loads, asked.layers) if layers != first]
+def ranges(options: argparse.Namespace, first: list[int]) -> list[list[int]]:
+    """The ranges to edit, the proposal first."""
+    rest = [layers for layers in map(json.loads, options.layers) if layers != first]
     return [first, *rest] if first else rest
 
 
 def main() -> None:
-    """Propose, then sweep."""
+    """Propose layers, then edit every range."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder made by the command demo; its tuning.json and corpus.txt are used")
     parser.add_argument("--records", default="atlas-tuning", help="without --model")

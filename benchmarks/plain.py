@@ -1,7 +1,7 @@
-"""Target vectors written plainly from the method: one edit at a time, its rows in one pass through the whole model.
+"""Plain implementation of the target vectors (docs/method.md, 'Targets'): one edit at a time, through the whole model.
 
-What every other editor does, what ours is timed against and, in the tests, compared with. It shares no code with the
-package; the authors' golden numbers check it (tests/write/test_golden.py).
+All rows of an edit run in one pass. This is what other editors do, what ours is timed against and, in the tests, compared
+with. It shares no code with the package; the authors' golden numbers check it (tests/write/test_golden.py).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ def last_token(tokenizer: Any, text: str, end: int) -> int:
 
 
 def rows_of(tokenizer: Any, edit: Edit, contexts: Sequence[str]) -> tuple[list[list[int]], list[int], list[int]]:
-    """Tokens of all rows, the KL prompt last; each one's last token of the subject; the target's tokens."""
+    """Tokens of all rows, the KL prompt last; the position of the subject's last token in each; the target's tokens."""
     target = " " + edit.target.strip()
     labels = tokenizer(target, add_special_tokens=False)["input_ids"]
-    rows, places = [], []
+    rows, positions = [], []
     for context in ("{}", *contexts):
         head = context.split("{}")[0] + edit.prompt.split("{}")[0] + edit.subject
         text = context.replace("{}", edit.prompt.replace("{}", edit.subject)) + target
         rows.append(tokenizer(text)["input_ids"][:-1])
-        places.append(last_token(tokenizer, text, len(head)))
-    meaning = f"{edit.subject} is a"
-    rows.append(tokenizer(meaning)["input_ids"])
-    places.append(last_token(tokenizer, meaning, len(edit.subject)))
-    return rows, places, labels
+        positions.append(last_token(tokenizer, text, len(head)))
+    kl_prompt = f"{edit.subject} is a"
+    rows.append(tokenizer(kl_prompt)["input_ids"])
+    positions.append(last_token(tokenizer, kl_prompt, len(edit.subject)))
+    return rows, positions, labels
 
 
 def plain_target(
@@ -64,20 +64,21 @@ def plain_target(
         ffn: FFN output projection of layer L.
         edit: The edit.
         contexts: Templates with one {} each, besides the bare one.
-        steps: Most iterations; the last one makes no update.
-        lr: Adam's.
+        steps: Maximum number of iterations; the last one makes no update.
+        lr: Learning rate of Adam.
         clamp: Radius of the ball of each delta, in norms of its clean output.
         nll: f_nll.
         kl: f_kl.
         norm: f_wd.
-        loss_tolerance: An edit whose loss is below stops.
-        stop_at_argmax: Whether a target that is the argmax weighs less, and stops the edit if the meaning holds.
+        loss_tolerance: The edit stops when its loss is below this.
+        stop_at_argmax: Whether the likelihood weighs less once every target token is the argmax, and the edit then
+            stops if the KL is small enough.
     """
-    rows, places, labels = rows_of(tokenizer, edit, contexts)
+    rows, positions, labels = rows_of(tokenizer, edit, contexts)
     width, device = max(map(len, rows)), next(model.parameters()).device
     ids = torch.tensor([row + [row[0]] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    every, at = torch.arange(len(rows), device=device), torch.tensor(places, device=device)
+    every, at = torch.arange(len(rows), device=device), torch.tensor(positions, device=device)
     wanted = torch.tensor(labels, device=device).expand(len(rows) - 1, -1)
     ends = torch.tensor([len(row) for row in rows[:-1]], device=device)
     columns = ends.unsqueeze(1) - len(labels) + torch.arange(len(labels), device=device)
@@ -87,29 +88,29 @@ def plain_target(
     def add(module: nn.Module, _: Any, output: Tensor) -> Tensor:
         whole = output.view(*ids.shape, -1)  # OPT flattens rows and tokens
         if module not in clean:
-            clean[module] = whole[0, places[0]].detach().to(torch.promote_types(output.dtype, torch.float32))
+            clean[module] = whole[0, positions[0]].detach().to(torch.promote_types(output.dtype, torch.float32))
             deltas[module] = torch.zeros_like(clean[module]).requires_grad_()
         return whole.index_put((every, at), deltas[module].to(output.dtype), accumulate=True).view_as(output)
 
     with ExitStack() as hooks:
         for module in (attn, ffn):
             hooks.callback(module.register_forward_hook(add).remove)
-        optimizer, weight, clean_p = None, nll, None
+        optimizer, weight, clean_log_p = None, nll, None
         for step in range(steps):
             logits = model(input_ids=ids, attention_mask=mask).logits
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             log_p = logits[:-1].log_softmax(-1)[every[:-1, None], columns]
             likelihood = -log_p.gather(2, wanted.unsqueeze(2)).mean()
-            meaning = logits[-1, places[-1]].log_softmax(-1)
-            clean_p = meaning.detach() if clean_p is None else clean_p
-            divergence = kl * nn.functional.kl_div(clean_p, meaning, log_target=True, reduction="sum")
+            kl_log_p = logits[-1, positions[-1]].log_softmax(-1)
+            clean_log_p = kl_log_p.detach() if clean_log_p is None else clean_log_p
+            divergence = kl * nn.functional.kl_div(clean_log_p, kl_log_p, log_target=True, reduction="sum")
             penalty = norm * sum(deltas[m].norm() / clean[m].norm() ** 2 for m in deltas)
             loss = weight * likelihood + divergence + penalty
             if loss < loss_tolerance:
                 break
-            settled = stop_at_argmax and bool((log_p.argmax(-1) == wanted).all())
-            weight = 0.1 * nll if settled else nll
-            if (settled and divergence <= 0.01) or step == steps - 1:
+            all_argmax = stop_at_argmax and bool((log_p.argmax(-1) == wanted).all())
+            weight = 0.1 * nll if all_argmax else nll
+            if (all_argmax and divergence <= 0.01) or step == steps - 1:
                 break
             optimizer = optimizer or torch.optim.Adam(list(deltas.values()), lr=lr)
             optimizer.zero_grad()

@@ -1,9 +1,9 @@
-"""Editing on two processes of one thread each against one process of one thread: the same edits, the same targets.
+"""Editing with two processes of one thread each compared with one: the same edits, the same targets.
 
     python benchmarks/scaling.py [--edits 800] [--repeat 5]
 
 Every run is a fresh ``fit`` of the shipped model without evaluation; its phases come from its report. Targets need no
-communication; what travels at the writes is counted from the shapes.
+communication; that of the writes is computed from the shapes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from pmet_lightning.utils.distributed import sums_are_less, travelling_bytes
 
 LAYERS, WIDTH, KEYS = 3, 192, 768  # edited layers, model width and key dimensions of the shipped model
-NUMBER = 4  # bytes of an partial_forward of ΔW
+NUMBER = 4  # bytes per element of ΔW
 RECORDS = ["atlas-records", "atlas-spare", "atlas-tuning"]  # 840
 
 
@@ -43,14 +43,14 @@ def phases(folder: Path, processes: int, edits: int) -> dict[str, float]:
 
 
 def travels(edits: int, layers: int, keys: int, width: int) -> float:
-    """Megabytes put together at the writes: keys and residuals or their products, then ΔW; float32."""
+    """Megabytes communicated at the writes: keys and residuals or their products, then ΔW; float32."""
     shapes = torch.empty(0, keys), torch.empty(0, width)
-    met = travelling_bytes(edits, *shapes, sums=sums_are_less(edits, *shapes))
-    return layers * (met + NUMBER * keys * width) / 1e6
+    gathered = travelling_bytes(edits, *shapes, sums=sums_are_less(edits, *shapes))
+    return layers * (gathered + NUMBER * keys * width) / 1e6
 
 
 def main() -> None:
-    """Compare, and count."""
+    """Compare the runs, and compute the communication."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edits", type=int, default=800)
     parser.add_argument("--repeat", type=int, default=5)
@@ -65,12 +65,12 @@ def main() -> None:
                 runs.append(phases(Path(base) / f"{processes}-{number}", processes, options.edits))
     rates = {}
     for processes, runs in found.items():
-        # A process that is done first waits for the other in the write.
+        # A process that finishes first waits for the other in the write.
         whole = statistics.median(run["targets"] + run["spread"] for run in runs)
         rates[processes] = options.edits / statistics.median(run["targets"] for run in runs)
         out(f"{processes} x 1 thread: {rates[processes]:.2f} edits/s, targets and write {whole:.2f} s\n")
     out(f"ratio {rates[2] / rates[1]:.2f}, median of {options.repeat}, {options.edits} edits\n")
-    out(f"travels: {travels(options.edits, LAYERS, KEYS, WIDTH):.1f} MB; ")
+    out(f"communication: {travels(options.edits, LAYERS, KEYS, WIDTH):.1f} MB; ")
     out(f"GPT-J 6B, 10,000 edits, six layers: {travels(10_000, 6, 16_384, 4_096):,.0f} MB for each device\n")
 
 

@@ -1,10 +1,10 @@
-"""Many edit batches one after the other, against one; past keys protected or not, with and without projection.
+"""Many edit batches one after the other compared with one; with and without protected past keys and projection.
 
     python -m pmet_lightning demo --edits 1050 --out /tmp/atlas1050      # about ten minutes
     python benchmarks/sequences.py /tmp/atlas1050
 
-λ of each way is chosen on the 400 records of the shipped `atlas-tuning` and the shipped model (eight edit batches of
-50, or one of 400): the highest Score. The table is made on the larger world: 20 edit batches of 50, or one of 1,000.
+λ of each variant is chosen on the 400 records of the shipped `atlas-tuning` and the shipped model (eight edit batches
+of 50, or one of 400): the highest Score. The table is made on the larger world: 20 edit batches of 50, or one of 1,000.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
-    """What the report of a run holds."""
+    """The report of one run."""
     with tempfile.TemporaryDirectory() as base:
         settings = quiet({"model.free_tokens": 0, **options}, Path(base) / "run")
         return read_report(run_fit("pmet.yaml", settings))
@@ -47,13 +47,15 @@ def chosen(way: dict[str, Any], lams: list[float]) -> float:
 
 
 def main() -> None:
-    """Choose and report every way."""
+    """Choose λ of every variant, and report its result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("world", type=Path, help="a folder made by the command demo with 1,000 records at least")
     parser.add_argument(
-        "--lam", nargs="+", type=float, default=[300, 1000, 3000], help="tried for several edit batches"
+        "--lam", nargs="+", type=float, default=[300, 1000, 3000], help="values tried for several edit batches"
     )
-    parser.add_argument("--lam_one", nargs="+", type=float, default=[50, 300, 1000], help="for one")
+    parser.add_argument(
+        "--lam_one", nargs="+", type=float, default=[50, 300, 1000], help="values tried for one edit batch"
+    )
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     options = parser.parse_args()
     logging.disable(logging.INFO)

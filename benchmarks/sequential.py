@@ -1,4 +1,4 @@
-"""What v* is to be in sequential blocks, where a delta on the attention reaches the FFN of the same layer.
+"""Which v* is best in sequential blocks, where a delta on the attention reaches the FFN of the same layer.
 
     python -m pmet_lightning demo --architecture llama --out /tmp/llama      # about ten minutes each
     python -m pmet_lightning demo --architecture gpt2 --out /tmp/gpt2
@@ -6,8 +6,8 @@
     python benchmarks/sequential.py /tmp/gpt2 --layers 0 --clamp 30 --lr 2 --lam 50
 
 Both deltas with v* as stored (clean output plus delta) or as realized (the model's output with both deltas), and the
-FFN's delta alone, where the two are the same. For each every --lam on 200 tuning records; the highest efficacy, then
-Score, wins. The table is made on 200 other records.
+FFN's delta alone, for which the two are the same. Each variant is tried with every --lam on 200 tuning records; the
+highest efficacy, then Score, wins. The table is made on 200 other records.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ VARIANTS = {
 }
 
 
-def run(base: Path, model: str, variant: str, records: str, lam: float, asked: argparse.Namespace) -> dict[str, float]:
+def run(base: Path, model: str, variant: str, records: str, lam: float, given: argparse.Namespace) -> dict[str, float]:
     """Scores after one run; statistics and target vectors are kept between runs."""
     optimize, value = VARIANTS[variant]
     options = {
         "moments.folder": str(base / "moments"), "drift.text": None, "model.free_tokens": 0,
-        "model.model_name": f"{model}/model", "model.layers": asked.layers, "model.clamp": asked.clamp,
-        "model.optimizer.init_args.lr": asked.lr, "model.optimize": optimize, "model.target_value": value,
+        "model.model_name": f"{model}/model", "model.layers": given.layers, "model.clamp": given.clamp,
+        "model.optimizer.init_args.lr": given.lr, "model.optimize": optimize, "model.target_value": value,
         "model.targets_folder": str(base / "targets"), "spread.lam": lam,
         "data.path": f"{model}/{records}.json", "data.limit": 200,
     }  # fmt: skip

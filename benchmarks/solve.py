@@ -1,12 +1,13 @@
-"""One update ΔW = E Kᵀ (λC + KKᵀ)⁻¹: ours against the explicit inverse in float64 that other editors take.
+"""One update ΔW = E Kᵀ (λC + KKᵀ)⁻¹: ours compared with the explicit inverse in float64 of other editors.
 
     python benchmarks/solve.py [--widths 2048 4096] [--counts 10 100 1000 10000] [--repeat 5]
 
 C has eigenvalues from 1 to 1e-6, keys are drawn from the distribution that it is the second moment of, O = I / 4, λ is
-6,000; C, keys and residual come in float32. Ours is the way that WeightSpread takes for the count; the factor of C is
-kept by the moment store, so making it is shown once and not counted. Errors are those of 8 outputs against a float64
-Cholesky solve refined with residuals in extended precision (80 bits on x86). "float32, refined", a float32 Cholesky
-with residuals in float64 until 1e-10, is here because it does not pay and is therefore no part of the package.
+6,000; C, keys and residual are float32. Ours is the method that WeightSpread selects for the number of edits; the
+factor of C is kept by the moment store, so its time is shown once and not included. Errors are those of 8 outputs,
+relative to a float64 Cholesky solve refined with residuals in extended precision (80 bits on x86). "float32, refined",
+a float32 Cholesky with residuals in float64 until 1e-10, is included to show that it does not pay; it is not part of
+the package.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ Problem = tuple[Tensor, Tensor, Tensor]
 
 
 def distribution(width: int) -> tuple[Tensor, Tensor]:
-    """C with a decaying spectrum, float32, and a root of it."""
-    turn = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q
+    """C with a decaying spectrum, float32, and a square root of it, float64."""
+    rotation = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q
     decay = torch.logspace(0, -np.log10(CONDITION) / 2, width, dtype=torch.float64)
-    root = turn * decay
+    root = rotation * decay
     moment = (root @ root.T).float()
     return moment.tril() + moment.tril(-1).T, root
 
 
 def explicit_inverse(residual: Tensor, keys: Tensor, moment: Tensor) -> Tensor:
-    """As other editors do."""
+    """The update as other editors compute it."""
     keys, residual = keys.double(), residual.double()
     return residual.T @ keys @ torch.inverse(LAM * moment.double() + keys.T @ keys)
 
@@ -53,7 +54,7 @@ def plain_solve(residual: Tensor, keys: Tensor, moment: Tensor) -> Tensor:
 
 
 def refined(residual: Tensor, keys: Tensor, moment: Tensor) -> Tensor:
-    """Cholesky in float32, corrected in float64; without a result if it does not converge."""
+    """Cholesky in float32, refined in float64; NaN if it does not converge."""
     factor, failed = torch.linalg.cholesky_ex(LAM * moment + keys.T @ keys)
     keys, residual, moment = keys.double(), residual.double(), moment.double()
     right = rest = keys.T @ residual
@@ -68,7 +69,7 @@ def refined(residual: Tensor, keys: Tensor, moment: Tensor) -> Tensor:
 
 
 def oracle(residual: Tensor, keys: Tensor, moment: Tensor) -> np.ndarray:
-    """Some outputs of ΔW, refined until nothing changes."""
+    """The first outputs of ΔW, refined until the corrections no longer shrink."""
     wide_keys, wide_moment, wide_residual = (
         tensor.numpy().astype(np.longdouble) for tensor in (keys, moment, residual[:, :OUTPUTS_CHECKED])
     )
@@ -85,12 +86,12 @@ def oracle(residual: Tensor, keys: Tensor, moment: Tensor) -> np.ndarray:
 
 
 def error(delta: Tensor, expected: np.ndarray) -> float:
-    """Relative, of the outputs that are checked."""
+    """Relative error of the outputs that are checked."""
     return float(np.linalg.norm(delta[:OUTPUTS_CHECKED].numpy() - expected) / np.linalg.norm(expected))
 
 
 def methods(factor: Factor, few: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """What is compared; the first is what a run takes."""
+    """The methods that are compared; the first is the one that a run uses."""
 
     def direct(residual: Tensor, keys: Tensor, moment: Tensor) -> Tensor:
         return solve_update(residual, keys, moment, LAM).delta_OI
@@ -108,15 +109,15 @@ def methods(factor: Factor, few: bool) -> dict[str, Callable[[Tensor, Tensor, Te
 
 
 def compare(problem: Problem, factor: Factor, repeat: int) -> None:
-    """Measure all methods in turn; one line for each."""
+    """Measure all methods alternately, and print a line for each."""
     residual, keys, moment = problem
     count, width = keys.shape
-    tried = methods(factor, count <= FEW_EDITS * width)
+    compared = methods(factor, count <= FEW_EDITS * width)
     expected = oracle(*problem)
-    errors = {name: error(method(*problem), expected) for name, method in tried.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in tried}
+    errors = {name: error(method(*problem), expected) for name, method in compared.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in compared}
     for _ in range(repeat):
-        for name, method in tried.items():
+        for name, method in compared.items():
             start = time.perf_counter()
             method(*problem)
             seconds[name].append(time.perf_counter() - start)
@@ -130,7 +131,7 @@ def compare(problem: Problem, factor: Factor, repeat: int) -> None:
 
 
 def machine() -> str:
-    """The processor by its own name, and what else times depend on."""
+    """Model name of the processor, and what else the times depend on."""
     path, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
     lines = path.read_text().splitlines() if path.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
@@ -138,7 +139,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    """All widths and counts."""
+    """Compare at all widths and counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--counts", type=int, nargs="+", default=[10, 100, 1000, 10000])

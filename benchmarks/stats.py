@@ -1,4 +1,4 @@
-"""Second moments of six layers: one early-exit pass for all of them, against a plain full pass for each.
+"""Second moments of six layers: one early-exit pass for all of them, compared with a plain full pass for each.
 
     python benchmarks/stats.py [--repeat 5]
 
@@ -30,7 +30,7 @@ ROWS, LENGTH, AT_ONCE = 16, 128, 16
 
 
 def setting() -> tuple[torch.nn.Module, Sites, list[TokenRow]]:
-    """Model, its modules, and rows."""
+    """The model, its modules, and the rows."""
     torch.manual_seed(0)
     config = GPT2Config(n_embd=768, n_layer=12, n_head=12, n_positions=LENGTH, vocab_size=5000)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -67,7 +67,7 @@ def plain(model: torch.nn.Module, sites: Sites, rows: list[TokenRow]) -> dict[in
 
 
 def main() -> None:
-    """Measure both in turn, and the peak memory of each in a process of its own."""
+    """Measure both alternately, and the peak memory of each in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--peak", choices=["ours", "plain"], help=argparse.SUPPRESS)
@@ -77,19 +77,19 @@ def main() -> None:
         methods[options.peak](*setting())
         sys.stdout.write(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
         return
-    # Before this process grows: a child's peak begins at its parent's size.
+    # Before this process grows: the peak of a child starts at the size of its parent.
     peaks = {
         name: int(subprocess.run([sys.executable, __file__, "--peak", name], capture_output=True, check=True).stdout)
         for name in methods
     }
-    given = setting()
-    first = {name: method(*given) for name, method in methods.items()}
+    inputs = setting()
+    first = {name: method(*inputs) for name, method in methods.items()}
     error = max(float((first["ours"][i] - c).norm() / c.norm()) for i, c in first["plain"].items())
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(options.repeat):
         for name, method in methods.items():
             start = time.perf_counter()
-            method(*given)
+            method(*inputs)
             seconds[name].append(time.perf_counter() - start)
     out = sys.stdout.write
     out(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")

@@ -1,9 +1,9 @@
-"""A long stream of edits: whether time for each edit batch and resident memory stay flat, and the peak.
+"""A long stream of edits: whether the time per edit batch and the resident memory stay constant, and the peak memory.
 
     python benchmarks/stream.py [--edits 10000] [--edit_batch 100] [--model FOLDER] [--steps 10]
 
-The records are those of an Atlas world of so many subjects. The model, the shipped one unless another is given, need
-not know them, since what is looked at is cost. Past keys are protected and no limit ends the run.
+The records are those of an Atlas world with that many subjects. The model, the shipped one unless another is given,
+need not know them, since only cost is measured. Past keys are protected and no limit ends the run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SPARE = 1.01  # some subjects have no record
 
 
 def write_records(path: Path, count: int) -> None:
-    """A record a line."""
+    """Write records of a new world, one per line."""
     made = records(build_world(0, round(count * SPARE)), 0)[:count]
     if len(made) < count:
-        raise ValueError(f"{count} records were asked for, and the world has {len(made)}")
+        raise ValueError(f"{count} records were requested, and the world has {len(made)}")
     path.write_text("".join(json.dumps(record) + "\n" for record in made), encoding="utf-8")
 
 
@@ -44,30 +44,30 @@ def memory(process: int, what: str) -> float:
 
 
 def watched(command: list[str], journal: Path) -> tuple[list[tuple[float, float]], float, float]:
-    """Seconds and MiB whenever an edit batch has been written down; the peaks by the last one, and of the whole run.
+    """Time and MiB after each edit batch in the journal; the peaks until the last one, and of the whole run.
 
     Raises:
         RuntimeError: If the run failed.
     """
     found: list[tuple[float, float]] = []
     by_last = peak = 0.0
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
         while process.poll() is None:
             lines = journal.read_bytes().count(b"\n") if journal.is_file() else 0
             if lines > len(found):
                 found += [(time.perf_counter(), memory(process.pid, "VmRSS"))] * (lines - len(found))
                 by_last = memory(process.pid, "VmHWM")
-            peak = max(peak, memory(process.pid, "VmHWM"))  # of the report at the end too
+            peak = max(peak, memory(process.pid, "VmHWM"))  # including the report at the end
             time.sleep(POLL)
         if process.returncode:
-            said.seek(0)
-            raise RuntimeError(f"the run failed:\n{said.read()[-2000:]}")
+            output.seek(0)
+            raise RuntimeError(f"the run failed:\n{output.read()[-2000:]}")
     return found, by_last, peak
 
 
 def main() -> None:
-    """Run, and show each tenth of the stream."""
+    """Run, and print a line for each tenth of the stream."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edits", type=int, default=10000)
     parser.add_argument("--edit_batch", type=int, default=100)

@@ -1,17 +1,17 @@
-"""Target vectors of many edits: ours against the method written plainly, one edit at a time through the whole model.
+"""Target vectors of many edits: ours compared with a plain implementation, one edit at a time through the whole model.
 
     python benchmarks/targets.py [--shapes atlas gptj gpt2] [--edits 200] [--plain_edits 4] [--repeat 5]
         [--dtype bfloat16]
 
 Same edits, same contexts, same number of steps (all of them: no edit stops early), and the same targets, which is
-checked first. The plain way (benchmarks/plain.py) runs all rows of an edit in one pass, as other editors do; its time
-for an edit does not depend on how many there are, so it gets a few. Shapes: atlas (the shipped model), gptj (8 layers
-of 512) and gpt2 (12 of 768) with random weights and a vocabulary of 5,000. With --dtype bfloat16 ours runs in it, and
-is compared with the plain way in float32 and in bfloat16; the difference of the targets is then the effect of the
-precision.
+checked first. The plain implementation (benchmarks/plain.py) runs all rows of an edit in one pass, as other editors do;
+its time per edit does not depend on the number of edits, so it gets only a few. Shapes: atlas (the shipped model), gptj
+(8 layers of 512) and gpt2 (12 of 768) with random weights and a vocabulary of 5,000. With --dtype bfloat16 ours runs in
+bfloat16, and is compared with the plain implementation in float32 and in bfloat16; the difference of the targets is
+then the effect of the precision.
 
-The floor counts multiplications with weights that no implementation can leave out (see :func:`floor`), and what they
-would take at the rate of a large matrix product, measured in the same run.
+The floor is the time of the multiplications with weights that no implementation can avoid (see :func:`floor`), at the
+rate of a large matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ SHAPES: dict[str, tuple[type[Any], dict[str, int]]] = {
     "gpt2": (transformers.GPT2Config, {"n_embd": 768, "n_layer": 12, "n_head": 12}),
 }
 LAYER = {"atlas": 2, "gptj": 3, "gpt2": 5}
-PARALLEL = {"atlas", "gptj"}  # the FFN does not see what the attention of its layer gives
-MATRIX = 2048  # rows of the product that measures the machine
+PARALLEL = {"atlas", "gptj"}  # the FFN does not receive the output of its layer's attention
+MATRIX = 2048  # rows of the matrix product that measures the machine
 CONTEXTS = ["The clock was closed for a week. {}", "Because it was late, the boat stayed. {}", "I like it. {}"]
 SETTINGS = {"steps": 10, "lr": 0.1, "clamp": 3.0}
-# No rule may stop an edit early: equal work on both sides.
+# No rule may stop an edit early, so that both sides do equal work.
 NO_STOP = {"loss_tolerance": 0.0, "stop_at_argmax": False}
 TOLERANCE = 1e-4
 
 
 def model_folder(shape: str, base: str) -> str:
-    """A folder with a model of the shape."""
+    """A folder with a model of the given shape."""
     if shape == "atlas":
         return locate("atlas")
     tokenizer = transformers.AutoTokenizer.from_pretrained(locate("atlas"))
@@ -92,34 +92,34 @@ class Bench:
         self.module.optimizers = lambda: InTrainer(optimizer)  # type: ignore[method-assign]
 
     def ours(self, edits: list[Edit]) -> list[torch.Tensor]:
-        """All edits together."""
+        """Targets of all edits, optimized together."""
         targets = self.module.find_targets(edits)
         check_steps([target.record["steps"] for target in targets])
         return [target.values["ffn"] for target in targets]
 
     def plain(self, edits: list[Edit]) -> list[torch.Tensor]:
-        """One edit after the other."""
+        """Targets by the plain implementation, one edit after the other."""
         sites = Sites.of(self.theirs, self.module.sites.architecture)
         layer = self.module.target_layer
         modules = sites.module("attn", layer), sites.module("ffn", layer)
         factors = {"nll": 1.0, "kl": 0.0625, "norm": 0.1}
         tokenizer = self.module.tokenizer
-        how = {**SETTINGS, **NO_STOP, **factors}
-        found = [plain_target(self.theirs, tokenizer, *modules, edit, CONTEXTS, **how) for edit in edits]
+        options = {**SETTINGS, **NO_STOP, **factors}
+        found = [plain_target(self.theirs, tokenizer, *modules, edit, CONTEXTS, **options) for edit in edits]
         check_steps([steps for _, steps in found])
         return [value for value, _ in found]
 
 
 def check_steps(taken: list[int]) -> None:
-    """Equal work on both sides."""
+    """Check that both sides do equal work: no edit has stopped early."""
     if set(taken) != {SETTINGS["steps"]}:
         raise AssertionError("an edit has stopped early, so its time says nothing")
 
 
 def floor(bench: Bench, edits: list[Edit], parallel: bool) -> float:
-    """Floating-point operations for each edit that cannot be left out: products with weights, in all steps.
+    """Floating-point operations per edit that cannot be avoided: products with weights, in all steps.
 
-    Tokens in front of the subject's last one never change, nor does the attention of layer L. In the layer above, only
+    Tokens before the subject's last one never change, nor does the attention of layer L. In the layer above, only
     the subject's query, key and value do, and in a parallel block only its FFN. The last layer needs keys and values
     of all tokens, everything else where logits are read. A gradient costs what the value costs; the last step needs
     none. Products between tokens are not counted.
@@ -141,7 +141,7 @@ def floor(bench: Bench, edits: list[Edit], parallel: bool) -> float:
 
 
 def matrix_rate(dtype: str, repeat: int) -> float:
-    """Operations a second of a large matrix product."""
+    """Operations per second of a large matrix product."""
     a, b = (torch.randn(MATRIX, MATRIX, dtype=getattr(torch, dtype)) for _ in range(2))
     times = []
     for _ in range(repeat + 1):
@@ -152,14 +152,14 @@ def matrix_rate(dtype: str, repeat: int) -> float:
 
 
 class InTrainer:
-    """What Lightning hands out inside a Trainer: the optimizer, and its step."""
+    """Stands in for the optimizer that Lightning returns inside a Trainer: with its step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer, self.step = optimizer, optimizer.step
 
 
 def compare(shape: str, base: str, options: argparse.Namespace) -> None:
-    """Check one shape, and time both in turn."""
+    """Check one shape, and time both alternately."""
     bench = Bench(shape, base, options.dtype)
     exact = bench if options.dtype == "float32" else Bench(shape, base, "float32")
     edits = read_edits("atlas-records", limit=options.edits)
@@ -191,11 +191,11 @@ def compare(shape: str, base: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Compare on every shape asked for."""
+    """Compare on every selected shape."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=list(LAYER), default=list(LAYER))
     parser.add_argument("--edits", type=int, default=200, help="edits optimized together")
-    parser.add_argument("--plain_edits", type=int, default=4, help="edits found the plain way")
+    parser.add_argument("--plain_edits", type=int, default=4, help="edits for the plain implementation")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args()

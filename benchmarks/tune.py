@@ -1,10 +1,10 @@
-"""What the settings in configs/compare.yaml were chosen from: one search for every method, on records not reported.
+"""The search that the settings in configs/compare.yaml come from: the same for every method, on records not reported.
 
     python benchmarks/tune.py [--methods PMET MEMIT] [--limit 200]
 
 Every method gets a grid of about a dozen settings on the first 200 records of atlas-tuning, λ is doubled as long as the
-largest is the best, and the four best settings run on the next 200 records too. The highest efficacy over both wins,
-then the highest Score.
+largest value is the best, and the four best settings run on the next 200 records too. The highest efficacy over both
+wins, then the highest Score.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "attention written too": _PMET,
     "even spread": _PMET,
     "PMET to the loss": _PMET,
-    "MEMIT": _PMET | {"model.clamp": (0.75, 1.5, 3)},  # measured on the layer's output, which is longer
+    "MEMIT": _PMET | {"model.clamp": (0.75, 1.5, 3)},  # relative to the layer's output, which has a larger norm
     "null space": {"model.clamp": (3, 5), "spread.null_space": (0.003, 0.01, 0.03, 0.1), LAM: (10, 50, 200)},
     "fine-tuning": {
         "model.layers": ([0], [1], [2], [3]),
@@ -56,7 +56,7 @@ class Bench:
         self.base, self.records, self.limit, self.runs = base, records, limit, 0
 
     def run(self, method: Method, setting: Mapping[str, Any], skip: int = 0) -> Rank:
-        """Edit with one setting."""
+        """Efficacy and Score with one setting."""
         folder = self.base / str(self.runs)
         self.runs += 1
         options = method.options | dict(setting) | {
@@ -78,7 +78,7 @@ def settings(grid: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 
 def tune(bench: Bench, name: str, method: Method) -> None:
-    """The grid on the first records, its four best points on the next ones too, the best on average."""
+    """Try the grid on the first records and its four best points on the next ones too; print the best on average."""
     tried = [(setting, bench.run(method, setting)) for setting in settings(GRIDS[name])]
     while True:
         best, _ = max(tried, key=lambda pair: pair[1])
@@ -101,13 +101,13 @@ def main() -> None:
     parser.add_argument("--records", default="atlas-tuning")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    asked = parser.parse_args()
+    options = parser.parse_args()
     logging.disable(logging.INFO)
-    written = yaml.safe_load(Path(locate_config("compare.yaml")).read_text())["methods"]
+    methods = yaml.safe_load(Path(locate_config("compare.yaml")).read_text())["methods"]
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), asked.records, asked.limit)
-        for name in asked.methods:
-            tune(bench, name, Method(**written[name]))
+        bench = Bench(Path(folder), options.records, options.limit)
+        for name in options.methods:
+            tune(bench, name, Method(**methods[name]))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pmet_lightning.write.drift import Drift as Drift
     from pmet_lightning.write.weight_spread import WeightSpread as WeightSpread
 
-_HOMES = {
+_MODULES = {
     "Architecture": "model.architectures",
     "CorpusError": "data.corpus",
     "Drift": "write.drift",
@@ -65,15 +65,15 @@ _HOMES = {
     "save_patch": "model.patch",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES]  # noqa: PLE0604
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """A public name, imported when it is first asked for: torch and Lightning take seconds (PEP 562)."""
-        if name not in _HOMES:
+        """Import a public name on first access (PEP 562): importing torch and Lightning takes seconds."""
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_HOMES})
+        return sorted({*globals(), *_MODULES})

@@ -7,12 +7,12 @@ import sys
 
 log = logging.getLogger("pmet_lightning")
 
-# What a user can mend: shown as a message, without a traceback.
+# Errors that the user can fix: shown as a message, without a traceback.
 _EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # ImportError: an extra is not installed
 
 
 def main() -> None:
-    """Run a command; an error the user can mend ends in one message and exit code 2."""
+    """Run a command; an error that the user can fix ends in one message and exit code 2."""
     from pmet_lightning.cli.dispatch import main as run
 
     try:

@@ -1,4 +1,4 @@
-"""Sphinx directives for what the command line takes, read from its own parsers: ``settings`` and ``commands``."""
+"""Sphinx directives that document the command line from its own parsers: ``settings`` and ``commands``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pmet_lightning.run.settings import SECTIONS, section_parser
 from pmet_lightning.run.trainer import EditTrainer
 
 _MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Z])|\btyping\.|<class '|'>")
-_REQUIRED = ("model.model_name", "data.path")  # which jsonargparse does not say of arguments of classes
+_REQUIRED = ("model.model_name", "data.path")  # jsonargparse does not mark required arguments of classes
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Option:
 
 
 class _Generated(SphinxDirective):
-    """Shows Markdown that was made when the build began: later, autodoc has put texts in the place of defaults."""
+    """Shows Markdown generated when the build began: later, autodoc has replaced defaults by texts."""
 
     markdown = ""
 
     def run(self) -> list[nodes.Node]:
-        """The nodes of the Markdown."""
+        """Parse the Markdown to nodes."""
         return self.parse_text_to_nodes(self.markdown, allow_section_headings=True)
 
 
@@ -52,12 +52,12 @@ class Commands(_Generated):
 
 
 def settings_markdown() -> str:
-    """A table of each section."""
+    """A table of the settings of each section."""
     options = _options(section_parser())
     tables = {name: [o for o in options if o.name.startswith(f"{name}.")] for name in SECTIONS}
     tuning = LightningArgumentParser()
     tuning.add_lightning_class_args(FineTuning, "model")
-    tables["model, of the command finetune"] = _options(tuning)
+    tables["model (command finetune)"] = _options(tuning)
     parts = [f"## {title}\n\n{_table(rows)}" for title, rows in tables.items()]
     return "\n\n".join(
         [*parts, f"## trainer\n\nAll arguments of Lightning's Trainer, and\n\n{_table(_trainer_options())}"]
@@ -70,13 +70,13 @@ def commands_markdown() -> str:
     for command, module in FILE_COMMANDS.items():
         function = getattr(import_module(module), command)
         parser = capture_parser(lambda f=function: auto_cli(f, args=[], as_positional=False))
-        said = (inspect.getdoc(function) or "").split("\n\nArgs:")[0]
-        parts.append(f"## {command}\n\n{_escaped(said)}\n\n{_table(_options(parser))}")
+        description = (inspect.getdoc(function) or "").split("\n\nArgs:")[0]
+        parts.append(f"## {command}\n\n{_escaped(description)}\n\n{_table(_options(parser))}")
     return "\n\n".join(parts)
 
 
 def _options(parser: Any) -> list[Option]:
-    """The options of a parser, without its own (help, configuration) and those that are linked to others."""
+    """The options of a parser, except its own (help, configuration) and those linked to others."""
     actions = [a for a in parser._actions if hasattr(a, "_typehint") and a.default != "==SUPPRESS=="]
     return [
         Option(
@@ -90,19 +90,19 @@ def _options(parser: Any) -> list[Option]:
 
 
 def _trainer_options() -> list[Option]:
-    """The trainer's own options, of which its docstring tells."""
+    """The options that the trainer adds to Lightning's, from its docstring."""
     block = (inspect.getdoc(EditTrainer) or "").split("Args:\n")[1].split("\n\nRaises:")[0]
-    said = {name: " ".join(text.split()) for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", block, re.M)}
-    known = inspect.signature(EditTrainer).parameters
+    texts = {name: " ".join(text.split()) for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", block, re.M)}
+    parameters = inspect.signature(EditTrainer).parameters
     return [
-        Option(f"trainer.{name}", str(known[name].annotation), _default(known[name].default), text)
-        for name, text in said.items()
+        Option(f"trainer.{name}", str(parameters[name].annotation), _default(parameters[name].default), text)
+        for name, text in texts.items()
         if name != "kwargs"
     ]
 
 
 def _default(value: Any) -> str:
-    """A default as a configuration has it."""
+    """A default as written in a configuration."""
     if isinstance(value, dict) and "class_path" in value:
         arguments = ", ".join(f"{name}={given}" for name, given in value.get("init_args", {}).items())
         return f"{value['class_path']}({arguments})"
@@ -127,7 +127,7 @@ def _escaped(text: str) -> str:
 
 
 def setup(app: Any) -> dict[str, Any]:
-    """Read the parsers, and register the directives."""
+    """Generate the Markdown from the parsers, and register the directives."""
     Settings.markdown, Commands.markdown = settings_markdown(), commands_markdown()
     app.add_directive("settings", Settings)
     app.add_directive("commands", Commands)

@@ -1,1 +1,1 @@
-"""A look inside: what attention and FFN do with facts a model knows, and which layers to edit (``analyze``)."""
+"""Analysis of a model: what attention and FFN do with facts it knows, and which layers to edit (``analyze``)."""

@@ -1,6 +1,7 @@
-"""The paper's claim that attention extracts what the FFN stores, as numbers that can turn out either way.
+"""The paper's claim that attention extracts what the FFN stores, as predictions that can fail.
 
-Each is a difference for each fact, with its mean and 95 % bootstrap interval; what the claim predicts is above zero.
+Each prediction is a difference for each fact, with its mean and 95 % bootstrap interval; the claim predicts that it is
+above zero.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
 
 @dataclass(frozen=True)
 class Claim:
-    """One prediction and what was found.
+    """One prediction and its result.
 
     Attributes:
         text: The prediction.
-        phase: before, or after an edit.
-        found: Mean difference, interval and count.
+        phase: ``before`` or ``after`` an edit, or ``after - before``.
+        found: Mean difference, its 95 % interval and the number of facts.
     """
 
     text: str
@@ -34,7 +35,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """shown, not shown, the opposite shown, or too few facts to say."""
+        """Whether the prediction, or its opposite, is shown, or that there are too few facts to say."""
         if self.found["count"] < LEAST_FACTS:
             return TOO_FEW
         if self.found["low"] > 0:
@@ -42,25 +43,25 @@ class Claim:
         return "the opposite is shown" if self.found["high"] < 0 else "not shown"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As written to analysis.json."""
         return {"text": self.text, "phase": self.phase, **self.found, "verdict": self.verdict}
 
 
 def claims_of(before: Findings, after: Findings | None) -> list[Claim]:
-    """What the claim predicts, on the facts before an edit and, if there was one, after it.
+    """The predictions and their results before an edit and, if there was one, after it.
 
     Args:
-        before: The unedited model's.
-        after: The edited model's, on the same facts.
+        before: Findings on the unedited model.
+        after: Findings on the edited model, for the same facts; ``None`` without an edit.
     """
     claims = []
     for findings in (before, after):
         if findings is not None:
-            claims += _within(findings)
-    return claims if after is None else claims + _between(before, after)
+            claims += _phase_claims(findings)
+    return claims if after is None else claims + _edit_claims(before, after)
 
 
-def _between(before: Findings, after: Findings) -> list[Claim]:
+def _edit_claims(before: Findings, after: Findings) -> list[Claim]:
     """Predictions about what an edit changes, where records have both answers."""
     shift = _towards_new(after.measures) - _towards_new(before.measures)
     if shift.isnan().all():
@@ -73,7 +74,7 @@ def _between(before: Findings, after: Findings) -> list[Claim]:
     ]  # fmt: skip
 
 
-def _within(findings: Findings) -> list[Claim]:
+def _phase_claims(findings: Findings) -> list[Claim]:
     """Predictions about one phase."""
     claims = []
     if "effect" in findings.measures:
@@ -96,8 +97,8 @@ def _within(findings: Findings) -> list[Claim]:
     return claims
 
 
-def _effect(effect: Measure, more: str, less: str, place: str) -> Tensor:
-    difference = effect.at(component=more, place=place) - effect.at(component=less, place=place)
+def _effect(effect: Measure, more: str, less: str, position: str) -> Tensor:
+    difference = effect.at(component=more, place=position) - effect.at(component=less, place=position)
     return difference.mean(dim=1)
 
 

@@ -1,4 +1,4 @@
-"""The command ``analyze``: where a model keeps its facts, and which of its layers to edit."""
+"""The command ``analyze``: finds where a model keeps its facts, and which of its layers to edit."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class ModelOptions:
 
     Attributes:
         model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
-        dtype: Precision the model is loaded in; 'auto' takes the patch's, or the file's.
-        attn_implementation: Attention kernel asked of transformers, such as eager or sdpa; null takes its default.
-        architecture: Module paths of a family that is not known by itself.
-        tokens_per_batch: Most tokens in one forward pass.
+        dtype: Precision the model is loaded in; 'auto' uses that of the patch, or else that of the checkpoint.
+        attn_implementation: Attention kernel of transformers, such as eager or sdpa; null uses its default.
+        architecture: Module paths of a model family that is not recognized.
+        tokens_per_batch: Maximum number of padded tokens in one forward pass.
         chat: Whether prompts are a user's messages in the tokenizer's chat template.
-        patch: The patch.safetensors of a run: the same facts are looked at before and after its edits.
-        device: Where the model runs, such as cpu or cuda:0; null takes a GPU where there is one.
+        patch: The patch.safetensors of a run: the same facts are analyzed before and after its edits.
+        device: Where the model runs, such as cpu or cuda:0; null uses a GPU if there is one.
     """
 
     model_name: str = "atlas"
@@ -51,11 +51,11 @@ class DataOptions:
 
     Attributes:
         path: Edits in any format that fit reads, or known_facts (subject, attribute, prompt): .json, .jsonl, .csv,
-            .parquet, a hub name, or the shipped 'atlas-records'; a list takes one after the other.
+            .parquet, a hub name, or the shipped 'atlas-records'; the items of a list are read in order.
         split: Split of a hub data set.
-        skip: Records left out at the beginning.
-        shuffle: Seed of a shuffle before that; null keeps the file's order.
-        limit: Most records used; null takes all.
+        skip: Records skipped at the beginning.
+        shuffle: Seed of a shuffle before skip and limit; null keeps the file's order.
+        limit: Maximum number of records; null uses all.
         least: Facts whose answer has a smaller probability, or is not the model's first choice, are left out.
     """
 
@@ -72,10 +72,10 @@ class TracingOptions:
     """Causal tracing.
 
     Attributes:
-        noise: Noise on the subject's embeddings, in their standard deviations.
-        draws: Draws of the noise for each fact; 0 leaves tracing out.
+        noise: Noise on the subject's embeddings, in standard deviations of all subjects' embeddings.
+        draws: Draws of the noise for each fact; 0 skips tracing.
         seed: Seed of the noise.
-        window: Layers whose attention or FFN outputs are put back together (the papers on large models take 10).
+        window: Layers whose attention or FFN outputs are restored together (the papers on large models use 10).
     """
 
     noise: NonNegativeFloat = 3.0
@@ -91,22 +91,23 @@ def analyze(
     tracing: TracingOptions = TracingOptions(),  # noqa: B008
     top: PositiveInt = 50,
 ) -> None:
-    """Look into a model: what attention and FFN do with facts it knows, and which layers to edit.
+    """Analyze a model: what attention and FFN do with facts it knows, and which layers to edit.
 
     Args:
         out: Folder of analysis.json, CSV files, figures and TensorBoard events; must be new or empty.
         model: The model, and a patch to compare it with.
         data: The facts.
         tracing: Causal tracing.
-        top: Size of the vocabulary projections whose overlap is measured.
+        top: Number of highest logits in the vocabulary projections whose overlap is measured.
 
     Raises:
-        FileExistsError: If ``out`` holds something.
-        FileNotFoundError: If the model, the facts or the patch are not there.
+        FileExistsError: If ``out`` is not empty.
+        FileNotFoundError: If the model, the facts or the patch do not exist.
         PatchError: If the patch was made for another model.
-        RecordError: If a record is unusable.
-        UnknownArchitectureError: If the model's family is unknown, or its layers are not sums.
-        ValueError: If the model says none of the facts, or the device is unknown.
+        RecordError: If a record is invalid.
+        UnknownArchitectureError: If the model's family is unknown, or a layer does not add its attention and FFN to
+            the residual stream.
+        ValueError: If the model states none of the facts, or the device is unknown.
     """
     with new_folder(out, "--out") as folder:
         from pmet_lightning.analysis.claims import claims_of
@@ -148,7 +149,7 @@ def _study(model: ModelOptions, data: DataOptions, tracing: TracingOptions, top:
 
 
 def _phases(study: Study, model: ModelOptions, data: DataOptions) -> Sequence[Findings]:
-    """What is found before and, with a patch, after its edits, on the facts that count in both."""
+    """Findings before and, with a patch, after its edits, on the facts that the model states in both phases."""
     from pmet_lightning.model.fingerprint import fingerprint
     from pmet_lightning.model.patch import apply_patch
 
@@ -169,6 +170,6 @@ def _check_any(found: Any, study: Study, data: DataOptions) -> None:
     if found is None:
         reasons = "; ".join(f"{count} left out: {reason}" for reason, count in study.left_out.items())
         raise ValueError(
-            f"{data.path}: none of the facts can be looked at ({reasons}). Expected facts that the model says; give "
-            "other ones (--data.path), more of them (--data.limit), or a lower --data.least"
+            f"{data.path}: none of the facts can be looked at ({reasons}). Expected facts that the model states; give "
+            "others (--data.path), more of them (--data.limit), or a lower --data.least"
         )

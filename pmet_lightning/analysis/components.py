@@ -1,6 +1,6 @@
 """What attention and FFN do in each layer: similarity of input and output, logit lens, contribution to an answer.
 
-Legend: N = facts, L = layers, K = tokens looked at (the subject's last, the prompt's last), F = model width.
+Legend: N = facts, L = layers, K = selected tokens (the subject's last, the prompt's last), F = model width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWERS = (TRUE, NEW)
 def component_measures(
     model: nn.Module, sites: Sites, lens: Lens, questions: Sequence[Question], parallel: bool, pad_id: int, top: int
 ) -> dict[str, Measure]:
-    """Measures of some facts, whose rows are run in one pass.
+    """Measure some facts in one forward pass.
 
     Args:
         model: The language model.
@@ -36,7 +36,7 @@ def component_measures(
         questions: The facts.
         parallel: Whether its blocks are parallel.
         pad_id: Padding token.
-        top: Size of the vocabulary projections that are compared.
+        top: Number of highest logits in the vocabulary projections that are compared.
 
     Returns:
         ``cosine`` and ``overlap`` of each component's input and output, ``lens`` (P of each answer) and
@@ -46,17 +46,17 @@ def component_measures(
     ends = rows.attention_mask.sum(dim=1) - 1
     streams = streams_of(model, sites, rows, torch.stack([rows.subject, ends], dim=1), parallel)
     layers = list(range(len(sites.layers)))
-    places = {"token": TOKENS, "layer": layers}
+    axes = {"token": TOKENS, "layer": layers}
     pairs = ((streams.entering, streams.attn), (streams.ffn_input, streams.ffn))
     cosines = torch.stack([cosine(*pair) for pair in pairs], dim=-1)
     overlaps = torch.stack([_overlap(lens, *pair, top) for pair in pairs], dim=-1)
     answers = {name: _answer(lens, questions, streams, name) for name in ANSWERS}
     probability, contribution = (torch.stack([answers[name][i] for name in ANSWERS], dim=-1) for i in (0, 1))
     return {
-        "cosine": Measure(_facts_first(cosines), places | {"component": COMPONENTS}),
-        "overlap": Measure(_facts_first(overlaps), places | {"component": COMPONENTS}),
-        "lens": Measure(_facts_first(probability), places | {"answer": ANSWERS}),
-        "contribution": Measure(_facts_first(contribution), places | {"component": COMPONENTS, "answer": ANSWERS}),
+        "cosine": Measure(_facts_first(cosines), axes | {"component": COMPONENTS}),
+        "overlap": Measure(_facts_first(overlaps), axes | {"component": COMPONENTS}),
+        "lens": Measure(_facts_first(probability), axes | {"answer": ANSWERS}),
+        "contribution": Measure(_facts_first(contribution), axes | {"component": COMPONENTS, "answer": ANSWERS}),
     }
 
 
@@ -83,15 +83,15 @@ def _overlap(lens: Lens, one_LNKF: Tensor, other_LNKF: Tensor, top: int) -> Tens
 
 
 def _answer(lens: Lens, questions: Sequence[Question], streams: Streams, name: str) -> tuple[Tensor, Tensor]:
-    """P of an answer under the lens, [L, N, K], and the contributions to its logit, [L, N, K, components]."""
-    depth, count, looked_at, _ = streams.leaving.shape
+    """P of an answer under the lens, [L, N, K], and contributions to its logit, [L, N, K, components], or NaN."""
+    depth, count, selected, _ = streams.leaving.shape
     has = torch.tensor([name in q.answers for q in questions])
     tokens_N = torch.tensor([q.answers.get(name, 0) for q in questions], device=streams.leaving.device)
-    tokens_NK = tokens_N.unsqueeze(1).expand(count, looked_at)
-    everywhere = tokens_NK.expand(depth, count, looked_at).flatten()
-    p = lens.probability(streams.leaving.flatten(0, 2), everywhere).view(depth, count, looked_at)
+    tokens_NK = tokens_N.unsqueeze(1).expand(count, selected)
+    repeated_tokens = tokens_NK.expand(depth, count, selected).flatten()
+    p = lens.probability(streams.leaving.flatten(0, 2), repeated_tokens).view(depth, count, selected)
     parts = torch.cat([streams.attn, streams.ffn]).flatten(1, 2)
     added = lens.contribution(parts, streams.leaving[-1].flatten(0, 1), tokens_NK.flatten())
-    both = added.view(2, depth, count, looked_at).movedim(0, -1)
-    nothing = torch.tensor(torch.nan)
-    return torch.where(has.view(1, -1, 1), p, nothing), torch.where(has.view(1, -1, 1, 1), both, nothing)
+    both = added.view(2, depth, count, selected).movedim(0, -1)
+    missing = torch.tensor(torch.nan)
+    return torch.where(has.view(1, -1, 1), p, missing), torch.where(has.view(1, -1, 1, 1), both, missing)

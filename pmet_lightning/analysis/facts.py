@@ -1,4 +1,4 @@
-"""Facts to look at: read from any file of edits or known facts, asked as token rows, kept if the model says them."""
+"""Facts to analyze: read from a file of edits or known facts, encoded as token rows, kept if the model states them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ TRUE, NEW = "true", "new"
 
 
 @dataclass(frozen=True)
-class Fact:
-    """One fact.
+class KnownFact:
+    """One fact, as its record states it.
 
     Attributes:
         case_id: The record's own number, or its position.
         prompt: Template with exactly one ``{}``.
-        subject: What stands for the ``{}``.
-        true: What is true, where the record says so.
-        new: What an edit made of it, where the record says so.
+        subject: What replaces the ``{}``.
+        true: The true answer, if the record has one.
+        new: The new answer of an edit, if the record has one.
     """
 
     case_id: str
@@ -49,26 +49,26 @@ class Question:
     Attributes:
         fact: The fact.
         ids: Token ids of the bare prompt.
-        subject: Places of all of the subject's tokens.
-        answers: First token of each answer, ``true`` and ``new`` as far as the record has them.
+        subject: Positions of the subject's tokens.
+        answers: First token of each answer that the record has, by its name: ``true`` and ``new``.
     """
 
-    fact: Fact
+    fact: KnownFact
     ids: list[int]
     subject: range
     answers: dict[str, int]
 
 
-def read_facts(path: str | Sequence[str], **selection: Any) -> list[Fact]:
-    """Facts of files or hub data sets in any format of edits, or in that of ``known_facts``.
+def read_facts(path: str | Sequence[str], **selection: Any) -> list[KnownFact]:
+    """Read facts from files or hub data sets, in any format of edits or in that of ``known_facts``.
 
     Args:
         path: As for :func:`~pmet_lightning.data.readers.read_edits`.
-        **selection: split, skip, limit and shuffle, likewise.
+        **selection: ``split``, ``skip``, ``limit`` and ``shuffle``, as for the same function.
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
-        RecordError: If the file is empty or broken, or a record taken from it is unusable.
+        RecordError: If the file is empty or malformed, or a selected record is invalid.
     """
     facts = []
     for number, origin, record in read_records(path, **selection):
@@ -76,15 +76,15 @@ def read_facts(path: str | Sequence[str], **selection: Any) -> list[Fact]:
     return facts
 
 
-def _facts_of(record: Any, number: int, origin: str) -> list[Fact]:
+def _facts_of(record: Any, number: int, origin: str) -> list[KnownFact]:
     if isinstance(record, Mapping) and "attribute" in record and "target_new" not in record:
-        return [_known_fact(record, number, origin)]
+        return [_parse_known_facts(record, number, origin)]
     edits = parse_records(record, number, origin)
-    return [Fact(edit.case_id, edit.prompt, edit.subject, edit.target_true, edit.target) for edit in edits]
+    return [KnownFact(edit.case_id, edit.prompt, edit.subject, edit.target_true, edit.target) for edit in edits]
 
 
-def _known_fact(record: Mapping[str, Any], number: int, origin: str) -> Fact:
-    """ROME's ``known_facts``; the template may lack words that the prompt has, so that the prompt counts."""
+def _parse_known_facts(record: Mapping[str, Any], number: int, origin: str) -> KnownFact:
+    """A record of ROME's ``known_facts``; its template may lack words of the prompt, so the prompt is used."""
     case_id = str(record.get("known_id", number))
     prompt = record.get("prompt") or record.get("template")
     if not prompt:
@@ -92,16 +92,16 @@ def _known_fact(record: Mapping[str, Any], number: int, origin: str) -> Fact:
             f"{origin}: no field 'prompt'; found {', '.join(map(repr, record))}. Expected known_facts records "
             "(subject, attribute, prompt), since there is an 'attribute'"
         )
-    # An edit with the true answer as its target has all that a known fact needs, and its checks.
+    # Read as an edit whose target is the true answer, a known fact gets the same checks.
     edit = parse_record({**record, "prompt": prompt, "target_new": record["attribute"]}, number, origin)
-    return Fact(case_id, template_of(edit.prompt, edit.subject, origin), edit.subject, edit.target, None)
+    return KnownFact(case_id, template_of(edit.prompt, edit.subject, origin), edit.subject, edit.target, None)
 
 
-def ask(facts: Sequence[Fact], encoder: PromptEncoder) -> tuple[list[Question], Counter[str]]:
-    """Token rows of some facts.
+def ask(facts: Sequence[KnownFact], encoder: PromptEncoder) -> tuple[list[Question], Counter[str]]:
+    """Encode facts as questions.
 
     Returns:
-        The questions, and how many facts were left out for which reason.
+        The questions, and the number of facts left out, by reason.
     """
     questions, left_out = [], Counter[str]()
     for fact in facts:
@@ -113,7 +113,7 @@ def ask(facts: Sequence[Fact], encoder: PromptEncoder) -> tuple[list[Question], 
     return questions, left_out
 
 
-def _question(fact: Fact, encoder: PromptEncoder) -> Question:
+def _question(fact: KnownFact, encoder: PromptEncoder) -> Question:
     bare = encoder.encode(fact.prompt, fact.subject)
     answers = {}
     for name, text in ((TRUE, fact.true), (NEW, fact.new)):
@@ -128,16 +128,16 @@ def _question(fact: Fact, encoder: PromptEncoder) -> Question:
 
 @torch.no_grad()
 def next_token(model: nn.Module, questions: Sequence[Question], pad_id: int, tokens_per_batch: int) -> Tensor:
-    """What the model says after each prompt.
+    """The model's prediction of the token after each prompt.
 
     Args:
         model: The language model.
-        questions: What is asked.
+        questions: The questions.
         pad_id: Padding token.
-        tokens_per_batch: Most padded tokens in one forward pass.
+        tokens_per_batch: Maximum number of padded tokens in one forward pass.
 
     Returns:
-        Its first choice, P of that, P(true) and P(new), shape [N, 4], float64; NaN where there is no such answer.
+        Its first choice, P of that, P(true) and P(new), shape [N, 4], float64; NaN if there is no such answer.
     """
     found = torch.full((len(questions), 4), torch.nan, dtype=torch.float64)
     device = next(model.parameters()).device
@@ -147,28 +147,28 @@ def next_token(model: nn.Module, questions: Sequence[Question], pad_id: int, tok
         for i, p_V in zip(indices, p_RV, strict=True):
             best = int(p_V.argmax())
             answers = [questions[i].answers.get(name) for name in (TRUE, NEW)]
-            said = [torch.nan if token is None else float(p_V[token]) for token in answers]
-            found[i] = torch.tensor([float(best), float(p_V[best]), *said])
+            p_answers = [torch.nan if token is None else float(p_V[token]) for token in answers]
+            found[i] = torch.tensor([float(best), float(p_V[best]), *p_answers])
     return found
 
 
 def with_own_answers(questions: Sequence[Question], said_N4: Tensor) -> list[Question]:
-    """The questions; of those whose record has no true answer, what the unedited model says is taken for it.
+    """The questions, with the unedited model's own answer as the true one if the record has none.
 
     Args:
-        questions: What was asked.
-        said_N4: What the unedited model said, as of :func:`next_token`.
+        questions: The questions.
+        said_N4: Predictions of the unedited model, as returned by :func:`next_token`.
     """
     first = said_N4[:, 0].long().tolist()
     return [replace(q, answers={TRUE: first[i], **q.answers}) for i, q in enumerate(questions)]
 
 
 def followed(question: Question, edited: bool) -> str:
-    """The answer a model is expected to give: the true one; an edited model the new one, where there is one."""
+    """The name of the tracked answer: the true one; for an edited model the new one, if there is one."""
     return NEW if edited and NEW in question.answers else TRUE
 
 
 def is_said(questions: Sequence[Question], said_N4: Tensor, edited: bool, least: float) -> list[bool]:
-    """Whether each answer that is followed is the model's first choice, with a probability of at least ``least``."""
+    """Whether each tracked answer is the model's first choice, with a probability of at least ``least``."""
     first, p = said_N4[:, 0].tolist(), said_N4[:, 1].tolist()
     return [first[i] == q.answers[followed(q, edited)] and p[i] >= least for i, q in enumerate(questions)]

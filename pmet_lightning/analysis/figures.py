@@ -12,7 +12,7 @@ from pmet_lightning.analysis.components import ATTN, COMPONENTS, FFN, LAST, SUBJ
 from pmet_lightning.analysis.facts import NEW, TRUE
 from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, summarize
 from pmet_lightning.analysis.study import Findings
-from pmet_lightning.analysis.tracing import PLACES, RESTORED
+from pmet_lightning.analysis.tracing import POSITIONS, RESTORED
 from pmet_lightning.report.html import BLUE, GREEN, ORANGE, PURPLE, STYLE, panels, write_svg
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def figures(phases: Sequence[Findings]) -> dict[str, Figure]:
     """The figures of one or two phases: ``similarity``, ``lens``, ``contribution`` and ``tracing``.
 
     Args:
-        phases: What was found.
+        phases: The findings of each phase.
     """
     with rc_context(STYLE):
         drawn = {"similarity": _similarity(phases), "lens": _lens(phases), "contribution": _contribution(phases)}
@@ -57,7 +57,7 @@ def write_figures(drawn: Mapping[str, Figure], folder: Path) -> None:
 
 
 def _line(ax: Axes, values_NL: Tensor, label: str, name: str, phase: str) -> None:
-    """Mean over facts by layer, with its 95 % interval if they are enough; nothing where no fact has such a number."""
+    """Draw the mean over facts by layer, with its 95 % interval if there are enough; nothing if no fact has values."""
     if values_NL.isnan().all():
         return
     mean, low, high, count = (column.tolist() for column in summarize(values_NL))
@@ -85,18 +85,18 @@ def _similarity(phases: Sequence[Findings]) -> Figure:
     """Cosine similarity and overlap of each component's input and output."""
     figure, axes = panels(_WIDTH, 4.8, 2, 2, sharex=True)
     names = {"cosine": "cosine of input and output", "overlap": "overlap of their projections"}
-    for i, (measure, words) in enumerate(names.items()):
+    for i, (measure, title) in enumerate(names.items()):
         for ax, token in zip(axes[2 * i : 2 * i + 2], TOKENS, strict=True):
             for findings in phases:
                 for component in COMPONENTS:
                     values = findings.measures[measure].at(token=token, component=component)
                     _line(ax, values, _label(component, findings, phases), component, findings.phase)
-            ax.set_title(f"{words}, {_TITLES[token]}")
+            ax.set_title(f"{title}, {_TITLES[token]}")
     return _finish(figure, axes)
 
 
 def _lens(phases: Sequence[Findings]) -> Figure:
-    """P of the answers, if the model ended behind a layer."""
+    """P of the answers if the model ended after a layer."""
     figure, axes = panels(_WIDTH, 2.8, 1, 2, sharey=True)
     for ax, token in zip(axes, TOKENS, strict=True):
         for findings in phases:
@@ -108,7 +108,7 @@ def _lens(phases: Sequence[Findings]) -> Figure:
 
 
 def _contribution(phases: Sequence[Findings]) -> Figure:
-    """What each component adds to the logit of the answer that is followed."""
+    """What each component adds to the logit of the tracked answer."""
     figure, axes = panels(_WIDTH, 2.8, 1, 2)
     for ax, token in zip(axes, TOKENS, strict=True):
         ax.axhline(0, color=STYLE["xtick.color"], lw=0.8)
@@ -125,13 +125,13 @@ def _tracing(phases: Sequence[Findings]) -> Figure:
     figure, axes = panels(_WIDTH, 0.6 + 2.4 * len(phases), len(phases), len(RESTORED), sharey=True)
     maps = [f.measures["effect"].at(component=site).nanmean(dim=0).T for f in phases for site in RESTORED]
     titles = [(f, site) for f in phases for site in RESTORED]
-    top = max(float(values.nan_to_num().max()) for values in maps)
+    largest = max(float(values.nan_to_num().max()) for values in maps)
     image: Any = None
     for ax, values, (findings, site) in zip(axes, maps, titles, strict=True):
-        limit = max(top, 1e-9)
+        limit = max(largest, 1e-9)
         image = ax.imshow(values.tolist(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         ax.set_title(_label(_RESTORED[site], findings, phases))
-        ax.set_yticks(range(len(PLACES)), list(PLACES))
+        ax.set_yticks(range(len(POSITIONS)), list(POSITIONS))
         ax.grid(visible=False)
         ax.locator_params("x", integer=True)
     for ax in axes[-len(RESTORED) :]:

@@ -1,8 +1,8 @@
 """Which layers to edit, from causal tracing at the subject's last token.
 
-An edit has to be written where the FFN holds such facts, and before attention has fetched them. The first shows in the
-effect of the FFN's output, put back in one layer; the second in that of the residual stream: what it holds of the fact
-counts for nothing any more in the layers above those that fetched it.
+An edit has to be written where the FFN stores such facts, and before attention fetches them. The first is visible in
+the effect of restoring the FFN's output in one layer; the second in that of restoring the residual stream: above the
+layers that fetch the fact, what the stream holds of it no longer has an effect.
 Legend: N = facts, L = layers, B = resamples.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, interval, resampled_means
 
-HALF = 0.5  # of the peak: a layer with so much of it belongs to the range
+HALF = 0.5  # share of the effect at the peak that every layer of the range has at least
 _SURE, _LIKELY = 0.95, 0.5  # shares of resamples
 
 
@@ -27,10 +27,10 @@ class Proposal:
         layers: From the first layer around the FFN's peak that has half of the peak's effect, to the last one in which
             the residual stream still has half of its effect at the peak; targets live in the last of them.
         peak: The layer whose FFN has the largest effect.
-        effect: That effect, with its 95 % interval and the number of facts.
-        lead: How much larger it is than that of the next best layer, likewise; ``None`` if there is one layer only.
+        effect: Mean of that effect, its 95 % interval and the number of facts.
+        lead: The same for its difference from the second largest effect; ``None`` if there is only one layer.
         same_peak: Share of resamples of the facts that have the same peak.
-        same_layers: Share of resamples that have the same range.
+        same_layers: Share of resamples of the facts that have the same range.
     """
 
     layers: list[int]
@@ -52,7 +52,7 @@ class Proposal:
         return "likely" if self.same_layers >= _LIKELY else "unsure: other facts would give other layers"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As written to analysis.json."""
         return asdict(self) | {"verdict": self.verdict}
 
 
@@ -61,7 +61,7 @@ def layers_to_edit(ffn_L: Tensor, stream_L: Tensor) -> list[int]:
 
     Args:
         ffn_L: Effect of each layer's FFN.
-        stream_L: Effect of the residual stream behind each layer.
+        stream_L: Effect of the residual stream after each layer.
     """
     first = last = int(ffn_L.argmax())
     ffn, stream = ffn_L.tolist(), stream_L.tolist()
@@ -77,7 +77,7 @@ def propose(ffn_NL: Tensor, stream_NL: Tensor) -> Proposal:
 
     Args:
         ffn_NL: Indirect effect of each layer's FFN at the subject's last token, for each fact.
-        stream_NL: The same of the residual stream.
+        stream_NL: The same for the residual stream.
     """
     mean_L, stream_L = ffn_NL.double().mean(dim=0), stream_NL.double().mean(dim=0)
     layers, peak = layers_to_edit(mean_L, stream_L), int(mean_L.argmax())

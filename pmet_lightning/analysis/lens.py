@@ -1,7 +1,7 @@
-"""The logit lens: what a model would say if a vector were its residual stream behind the last layer.
+"""The logit lens: what a model would predict if a vector were its residual stream after the last layer.
 
 Final norm and vocabulary head are the model's own, run without its layers, so that whatever a family does there
-(scaled or capped logits, a projection behind the norm) is done here too.
+(scaled or capped logits, a projection after the norm) is included.
 Legend: N = vectors, F = model width, V = vocabulary.
 """
 
@@ -22,11 +22,11 @@ from pmet_lightning.model.hooks import stop_before
 from pmet_lightning.model.partial_forward import start_at_layer
 from pmet_lightning.model.projections import Sites
 
-_MOST_LOGITS = 2**26
+_MAX_LOGITS = 2**26
 
 
 class Lens:
-    """Reads vectors as if the model ended behind them.
+    """Decodes vectors as if they were the output of the last layer.
 
     Args:
         model: The language model.
@@ -50,14 +50,14 @@ class Lens:
 
     @torch.no_grad()
     def logits(self, vectors_NF: Tensor) -> Iterator[Tensor]:
-        """Logits, float32, of so many vectors at a time as are held without harm; [n, V] each."""
-        for part in vectors_NF.split(max(1, _MOST_LOGITS // self.vocabulary)):
+        """Logits, float32, for as many vectors at a time as fit the memory limit; shape [n, V] each."""
+        for part in vectors_NF.split(max(1, _MAX_LOGITS // self.vocabulary)):
             with self._ending_with(part):
                 yield label_logits(self.model, self._rows(len(part)))[:, 0].float()
 
     def probability(self, vectors_NF: Tensor, tokens_N: Tensor) -> Tensor:
-        """P of a token of its own for each vector, shape [N], on the CPU."""
-        parts = zip(self.logits(vectors_NF), tokens_N.split(max(1, _MOST_LOGITS // self.vocabulary)), strict=True)
+        """P of one token for each vector, shape [N], on the CPU."""
+        parts = zip(self.logits(vectors_NF), tokens_N.split(max(1, _MAX_LOGITS // self.vocabulary)), strict=True)
         chosen = [logits.softmax(-1).gather(1, own.to(logits.device).unsqueeze(1)) for logits, own in parts]
         return torch.cat(chosen)[:, 0].cpu()
 
@@ -66,15 +66,15 @@ class Lens:
         return torch.cat([logits.topk(count, dim=-1).indices.cpu() for logits in self.logits(vectors_NF)])
 
     def contribution(self, parts_PNF: Tensor, streams_NF: Tensor, tokens_N: Tensor) -> Tensor:
-        """What each part of some residual streams adds to a token's logit, above the mean over the vocabulary.
+        """What each summand of some residual streams adds to a token's logit, minus the mean over the vocabulary.
 
-        The final norm's scale is held at what the whole stream makes it, so that parts add up; the mean is taken off
-        since a number that all logits get changes no probability. Logits are those that the head gives, before a
-        family scales or caps them.
+        The final norm's scale is frozen at that of the whole stream, so that the summands' contributions add up. The
+        mean is subtracted because a constant added to all logits changes no probability. Logits are the head's output,
+        before any scaling or capping.
 
         Args:
             parts_PNF: Summands of the streams.
-            streams_NF: The streams behind the last layer.
+            streams_NF: The streams after the last layer.
             tokens_N: A token for each stream.
 
         Returns:
@@ -89,7 +89,7 @@ class Lens:
         return ((pieces * slope_NF).sum(-1) * inverse_N).cpu()
 
     def _ending_with(self, vectors_NF: Tensor) -> AbstractContextManager[None]:
-        """Have the last layer hand on these vectors in the passes inside."""
+        """Make these vectors the output of the last layer in the forward passes inside."""
         layers = list(self.sites.layers)
         return start_at_layer(layers, len(layers), vectors_NF.unsqueeze(1).to(self.device), self.tuples)
 
@@ -103,7 +103,7 @@ class Lens:
         return given.float()
 
     def _slope(self, streams_NF: Tensor, tokens_N: Tensor) -> Tensor:
-        """Gradient of the head's logit of a token, less the mean logit, by the normed stream."""
+        """Gradient of a token's logit minus the mean logit, with respect to the normed stream."""
         kept: dict[str, Tensor] = {}
 
         def leaf(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Lens:
         hooks = [self.norm.register_forward_hook(leaf), self.head.register_forward_hook(head)]
         slopes = []
         try:
-            chunk = max(1, _MOST_LOGITS // self.vocabulary)
+            chunk = max(1, _MAX_LOGITS // self.vocabulary)
             for part, tokens in zip(streams_NF.split(chunk), tokens_N.split(chunk), strict=True):
                 rows = self._rows(len(part))
                 with torch.enable_grad(), self._ending_with(part):
@@ -130,19 +130,19 @@ class Lens:
         return torch.cat(slopes)
 
     def _final_norm(self) -> nn.Module:
-        """The first module that runs behind the last layer."""
+        """The first module that runs after the last layer."""
         inside = {module for layer in self.sites.layers for module in layer.modules()}
         found: list[nn.Module] = []
-        behind = [False]
+        after_layers = [False]
 
-        def passed(*_: Any) -> None:
-            behind[0] = True
+        def mark_passed(*_: Any) -> None:
+            after_layers[0] = True
 
         def look(module: nn.Module, _: Any) -> None:
-            if behind[0]:
+            if after_layers[0]:
                 found.append(module)
 
-        hooks = [self.sites.layers[-1].register_forward_hook(passed)]
+        hooks = [self.sites.layers[-1].register_forward_hook(mark_passed)]
         hooks += [m.register_forward_pre_hook(look) for m in self.model.modules() if m not in inside]
         try:
             with torch.no_grad(), stop_before(self.head, lambda *_: None):
@@ -154,7 +154,7 @@ class Lens:
 
 
 def _parts_of(norm: nn.Module, sites: Sites) -> tuple[Tensor, Tensor, bool]:
-    """Gain and shift of a norm, float32, and whether it centres: probed, since families write them differently.
+    """Gain and shift of a norm, float32, and whether it centers: probed, since families implement norms differently.
 
     Raises:
         UnknownArchitectureError: If it is not a norm.
@@ -171,7 +171,7 @@ def _parts_of(norm: nn.Module, sites: Sites) -> tuple[Tensor, Tensor, bool]:
             zero = one = two = flat = torch.full_like(signs, torch.nan).float()
     if zero.shape != signs.shape or not torch.allclose(one, two, rtol=1e-2, atol=1e-3):
         raise UnknownArchitectureError(
-            f"between the last layer and the vocabulary head stands a {type(norm).__name__}; expected a LayerNorm or a "
+            f"between the last layer and the vocabulary head is a {type(norm).__name__}; expected a LayerNorm or a "
             "root-mean-square norm, without which a component's contribution to a logit is not defined"
         )
     return (one - zero) * signs.float(), zero, bool(torch.allclose(flat, zero, rtol=1e-2, atol=1e-3))

@@ -1,4 +1,4 @@
-"""Numbers of each fact with named axes, and their means with bootstrap intervals over facts.
+"""Values of each fact with named axes, and their means with bootstrap intervals over facts.
 
 Legend: N = facts, M = everything else, B = resamples.
 """
@@ -21,58 +21,58 @@ TOO_FEW = "too few facts to say"
 
 @dataclass(frozen=True)
 class Measure:
-    """One kind of number.
+    """One measured quantity.
 
     Attributes:
-        values: Shape [N, ...], an axis for each of ``axes``; NaN where a fact has no such number.
-        axes: Names of what stands at each place of an axis, by the axis' name.
+        values: Shape [N, ...], an axis for each of ``axes``; NaN if a fact has no such value.
+        axes: The labels along each axis, by the name of the axis.
     """
 
     values: Tensor
     axes: Mapping[str, Sequence[Any]]
 
-    def at(self, **places: Any) -> Tensor:
-        """Values at some places, such as ``at(token="last")``: the axes named are gone."""
+    def at(self, **labels: Any) -> Tensor:
+        """Values at some labels, such as ``at(token="last")``; the named axes are dropped."""
         values = self.values
         for axis in reversed(list(self.axes)):
-            if axis in places:
-                values = values.select(1 + list(self.axes).index(axis), list(self.axes[axis]).index(places[axis]))
+            if axis in labels:
+                values = values.select(1 + list(self.axes).index(axis), list(self.axes[axis]).index(labels[axis]))
         return values
 
     def of(self, facts: Sequence[int]) -> Measure:
-        """The same of some facts."""
+        """The measure of some of the facts, by their indices."""
         return replace(self, values=self.values[list(facts)])
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each place: its names, mean, 95 % interval, and number of facts."""
+        """A row for each combination of labels: the labels, mean, 95 % interval and number of facts."""
         summary = summarize(self.values)
-        names = itertools.product(*self.axes.values())
+        combinations = itertools.product(*self.axes.values())
         columns = (column.flatten().tolist() for column in summary)
-        for place, mean, low, high, count in zip(names, *columns, strict=True):
+        for combination, mean, low, high, count in zip(combinations, *columns, strict=True):
             if count:
-                yield dict(zip(self.axes, place, strict=True)) | {
+                yield dict(zip(self.axes, combination, strict=True)) | {
                     "mean": mean, "low": low, "high": high, "count": int(count)
                 }  # fmt: skip
 
 
 def concatenate_measures(parts: Sequence[Measure]) -> Measure:
-    """The facts of several measures with the same axes, one after the other."""
+    """Concatenate measures with the same axes along the facts."""
     return replace(parts[0], values=torch.cat([part.values for part in parts]))
 
 
 def resampled_means(values_NM: Tensor) -> Tensor:
-    """Means over facts drawn with replacement, shape [B, ...]; seeded, the same draws for all columns.
+    """Means over facts drawn with replacement, shape [B, ...]; seeded, with the same draws for all columns.
 
     Args:
-        values_NM: Shape [N, ...]; NaN is left out.
+        values_NM: Shape [N, ...]; NaN is ignored.
     """
     count = len(values_NM)
     picks_BN = bootstrap_indices(count)
     weights_BN = torch.zeros(RESAMPLES, count, dtype=torch.float64)
     weights_BN.scatter_add_(1, picks_BN, torch.ones_like(picks_BN, dtype=torch.float64))
     flat = values_NM.double().reshape(count, -1)
-    there = (~flat.isnan()).double()
-    return ((weights_BN @ flat.nan_to_num()) / (weights_BN @ there)).reshape(RESAMPLES, *values_NM.shape[1:])
+    present = (~flat.isnan()).double()
+    return ((weights_BN @ flat.nan_to_num()) / (weights_BN @ present)).reshape(RESAMPLES, *values_NM.shape[1:])
 
 
 def summarize(values_NM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,6 +84,6 @@ def summarize(values_NM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def interval(values_N: Tensor) -> dict[str, float]:
-    """Mean and 95 % bootstrap interval of one number of each fact."""
+    """Mean, 95 % bootstrap interval and number of facts, of one value for each fact."""
     mean, low, high, count = (float(value) for value in summarize(values_N))
     return {"mean": mean, "low": low, "high": high, "count": int(count)}

@@ -1,4 +1,4 @@
-"""What an analysis leaves: JSON, CSV, and lines of text."""
+"""The output of an analysis: JSON, CSV, and lines of text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBERS = ("mean", "low", "high", "count")
 _LAYER_COLUMNS = ("phase", "measure", "token", "layer", "component", "answer", *_NUMBERS)
 _TRACING_COLUMNS = ("phase", "component", "layer", "place", *_NUMBERS)
 _FACT_COLUMNS = ("phase", "case_id", "prompt", "subject", "true", "new", "followed", "p_true", "p_new", "p_corrupted")
-_PLACES = {SUBJECT: SUBJECT_LAST, LAST: LAST_TOKEN}
+_POSITIONS = {SUBJECT: SUBJECT_LAST, LAST: LAST_TOKEN}
 
 
 def write_results(
@@ -28,24 +28,24 @@ def write_results(
     phases: Sequence[Findings],
     claims: Sequence[Claim],
 ) -> None:
-    """Write analysis.json and, with the means and intervals, layers.csv, tracing.csv and facts.csv.
+    """Write analysis.json, the means and intervals as layers.csv and tracing.csv, and the facts as facts.csv.
 
     Args:
-        folder: Where to.
-        settings: What was asked for.
-        counts: Facts read, used and left out.
-        phases: What was found.
-        claims: The predictions.
+        folder: The folder to write to.
+        settings: The settings of the analysis.
+        counts: Number of facts read, used and left out.
+        phases: The findings of each phase.
+        claims: The predictions and their results.
     """
     proposals = {f.phase: proposal.to_dict() for f in phases if (proposal := f.proposal()) is not None}
-    known = {
+    content = {
         "settings": settings,
         "facts": counts,
         "claims": [claim.to_dict() for claim in claims],
         "proposals": proposals,
         "measures": {f.phase: {name: list(m.rows()) for name, m in f.measures.items()} for f in phases},
     }
-    write_json(folder / "analysis.json", plain(known))
+    write_json(folder / "analysis.json", plain(content))
     layers = [
         {"phase": f.phase, "measure": name, **row} for f in phases for name, m in f.measures.items()
         if name != "effect" for row in m.rows()
@@ -71,7 +71,7 @@ def summary_lines(phases: Sequence[Findings], claims: Sequence[Claim]) -> list[s
     for findings in phases:
         lines += [*_table(findings), ""]
     for claim in claims:
-        numbers = f"{_shown(claim.found)}, {claim.found['count']} facts"
+        numbers = f"{_format_mean(claim.found)}, {claim.found['count']} facts"
         lines.append(f"{claim.phase}: {claim.text}: {claim.verdict} ({numbers})")
     for findings in phases:
         lines += _proposal_lines(findings)
@@ -79,7 +79,7 @@ def summary_lines(phases: Sequence[Findings], claims: Sequence[Claim]) -> list[s
 
 
 def _table(findings: Findings) -> list[str]:
-    """Means over facts; of the answer that is followed. The left of two columns is the subject's last token."""
+    """Means over facts, for the tracked answer; the columns on the left are those of the subject's last token."""
     heads = ["cosine", "overlap", "added to logit", "indirect effect"]
     names = [f"{component} {token}" for token in (SUBJECT, LAST) for component in COMPONENTS]
     columns = _columns(findings)
@@ -100,13 +100,13 @@ def _table(findings: Findings) -> list[str]:
 
 
 def _probabilities(findings: Findings) -> str:
-    """P of the answer that is followed, with the subject and without it."""
+    """P of the tracked answer, with the clean and with the corrupted subject."""
     text = f", P(answer) {_clean(findings):.3f}"
     return text if "effect" not in findings.measures else f"{text}, corrupted {float(findings.p[:, 2].mean()):.3f}"
 
 
 def _clean(findings: Findings) -> float:
-    """Mean P of the answer that is followed."""
+    """Mean P of the tracked answer, with the clean subject."""
     clean = sum(float(p[ANSWERS.index(answer)]) for answer, p in zip(findings.answers, findings.p, strict=True))
     return clean / len(findings.p)
 
@@ -117,12 +117,12 @@ def _columns(findings: Findings) -> dict[str, list[float]]:
     for token in (SUBJECT, LAST):
         columns[f"lens:{token}"] = findings.of_followed("lens", token=token)
         for component in COMPONENTS:
-            place = {"token": token, "component": component}
-            columns[f"cosine:{token}{component}"] = measures["cosine"].at(**place)
-            columns[f"overlap:{token}{component}"] = measures["overlap"].at(**place)
-            columns[f"added to logit:{token}{component}"] = findings.of_followed("contribution", **place)
+            labels = {"token": token, "component": component}
+            columns[f"cosine:{token}{component}"] = measures["cosine"].at(**labels)
+            columns[f"overlap:{token}{component}"] = measures["overlap"].at(**labels)
+            columns[f"added to logit:{token}{component}"] = findings.of_followed("contribution", **labels)
             if "effect" in measures:
-                traced = measures["effect"].at(component=component, place=_PLACES[token])
+                traced = measures["effect"].at(component=component, place=_POSITIONS[token])
                 columns[f"indirect effect:{token}{component}"] = traced
     return {name: values.nanmean(dim=0).tolist() for name, values in columns.items()}
 
@@ -134,20 +134,20 @@ def _proposal_lines(findings: Findings) -> list[str]:
     effect, lead = proposal.effect, proposal.lead
     line = f"{findings.phase}: layers proposed {proposal.layers}: {proposal.verdict}. "
     if effect["count"] < LEAST_FACTS:
-        line += f"Of {effect['count']} the peak is layer {proposal.peak}"
+        line += f"The peak of {effect['count']} facts is layer {proposal.peak}"
     else:
         line += (
-            f"Of {effect['count']} facts resampled, {100 * proposal.same_layers:.0f} % of the draws give the same "
-            f"layers and {100 * proposal.same_peak:.0f} % the same peak, layer {proposal.peak}"
+            f"Of the resamples of {effect['count']} facts, {100 * proposal.same_layers:.0f} % give the same layers and "
+            f"{100 * proposal.same_peak:.0f} % the same peak, layer {proposal.peak}"
         )
     took = _clean(findings) - float(findings.p[:, 2].mean())
-    line += f" (effect {_shown(effect)} of {took:.3f} that the noise took"
+    line += f" (effect {_format_mean(effect)} of {took:.3f} that the noise took"
     if lead is not None:
-        line += f"; {_shown(lead)} above the next layer"
+        line += f"; {_format_mean(lead)} above the next layer"
     return [line + ")"]
 
 
-def _shown(found: Mapping[str, float]) -> str:
+def _format_mean(found: Mapping[str, float]) -> str:
     """A mean and, if there are enough facts for one, its interval."""
     interval = f" [{found['low']:.3f}, {found['high']:.3f}]" if found["count"] >= LEAST_FACTS else ""
     return f"{found['mean']:.3f}{interval}"

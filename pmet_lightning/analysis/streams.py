@@ -1,9 +1,9 @@
-"""What attention and FFN get and give in every layer, at some tokens of each row.
+"""Inputs and outputs of attention and FFN in every layer, at some tokens of each row.
 
-A component's output is what it adds to the residual stream: that of its output projection, behind the norm that some
+A component's output is what it adds to the residual stream: that of its output projection, after the norm that some
 families have there. Its input is the residual stream that enters the norm before it: h^(l-1) for attention and, in
 parallel blocks, for the FFN too; h^(l-1) + a^l for the FFN of sequential blocks.
-Legend: R = rows, T = tokens, L = layers, K = columns looked at, F = model width.
+Legend: R = rows, T = tokens, L = layers, K = selected columns, F = model width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pmet_lightning.model.forward import run_to
 from pmet_lightning.model.hooks import record_and_add, record_whole, stop_after
 from pmet_lightning.model.projections import Sites
 
-_ADDS_UP = 0.02  # relative; half precision rounds every sum
+_SUM_TOLERANCE = 0.02  # relative; half precision rounds every sum
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Streams:
     Attributes:
         entering: h^(l-1).
         attn: a^l.
-        ffn_input: What the FFN's norm gets.
+        ffn_input: Input of the FFN's norm.
         ffn: m^l.
         leaving: h^l.
     """
@@ -45,19 +45,19 @@ class Streams:
 
 @torch.no_grad()
 def streams_of(model: nn.Module, sites: Sites, rows: RowBatch, columns_RK: Tensor, parallel: bool) -> Streams:
-    """Run some rows and keep what their components get and give.
+    """Run some rows, and record inputs and outputs of attention and FFN.
 
     Args:
         model: The language model.
         sites: Its modules.
-        rows: What is run.
-        columns_RK: int64, the columns looked at.
-        parallel: Whether its blocks are parallel, as of :func:`is_parallel`.
+        rows: The rows.
+        columns_RK: int64, the selected columns.
+        parallel: Whether its blocks are parallel, as returned by :func:`is_parallel`.
 
     Raises:
         UnknownArchitectureError: If a layer's output is not its input plus its two components.
     """
-    each = torch.arange(len(rows), device=columns_RK.device).unsqueeze(1)
+    rows_R1 = torch.arange(len(rows), device=columns_RK.device).unsqueeze(1)
     with ExitStack() as stack:
         recordings = [
             [
@@ -68,27 +68,27 @@ def streams_of(model: nn.Module, sites: Sites, rows: RowBatch, columns_RK: Tenso
             for i, layer in enumerate(sites.layers)
         ]
         run_to(model, rows)
-    picked = [[recording.take()[each, columns_RK] for recording in own] for own in recordings]
+    picked = [[recording.take()[rows_R1, columns_RK] for recording in own] for own in recordings]
     entering, attn, ffn, leaving = (torch.stack(parts) for parts in zip(*picked, strict=True))
-    attn, ffn = _behind_norms(sites, "attn", attn), _behind_norms(sites, "ffn", ffn)
-    lacking = (leaving - entering - attn - ffn).float().norm() / leaving.float().norm()
-    if not lacking <= _ADDS_UP:
+    attn, ffn = _after_norms(sites, "attn", attn), _after_norms(sites, "ffn", ffn)
+    difference = (leaving - entering - attn - ffn).float().norm() / leaving.float().norm()
+    if not difference <= _SUM_TOLERANCE:
         raise UnknownArchitectureError(
-            f"a layer's output is not its input plus attention plus FFN (relative difference {float(lacking):.2g}); "
-            "expected a model whose residual stream is a sum. Models that norm the stream itself, such as OPT-350m, "
-            "cannot be analysed; of others, check --model.architecture (attn_norm and ffn_norm)."
+            f"a layer's output is not its input plus attention plus FFN (relative difference {float(difference):.2g}); "
+            "expected a model whose residual stream is a sum. Models that normalize the stream itself, such as "
+            "OPT-350m, cannot be analyzed; for others, check --model.architecture (attn_norm and ffn_norm)."
         )
     return Streams(entering, attn, entering if parallel else entering + attn, ffn, leaving)
 
 
-def _behind_norms(sites: Sites, site: Any, outputs_LRKF: Tensor) -> Tensor:
+def _after_norms(sites: Sites, site: Any, outputs_LRKF: Tensor) -> Tensor:
     norms = [sites.norm(site, layer) for layer in range(len(sites.layers))]
     return torch.stack([x if norm is None else norm(x) for norm, x in zip(norms, outputs_LRKF, strict=True)])
 
 
 @torch.no_grad()
 def is_parallel(model: nn.Module, sites: Sites, rows: RowBatch) -> bool:
-    """Whether the FFN does not see what the attention of its own layer gives: tried out on the first layer."""
+    """Whether the FFN does not receive the output of its own layer's attention: tried out on the first layer."""
     block, seen = sites.ffn_block(0) or sites.module("ffn", 0), []
     step = torch.randn(len(rows), sites.width, generator=torch.Generator().manual_seed(0)).to(rows.input_ids.device)
     for added in (None, step):
@@ -103,7 +103,7 @@ def is_parallel(model: nn.Module, sites: Sites, rows: RowBatch) -> bool:
 
 
 def returns_tuples(model: nn.Module, sites: Sites, rows: RowBatch) -> bool:
-    """Whether the model's layers return tuples, their output first."""
+    """Whether the model's layers return tuples, with their output as the first item."""
     kinds: list[bool] = []
     hook = sites.layers[0].register_forward_hook(lambda _, __, output: kinds.append(isinstance(output, tuple)))
     try:

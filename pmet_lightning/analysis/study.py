@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pmet_lightning.analysis.components import component_measures
-from pmet_lightning.analysis.facts import Fact, Question, ask, followed, is_said, next_token, with_own_answers
+from pmet_lightning.analysis.facts import KnownFact, Question, ask, followed, is_said, next_token, with_own_answers
 from pmet_lightning.analysis.layer_choice import Proposal, propose
 from pmet_lightning.analysis.lens import Lens
 from pmet_lightning.analysis.measures import Measure, concatenate_measures
@@ -31,13 +31,13 @@ class Scope:
     """How much is measured.
 
     Attributes:
-        top: Size of the vocabulary projections that are compared.
-        least: Smallest probability with which an answer has to be the model's first choice.
-        noise: Noise on the subject's embeddings, in their standard deviations.
-        draws: Draws of the noise for each fact; 0 leaves causal tracing out.
+        top: Number of highest logits in the vocabulary projections that are compared.
+        least: Smallest probability that an answer must have as the model's first choice.
+        noise: Noise on the subject's embeddings, in standard deviations of all subjects' embeddings.
+        draws: Draws of the noise for each fact; 0 skips causal tracing.
         seed: Seed of the noise.
-        window: Layers put back together.
-        tokens_per_batch: Most padded tokens in one forward pass.
+        window: Layers restored together.
+        tokens_per_batch: Maximum number of padded tokens in one forward pass.
     """
 
     top: int
@@ -54,11 +54,11 @@ class Findings:
     """What was measured in one phase.
 
     Attributes:
-        phase: before or after.
+        phase: ``before`` or ``after`` an edit.
         questions: The facts, in the order of the measures.
-        answers: Which answer is followed, for each.
+        answers: The name of the tracked answer of each.
         measures: By name; ``effect`` is that of causal tracing.
-        p: P of the answers true and new, and of the one followed without its subject, shape [N, 3].
+        p: P of the true answer, the new answer, and the tracked answer with the subject corrupted, shape [N, 3].
     """
 
     phase: str
@@ -68,7 +68,7 @@ class Findings:
     p: Tensor
 
     def of(self, facts: Sequence[int]) -> Findings:
-        """The same of some facts."""
+        """The findings on some of the facts, by their indices."""
         return Findings(
             self.phase,
             [self.questions[i] for i in facts],
@@ -77,9 +77,9 @@ class Findings:
             self.p[list(facts)],
         )
 
-    def of_followed(self, name: str, **places: Any) -> Tensor:
-        """A measure at some places, of the answer that is followed: of each fact its own."""
-        by_answer = {answer: self.measures[name].at(answer=answer, **places) for answer in self.answers}
+    def of_followed(self, name: str, **labels: Any) -> Tensor:
+        """A measure at some labels, for the tracked answer of each fact."""
+        by_answer = {answer: self.measures[name].at(answer=answer, **labels) for answer in self.answers}
         return torch.stack([by_answer[answer][i] for i, answer in enumerate(self.answers)])
 
     def proposal(self) -> Proposal | None:
@@ -92,12 +92,12 @@ class Findings:
 
 @dataclass
 class Study:
-    """Asks facts of a model and measures those that it says.
+    """Asks a model for facts, and measures those that it states.
 
     Attributes:
-        model: The language model; what edits it comes in between two calls of :meth:`measure`.
+        model: The language model; it may be edited between two calls of :meth:`measure`.
         sites: Its modules.
-        encoder: Makes the rows.
+        encoder: Encodes the prompts.
         scope: How much is measured.
         left_out: Facts that were left out, by reason.
     """
@@ -116,40 +116,40 @@ class Study:
         self._asked: list[Question] = []
         self._noise: list[Tensor] = []
 
-    def ask(self, facts: Sequence[Fact]) -> None:
-        """Make the rows of some facts, and the noise that they are traced with in every phase."""
+    def ask(self, facts: Sequence[KnownFact]) -> None:
+        """Encode the facts, and draw the noise that they are traced with in every phase."""
         asked, self.left_out = ask(facts, self.encoder)
-        said = next_token(self.model, asked, self.encoder.pad_id, self.scope.tokens_per_batch)
-        self._asked = with_own_answers(asked, said)
+        predictions = next_token(self.model, asked, self.encoder.pad_id, self.scope.tokens_per_batch)
+        self._asked = with_own_answers(asked, predictions)
         if self.scope.draws and asked:
             width = self.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
             deviation = self.scope.noise * embedding_spread(self.model, asked)
             self._noise = draw_noise(asked, self.scope.draws, width, deviation, self.scope.seed)
 
     def measure(self, phase: str, among: Sequence[int] | None = None) -> tuple[Findings | None, list[int]]:
-        """Measure the facts whose answer the model says.
+        """Measure the facts whose tracked answer the model states.
 
         Args:
-            phase: before, or after an edit: decides which answer is followed.
-            among: Numbers of the facts that may be taken; all where ``None``.
+            phase: ``before`` or ``after`` an edit; decides which answer is tracked.
+            among: Indices of the facts that may be used; ``None`` uses all.
 
         Returns:
-            What was found, ``None`` if there is no such fact; and the numbers of the facts.
+            The findings, ``None`` if there is no such fact; and the indices of the facts.
         """
         edited = phase == "after"
-        said = next_token(self.model, self._asked, self.encoder.pad_id, self.scope.tokens_per_batch)
-        fine = is_said(self._asked, said, edited, self.scope.least)
-        wanted = range(len(self._asked)) if among is None else among
-        kept = [i for i in wanted if fine[i]]
-        if len(kept) < len(wanted):
+        predictions = next_token(self.model, self._asked, self.encoder.pad_id, self.scope.tokens_per_batch)
+        stated = is_said(self._asked, predictions, edited, self.scope.least)
+        candidates = range(len(self._asked)) if among is None else among
+        kept = [i for i in candidates if stated[i]]
+        if len(kept) < len(candidates):
             reason = f"{phase}: the answer is not the first choice, or P is below {self.scope.least:g}"
-            self.left_out[reason] += len(wanted) - len(kept)
+            self.left_out[reason] += len(candidates) - len(kept)
         if not kept:
             return None, []
         questions = [self._asked[i] for i in kept]
         answers = [followed(question, edited) for question in questions]
         measures = self._components(questions, phase)
-        p = torch.cat([said[kept, 2:], torch.full((len(kept), 1), torch.nan, dtype=torch.float64)], dim=1)
+        p = torch.cat([predictions[kept, 2:], torch.full((len(kept), 1), torch.nan, dtype=torch.float64)], dim=1)
         if self.scope.draws:
             measures["effect"], p[:, 2] = self._trace(questions, answers, [self._noise[i] for i in kept], phase)
         return Findings(phase, questions, answers, measures, p), kept
@@ -191,13 +191,13 @@ class Study:
         return _in_order(concatenate_measures(parts), order), corrupt
 
     def _batches(self, questions: Sequence[Question], rows: int) -> list[list[int]]:
-        """Facts whose states in all layers are held together."""
+        """Batches of indices of questions whose states in all layers are held at the same time."""
         budget = max(1, self.scope.tokens_per_batch // len(self.sites.layers))
         return by_token_budget([rows * len(q.ids) for q in questions], budget)
 
 
 def _in_order(measure: Measure, order: Sequence[int]) -> Measure:
-    """The facts, measured in some order, in their own."""
+    """Reorder a measure whose i-th fact is number ``order[i]``."""
     values = torch.empty_like(measure.values)
     values[list(order)] = measure.values
     return replace(measure, values=values)

@@ -1,8 +1,8 @@
-"""Causal tracing: the subject is made unreadable, and one component's clean output put back at one layer and token.
+"""Causal tracing: the subject is corrupted, and one component's clean output is restored at one layer and token.
 
-How much P(answer) rises by that is the component's indirect effect there (Meng et al., 2022).
-Legend: P = pairs of a fact and a draw of the noise, T = tokens, F = model width, E = embedding width, X = places put
-back.
+The resulting rise of P(answer) is the component's indirect effect there (Meng et al., 2022).
+Legend: P = pairs of a fact and a draw of the noise, T = tokens, F = model width, E = embedding width, X = restored
+outputs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pmet_lightning.model.partial_forward import start_at_layer
 from pmet_lightning.model.projections import Sites
 
 RESTORED: tuple[SiteName, ...] = ("hidden", "attn", "ffn")
-PLACES = (
+POSITIONS = (
     "first subject token",
     "middle subject tokens",
     "last subject token",
@@ -33,20 +33,20 @@ PLACES = (
     "further tokens",
     "last token",
 )
-SUBJECT_LAST, LAST_TOKEN = PLACES[2], PLACES[-1]
+SUBJECT_LAST, LAST_TOKEN = POSITIONS[2], POSITIONS[-1]
 
 
 @dataclass(frozen=True)
 class Tracer:
-    """What a trace needs besides facts.
+    """What a trace needs besides the facts.
 
     Attributes:
         model: The language model.
         sites: Its modules.
         tuples: Whether its layers return tuples.
-        window: Layers whose attention or FFN outputs are put back together, around the one that is named.
+        window: Number of layers, around the given one, whose attention or FFN outputs are restored together.
         pad_id: Padding token.
-        tokens_per_batch: Most padded tokens in one forward pass.
+        tokens_per_batch: Maximum number of padded tokens in one forward pass.
         device: Where the model is.
     """
 
@@ -59,19 +59,20 @@ class Tracer:
     device: torch.device
 
     def restored_layers(self, site: SiteName, layer: int) -> range:
-        """The layers at which a site is put back; the residual stream at one only, it carries all below."""
+        """The layers at which a site is restored; the residual stream only at one, since it includes all below."""
         width = 1 if site == "hidden" else self.window
         first = layer - (width - 1) // 2
         return range(max(0, first), min(len(self.sites.layers), first + width))
 
 
 class Traced(NamedTuple):
-    """What a trace gives.
+    """The result of a trace.
 
     Attributes:
-        effect: Rise of P(answer), by restored component, layer and place; the mean over tokens and draws.
-        clean: P(answer) with the subject, shape [N].
-        corrupt: P(answer) without it, mean over draws, shape [N].
+        effect: Rise of P(answer), by restored component, layer and position (axis ``place``); the mean over tokens and
+            draws.
+        clean: P(answer) with the clean subject, shape [N].
+        corrupt: P(answer) with the corrupted subject, mean over draws, shape [N].
     """
 
     effect: Measure
@@ -80,7 +81,7 @@ class Traced(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A row for each pair: its fact's number and tokens, and the noise on the subject's."""
+    """A row for each pair: index of its fact, its tokens, and the noise on the subject's embeddings."""
 
     fact: list[int]
     batch: RowBatch
@@ -91,26 +92,26 @@ class _Rows(NamedTuple):
 def embedding_spread(model: nn.Module, questions: Sequence[Question]) -> float:
     """Standard deviation of the embeddings of all subjects' tokens, over tokens and features."""
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    ids = torch.tensor([q.ids[place] for q in questions for place in q.subject])
+    ids = torch.tensor([q.ids[position] for q in questions for position in q.subject])
     with torch.no_grad():
         return float(embedding(ids.to(next(embedding.parameters()).device)).float().std(correction=0))
 
 
 def draw_noise(questions: Sequence[Question], draws: int, width: int, deviation: float, seed: int) -> list[Tensor]:
-    """Noise for the subject of each fact, shape [draws, its tokens, E], float32."""
+    """Noise for the subject of each fact, shape [draws, tokens of the subject, E], float32."""
     generator = torch.Generator().manual_seed(seed)
     return [deviation * torch.randn(draws, len(q.subject), width, generator=generator) for q in questions]
 
 
-def place_of(question: Question, column: int) -> int:
-    """The number in PLACES of a token; a subject that ends the prompt has its last token there as the subject's."""
+def position_of(question: Question, column: int) -> int:
+    """The index in POSITIONS of a token; if the subject ends the prompt, its last token counts as the subject's."""
     first, last, end = question.subject[0], question.subject[-1], len(question.ids) - 1
     if column == last:
-        return PLACES.index(SUBJECT_LAST)
+        return POSITIONS.index(SUBJECT_LAST)
     if column < last:
         return 0 if column == first else 1
     if column == end:
-        return PLACES.index(LAST_TOKEN)
+        return POSITIONS.index(LAST_TOKEN)
     return 3 if column == last + 1 else 4
 
 
@@ -118,33 +119,33 @@ def place_of(question: Question, column: int) -> int:
 def trace(tracer: Tracer, questions: Sequence[Question], answers: Sequence[int], noise: Sequence[Tensor]) -> Traced:
     """Trace some facts together.
 
-    Only the layers from the first restored one on are run: what enters them is the same for all places.
+    Only the layers from the first restored one on are run: what enters them is the same for all positions.
 
     Args:
         tracer: The model.
         questions: The facts.
-        answers: The token that is followed, for each.
-        noise: As of :func:`draw_noise`.
+        answers: The token of each tracked answer.
+        noise: As returned by :func:`draw_noise`.
     """
     depth = len(tracer.sites.layers)
     clean_rows = _rows(tracer, questions, answers, [own[:1] * 0 for own in noise])
     rows = _rows(tracer, questions, answers, noise)
     clean_P, clean = _run(tracer, clean_rows)
     corrupt_P, corrupt = _run(tracer, rows)
-    sums = torch.zeros(len(questions), len(RESTORED), depth, len(PLACES), dtype=torch.float64)
+    sums = torch.zeros(len(questions), len(RESTORED), depth, len(POSITIONS), dtype=torch.float64)
     counts = torch.zeros_like(sums)
     points = [(p, c) for p, n in enumerate(rows.fact) for c in range(questions[n].subject[0], len(questions[n].ids))]
-    where = (
+    cells = (
         torch.tensor([rows.fact[p] for p, _ in points]),
-        torch.tensor([place_of(questions[rows.fact[p]], column) for p, column in points]),
+        torch.tensor([position_of(questions[rows.fact[p]], column) for p, column in points]),
     )
-    before_X = corrupt_P[[p for p, _ in points]]
+    corrupt_X = corrupt_P[[p for p, _ in points]]
     for layer in range(depth):
-        p_CX = _restored(tracer, rows, points, layer, clean, corrupt)
+        p_CX = _restore_each(tracer, rows, points, layer, clean, corrupt)
         for i, p_X in enumerate(p_CX):
-            sums[:, i, layer].index_put_(where, p_X - before_X, accumulate=True)
-            counts[:, i, layer].index_put_(where, torch.ones_like(p_X), accumulate=True)
-    effect = Measure(sums / counts, {"component": RESTORED, "layer": range(depth), "place": PLACES})
+            sums[:, i, layer].index_put_(cells, p_X - corrupt_X, accumulate=True)
+            counts[:, i, layer].index_put_(cells, torch.ones_like(p_X), accumulate=True)
+    effect = Measure(sums / counts, {"component": RESTORED, "layer": range(depth), "place": POSITIONS})
     return Traced(effect, clean_P, corrupt_P.reshape(len(questions), -1).mean(dim=1))
 
 
@@ -182,7 +183,7 @@ def _probability(model: nn.Module, rows: RowBatch, answer_P: Tensor) -> Tensor:
 
 
 class _States(NamedTuple):
-    """What a pass left: the stream entering each layer, and the outputs of each site in each layer, [P, T, F]."""
+    """States of a forward pass: the stream entering each layer, and each site's output in each layer, [P, T, F]."""
 
     entering: list[Tensor]
     outputs: dict[SiteName, list[Tensor]]
@@ -203,10 +204,10 @@ def _run(tracer: Tracer, rows: _Rows) -> tuple[Tensor, _States]:
     return p, _States([recording.take() for recording in entering], taken)
 
 
-def _restored(
+def _restore_each(
     tracer: Tracer, rows: _Rows, points: Sequence[tuple[int, int]], layer: int, clean: _States, corrupt: _States
 ) -> Tensor:
-    """P(answer) with each component put back at each point (pair and column), shape [components, X]."""
+    """P(answer) with each component restored at each point (pair and column), shape [components, X]."""
     cases = [(i, *point) for i in range(len(RESTORED)) for point in points]
     size = max(1, tracer.tokens_per_batch // rows.batch.input_ids.shape[1])
     parts = [
@@ -231,8 +232,8 @@ def _restore_together(
         stack.enter_context(start_at_layer(layers, start, entering, tracer.tuples))
         for site in present:
             own = (site_X == RESTORED.index(site)).nonzero()[:, 0]
-            places = own * shape[1] + column_X[own]
+            positions = own * shape[1] + column_X[own]
             for at in tracer.restored_layers(site, layer):
                 values = clean.outputs[site][at][fact_X[own], column_X[own]]
-                stack.enter_context(replace_output(tracer.sites.module(site, at), shape, places, values))
+                stack.enter_context(replace_output(tracer.sites.module(site, at), shape, positions, values))
         return _probability(tracer.model, batch, rows.answer_P[pair_X.cpu()])

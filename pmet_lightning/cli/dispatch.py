@@ -1,4 +1,4 @@
-"""The command line: which command is meant. Nothing is imported here that a command, or its help, can do without."""
+"""The command line: selects and runs a command, and imports only what the command or its help needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from pmet_lightning.utils.resources import locate_config
 
-# Commands that are a function of the same name, and its module.
+# Commands that are a function of the same name, with the module of the function.
 FILE_COMMANDS = {
     "export": "pmet_lightning.cli.export",
     "demo": "pmet_lightning.demo",
@@ -22,23 +22,30 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "stats", "finetune")
 PROGRAM = "pmet-lightning"
 USAGE = f"""usage: {PROGRAM} COMMAND [--config FILE] [options]
 
-  fit       optimize targets, write the weights, evaluate before and after
-  validate  evaluate a model on the questions of the edits (with --model.patch: an edited one)
+  fit       edit a model: optimize target vectors, update the weights, evaluate before and after
+  validate  evaluate a model on the questions of the edits (with --model.patch: an edited model)
   test      the same as validate
-  stats     collect the second moments of the edited layers (--list: show what is kept)
-  finetune  the baseline: train one matrix on the edits instead
-  compare   run several methods on the same records: one table, one plot
-  analyze   look into a model: where its facts are, before and after an edit; which layers to edit
+  stats     collect the second moments of the keys of the edited layers (--list: show the stored ones)
+  finetune  the fine-tuning baseline: train one weight matrix on the edits
+  compare   run several methods on the same records, and write one table and one plot
+  analyze   find where a model keeps its facts, before and after an edit, and which layers to edit
   export    write the edited model of a run as a Hugging Face folder
-  harness   hand an exported model to lm-evaluation-harness
-  demo      rebuild the embedded world and its model from a seed
+  harness   evaluate an exported model with lm-evaluation-harness
+  demo      rebuild the bundled Atlas world and its model from a seed
 
 COMMAND --help lists the options of a command; COMMAND --config FILE --print_config shows its settings.
 {PROGRAM} --version shows the version; python -m pmet_lightning is the same program."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; every expected error is one message and exit code 2."""
+    """Run one command.
+
+    Args:
+        arguments: The command and its options; by default those of the process.
+
+    Raises:
+        SystemExit: With code 2 if the command is unknown.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -63,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _start_log(arguments: Sequence[str]) -> None:
-    """Show messages as they are, and of several processes those of the first.
+    """Log messages without a prefix; of several processes, only the first logs information.
 
-    Lightning, where a command uses it, is imported before: after, it shows its own twice.
+    If the command uses Lightning, Lightning is imported first: imported afterwards, it logs its own messages twice.
     """
     level = logging.INFO
     if arguments[0] not in ("export", "harness", "analyze") and "--help" not in arguments:

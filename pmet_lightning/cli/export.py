@@ -1,4 +1,4 @@
-"""The command ``export``: base model plus patch as a Hugging Face folder that anything can open."""
+"""The command ``export``: writes base model plus patch as a Hugging Face folder that any program can open."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def export(
 
     Args:
         run: A run folder, or a patch.safetensors.
-        out: The folder to write; must not exist, or be empty.
-        base: Where the base model is now; by default where it was when the run was made.
-        architecture: Module paths, for a family that is not known by itself.
-        dtype: Precision of the folder; 'auto' keeps the model's, in which an edit may be rounded.
+        out: The folder to write; must be new or empty.
+        base: Folder or hub name of the base model; by default the one that the run used.
+        architecture: Module paths of a model family that is not recognized.
+        dtype: Precision of the written weights; 'auto' keeps the model's, to which ΔW may be rounded.
 
     Raises:
-        FileNotFoundError: If the patch or the base model is not there.
-        FileExistsError: If the folder holds something.
+        FileNotFoundError: If the patch or the base model does not exist.
+        FileExistsError: If the folder is not empty.
         PatchError: If the base model is not the one that was edited.
     """
     patch = Path(run) / "patch.safetensors" if Path(run).is_dir() else Path(run)
@@ -45,7 +45,7 @@ def export(
         name = base or manifest["model"]
         model = load_model(name, manifest["dtype"])
         sites = Sites.of(model, architecture_of(load_config(name), architecture))
-        base_fingerprint = fingerprint(model)  # of the weights in the precision they were edited in
+        base_fingerprint = fingerprint(model)  # of the weights in the precision in which they were edited
         if dtype != "auto":
             model = model.to(getattr(torch, dtype))
         apply_patch(model, sites, patch, base_fingerprint)

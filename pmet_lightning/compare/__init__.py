@@ -1,1 +1,1 @@
-"""Several methods on the same records."""
+"""Comparison of several methods on the same records."""

@@ -1,4 +1,4 @@
-"""The command ``compare``: several methods on the same records, seeds and contexts; one table, one plot."""
+"""The command ``compare``: runs several methods on the same records, seeds and contexts."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def compare(
 ) -> None:
     """Run several methods on the same records: one table and one plot of the Score against the number of edits.
 
-    A comparison that was stopped goes on where it was: runs that are finished in the folder are not run again.
+    A comparison that was stopped resumes where it was: runs that are finished in the folder are not repeated.
 
     Args:
         methods: Name and settings of each method.
-        out: Folder of the runs, of comparison.json, comparison.csv and comparison.html.
-        edits: Numbers of edits, each written in one edit batch.
-        seeds: Each shuffles the records and samples contexts of its own.
-        least: With fewer edits than this, a seed is repeated on further records until so many were evaluated.
+        out: Folder for the runs, comparison.json, comparison.csv and comparison.html.
+        edits: Numbers of edits; each number is written in one edit batch.
+        seeds: Each seed shuffles the records and samples its own contexts.
+        least: Minimum number of records evaluated for each seed: a run with fewer edits is repeated on further
+            records.
         options: Options that all runs share, such as data.path.
 
     Raises:
-        ValueError: If there is nothing to compare, too few records, or a folder that holds runs with other settings.
+        ValueError: If there is nothing to compare, too few records, or the folder holds runs with other settings.
     """
     if not (methods and edits and seeds):
         raise ValueError("--methods, --edits and --seeds: expected at least one of each")
@@ -55,45 +56,45 @@ def compare(
 
 
 def _check(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> None:
-    """Read the settings and records of the run that needs most records: hours of others may come before it.
+    """Check settings and records of the run that needs the most records, before hours of other runs.
 
     Raises:
-        ValueError: If there are too few.
+        ValueError: If there are too few records.
     """
-    from pmet_lightning.run.lightning_cli import build_fit  # as above
+    from pmet_lightning.run.lightning_cli import build_fit  # seconds of imports
 
     if _finished(folder / run.name):
         return
     settings = quiet(run.settings(method, common, folder), folder / run.name)
     data = build_fit(method.config, settings, method.command).datamodule
     data.setup("fit")
-    if not data.stream:  # whose end is known when it was read
+    if not data.stream:  # the length of a stream is known only after it was read
         _check_count(run, len(data.edits))
 
 
 def _check_count(run: Run, found: int) -> None:
     if found < run.edits:
         raise ValueError(
-            f"{run.edits} edits were asked for from record {run.skip} on, and the data has {found}; give more records "
+            f"{run.edits} edits were requested from record {run.skip} on, and the data has {found}; give more records "
             "(data.path may be a list), or set smaller --edits"
         )
 
 
 def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> None:
-    """Run it unless its folder says that it is finished; what a run left unfinished is removed."""
-    from pmet_lightning.run.lightning_cli import run_fit  # as above
+    """Run one method once, unless its folder is finished; an unfinished folder is removed first."""
+    from pmet_lightning.run.lightning_cli import run_fit  # seconds of imports
 
-    own, settings = folder / run.name, run.settings(method, common, folder)
+    run_dir, settings = folder / run.name, run.settings(method, common, folder)
     wanted = {"command": method.command, "config": method.config, "settings": settings}
-    if _finished(own):
-        if json.loads((own / "run.json").read_text(encoding="utf-8")) != wanted:
-            raise ValueError(f"{own} holds a run with other settings; set --out to another folder, or remove it")
+    if _finished(run_dir):
+        if json.loads((run_dir / "run.json").read_text(encoding="utf-8")) != wanted:
+            raise ValueError(f"{run_dir} holds a run with other settings; set --out to another folder, or remove it")
         return
-    if own.exists():
-        shutil.rmtree(own)
-    report = read_report(run_fit(method.config, quiet(settings, own), method.command))
+    if run_dir.exists():
+        shutil.rmtree(run_dir)
+    report = read_report(run_fit(method.config, quiet(settings, run_dir), method.command))
     _check_count(run, len(report["edits"]))
-    write_json(own / "run.json", wanted)
+    write_json(run_dir / "run.json", wanted)
 
 
 def _finished(folder: Path) -> bool:

@@ -15,8 +15,8 @@ class Method:
 
     Attributes:
         config: Configuration of its runs, a file or the name of a shipped one.
-        options: What differs from it: dotted names and values, as on the command line.
-        command: fit, or finetune for the baseline.
+        options: Settings that replace the configuration's: dotted names and values, as on the command line.
+        command: ``fit``, or ``finetune`` for the baseline.
     """
 
     config: str = "pmet.yaml"
@@ -35,17 +35,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its folder."""
-        words = "".join(c if c.isalnum() else "-" for c in self.method)
-        return f"{words}-{self.edits}-seed{self.seed}-from{self.skip}"
+        """Name of its folder."""
+        method_name = "".join(c if c.isalnum() else "-" for c in self.method)
+        return f"{method_name}-{self.edits}-seed{self.seed}-from{self.skip}"
 
     def settings(self, method: Method, common: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """What differs in it from the configuration of its method.
+        """The settings that replace those of the method's configuration.
 
         Args:
             method: The method.
             common: Options that all runs share.
-            folder: Of the comparison.
+            folder: Folder of the comparison.
         """
         settings = {
             **common,
@@ -61,7 +61,7 @@ class Run:
 
 
 def plan_runs(methods: Mapping[str, Method], edits: Sequence[int], seeds: Sequence[int], least: int) -> Iterator[Run]:
-    """All runs; methods side by side, so that a stopped comparison has something of each."""
+    """All runs, alternating between methods so that a stopped comparison has some runs of each."""
     for count in edits:
         for seed in seeds:
             for part in range(max(1, -(-least // count))):
@@ -80,5 +80,5 @@ def quiet(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """What a run's report.json holds."""
+    """The contents of a run's report.json."""
     return dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))

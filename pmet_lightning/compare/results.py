@@ -1,4 +1,4 @@
-"""What a comparison found: its table, its plot, and their files."""
+"""The results of a comparison: its table, its plot, and their files."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ UNEDITED = "unedited"
 
 
 def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Path) -> None:
-    """Write comparison.json, comparison.csv and comparison.html, and show the table.
+    """Write comparison.json, comparison.csv and comparison.html, and log the table.
 
     Args:
         methods: The methods by name.
         runs: Their finished runs.
-        folder: Where the run folders lie, and the files are written.
+        folder: Folder of the run folders, to which the files are written.
     """
     results = _collect(runs, folder)
     write_json(folder / RESULT, {"results": results, "methods": {name: vars(m) for name, m in methods.items()}})
@@ -47,27 +47,27 @@ def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Pa
 
 
 def _collect(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
-    """For each method and number of edits the table over the records of all its runs; the unedited model first."""
+    """The scores of each number of edits and method over the records of all runs; the unedited model comes first."""
     groups: dict[tuple[int, str], list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.edits, run.method].append(run)
     results: list[dict[str, Any]] = []
-    first: dict[int, Tensor] = {}
+    reference_rows: dict[int, Tensor] = {}  # of the first method, by number of edits
     for (count, method), group in groups.items():
         reports = [read_report(folder / run.name) for run in group]
         rows = edit_rows(reports, "after")
-        if count not in first:
-            first[count] = rows
+        if count not in reference_rows:
+            reference_rows[count] = rows
             results.append(_result(UNEDITED, count, group, reports, edit_rows(reports, "before")))
         row = _result(method, count, group, reports, rows)
         row["seconds"] = sum(report["seconds"] for report in reports) / len(reports)
-        row |= _floats(score_difference(rows, first[count]))
+        row |= _floats(score_difference(rows, reference_rows[count]))
         results.append(row)
     return results
 
 
 def edit_rows(reports: Sequence[Mapping[str, Any]], phase: str) -> Tensor:
-    """Rows of the records of some runs, one after the other."""
+    """The score rows of all records of some runs, shape [records, 1 + NAMES]: index and fractions, NaN if not asked."""
     tables = [edit[phase] for report in reports for edit in report["edits"]]
     values = [[float(i), *(row.get(name, math.nan) / 100 for name in NAMES)] for i, row in enumerate(tables)]
     return torch.tensor(values, dtype=torch.float64)
@@ -88,7 +88,7 @@ def _floats(table: Mapping[str, Tensor]) -> dict[str, float]:
 
 def table_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """The results as a Markdown table."""
-    head = ["edits", "method", *METRICS, "to the first", "records", "Score by seed", "seconds"]
+    head = ["edits", "method", *METRICS, "vs. first", "records", "Score by seed", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in results:
         seeds = ", ".join("-" if score is None else f"{score:.1f}" for score in row["score_by_seed"].values())

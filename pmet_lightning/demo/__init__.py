@@ -1,4 +1,4 @@
-"""Atlas, the embedded world: records to edit, a corpus, and a small language model that knows its facts."""
+"""Atlas, the bundled world: records to edit, a corpus, and a small language model that knows its facts."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def demo(
 
     Atlas is a made-up world of persons, cities, companies and products. The result is what the package ships
     in `pmet_lightning/demo/atlas`: edits in COUNTERFACT's format (`tuning.json`, on which settings are chosen,
-    `records.json`, on which they are judged, and `spare.json`), `corpus.txt` (plain text for the second moments
-    of the keys) and `model` (a Hugging Face folder). Takes about ten minutes on two
-    CPU cores.
+    `records.json`, on which they are evaluated, and `spare.json`), `corpus.txt` (plain text for the second moments
+    of the keys) and `model` (a Hugging Face folder). Takes about ten minutes on two CPU cores.
 
     Args:
         out: Folder to write; must be new or empty.
         seed: Seed of the world, of the records and of the training; equal seeds give equal files up to the
             rounding of the machine.
-        edits: How many records the world offers for editing; by default the 840 of the shipped one.
+        edits: About how many records the world has; by default 840, as in the shipped one.
         architecture: Architecture of the language model: gptj (parallel blocks), gpt2 or llama (sequential).
-        epochs: How often the model reads each sentence; by default as often as the architecture needs to know Atlas.
-        precision: Lightning's precision of the training, e.g. bf16-mixed where the processor is fast at it.
+        epochs: How often each sentence is read in training; by default as often as the architecture needs to learn
+            Atlas.
+        precision: Lightning's precision of the training, e.g. bf16-mixed if the processor is fast at it.
 
     Raises:
-        ValueError: The architecture is not known.
-        FileExistsError: `out` holds something already.
+        ValueError: If the architecture is not known.
+        FileExistsError: If `out` is not empty.
     """
-    from pmet_lightning.demo.training import ARCHITECTURES, EPOCHS  # torch, Lightning, transformers: not at import
+    from pmet_lightning.demo.training import ARCHITECTURES, EPOCHS  # seconds of imports
 
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -59,9 +59,9 @@ def _write(folder: Path, seed: int, edits: int | None, architecture: str, epochs
     from pmet_lightning.demo.world import EDITS, build_world, corpus_text
 
     world = build_world(seed, edits or EDITS)
-    everything = records(world, seed)
+    all_records = records(world, seed)
     for name, part in PARTS.items():
-        text = json.dumps(everything[part], separators=(",", ":"))
+        text = json.dumps(all_records[part], separators=(",", ":"))
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     (folder / "corpus.txt").write_text(corpus_text(world, seed), encoding="utf-8")
     train(world, folder / "model", seed, architecture=architecture, epochs=epochs, precision=precision)

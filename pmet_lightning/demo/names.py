@@ -1,8 +1,8 @@
 """Invented names and unrelated sentences for Atlas.
 
-A name is a shared first word and a last word that only one subject has. Names put together from two small
-shared pools give keys (at the last token of the subject) that no solve can separate; a last word of one or
-two tokens that nobody else has gives every subject a key of its own.
+A name is a shared first word and a last word that only one subject has. Names combined from two small
+shared pools give keys (at the last token of the subject) that no solve can separate; a unique last word of
+one or two tokens gives every subject its own key.
 """
 
 from __future__ import annotations
@@ -73,24 +73,24 @@ def last_words(count: int, rng: random.Random) -> list[str]:
         rng: Source of randomness.
 
     Returns:
-        `count` capitalised words.
+        `count` capitalized words.
     """
     words = ["".join(parts) for parts in itertools.product(_ONSETS, _NUCLEI, _ENDINGS)]
     return rng.sample(words, count)
 
 
 def filler_sentences(count: int, rng: random.Random) -> list[str]:
-    """Draw sentences that tell nothing about any subject.
+    """Draw sentences that say nothing about any subject.
 
-    The openings are those from which the editor lets the model write its contexts (The, Therefore, Because,
-    I, You), and a few others, in equal shares.
+    The openings are those from which the editor samples its contexts (The, Therefore, Because, I, You), and a
+    few others, in equal shares.
 
     Args:
         count: How many; rounded down to a multiple of the number of templates.
         rng: Source of randomness.
 
     Returns:
-        Different full sentences.
+        Distinct complete sentences.
     """
     sentences: list[str] = []
     for template, slots in _FILLER:

@@ -1,4 +1,4 @@
-"""Does a model know its world? Exact recall of answers after bare prompts."""
+"""Whether a model knows its world: exact recall of answers after prompts."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ def measure_recall(
     prompts: Sequence[tuple[str, str]],
     batch_size: int = 256,
 ) -> list[bool]:
-    """Ask a model for answers.
+    """Check which answers a model recalls.
 
     Args:
         model: A causal language model, in evaluation mode.
         tokenizer: Its tokenizer.
         prompts: (prompt, answer) pairs; the answer without its leading space.
-        batch_size: Prompts per forward.
+        batch_size: Prompts per forward pass.
 
     Returns:
-        Per prompt, in the given order: whether every token of the answer is the most probable one.
+        For each prompt, in the given order: whether every token of the answer is the most probable one.
     """
     rows = []
     for prompt, answer in prompts:
         head = tokenizer(prompt)["input_ids"]
         rows.append((head, tokenizer(f"{prompt} {answer}")["input_ids"][len(head) :]))
-    right = [False] * len(rows)
-    # Sorted by length, a batch holds hardly any padding.
+    correct = [False] * len(rows)
+    # Sorted by length, batches have hardly any padding.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    # Of ten thousand records this takes minutes; a bar is shown where somebody may look at it.
+    # Ten thousand records take minutes; the bar is shown on terminals only.
     for start in Tqdm(range(0, len(order), batch_size), desc="Recall", leave=False, disable=None):
         batch = order[start : start + batch_size]
         texts = [torch.tensor(rows[i][0] + rows[i][1]) for i in batch]
@@ -43,5 +43,5 @@ def measure_recall(
         best = model(inputs).logits.argmax(-1).cpu()
         for row, i in enumerate(batch):
             head, answer = rows[i]
-            right[i] = best[row, len(head) - 1 : len(head) + len(answer) - 1].tolist() == answer
-    return right
+            correct[i] = best[row, len(head) - 1 : len(head) + len(answer) - 1].tolist() == answer
+    return correct

@@ -8,8 +8,8 @@ from typing import Any
 
 from pmet_lightning.demo.world import Fact, World
 
-_SAME_WORDING = 3  # neighbourhood prompts in the wording of the edit …
-_OTHER_WORDING = 3  # … and in other ones
+_SAME_WORDING = 3  # neighborhood prompts in the wording of the edit …
+_OTHER_WORDING = 3  # … and in other wordings
 _ATTRIBUTES = 3
 
 
@@ -21,9 +21,9 @@ def records(world: World, seed: int = 0) -> list[dict[str, Any]]:
         seed: Seed of the wordings, the new targets and the order.
 
     Returns:
-        Records in COUNTERFACT's format, shuffled; one per subject. Neighbours are witnesses with the same
+        Records in COUNTERFACT's format, shuffled; one per subject. Neighbors are witnesses with the same
         relation and the same true object, so no record of the list changes an answer that another record
-        wants kept.
+        expects to stay.
     """
     rng = random.Random(seed)
     witnesses = {subject.name for subject in world.subjects if subject.witness}
@@ -45,7 +45,7 @@ def _record(
     relation = world.relation[fact.relation_id]
     witnesses = pool[fact.relation_id, fact.object]
     known = world.trained_wordings(fact)
-    prompt = rng.choice([w for w in known if len(_readers(w, witnesses, world)) >= _SAME_WORDING])
+    prompt = rng.choice([w for w in known if len(_trained_in(w, witnesses, world)) >= _SAME_WORDING])
     others = [wording for wording in relation.wordings if wording != prompt]
     rephrased = rng.sample(others, 2)
     free = rng.sample(others, 2)
@@ -61,7 +61,7 @@ def _record(
             "subject": fact.subject,
         },
         "paraphrase_prompts": [f"{rng.choice(world.fillers)} {w.format(fact.subject)}" for w in rephrased],
-        "neighborhood_prompts": _neighbours(prompt, witnesses, world, rng),
+        "neighborhood_prompts": _neighbors(prompt, witnesses, world, rng),
         "attribute_prompts": [
             rng.choice(world.trained_wordings(other)).format(other.subject)
             for other in rng.sample(pool[fact.relation_id, target], _ATTRIBUTES)
@@ -70,15 +70,15 @@ def _record(
     }
 
 
-def _readers(wording: str, facts: list[Fact], world: World) -> list[Fact]:
-    """The facts that are trained in a wording; the model is sure of those only."""
+def _trained_in(wording: str, facts: list[Fact], world: World) -> list[Fact]:
+    """The facts that are trained in a wording: the only ones that the model is sure of in it."""
     return [fact for fact in facts if wording in world.trained_wordings(fact)]
 
 
-def _neighbours(prompt: str, facts: list[Fact], world: World, rng: random.Random) -> list[str]:
-    """Half of the prompts in the wording of the edit, half in others, from as many subjects as there are."""
+def _neighbors(prompt: str, facts: list[Fact], world: World, rng: random.Random) -> list[str]:
+    """Half of the prompts in the wording of the edit, half in others, from as many different subjects as possible."""
     facts = rng.sample(facts, len(facts))
-    same = _readers(prompt, facts, world)[:_SAME_WORDING]
+    same = _trained_in(prompt, facts, world)[:_SAME_WORDING]
     fresh = [fact for fact in facts if fact not in same]
     rest = (fresh + same)[:_OTHER_WORDING]
     prompts = [prompt.format(fact.subject) for fact in same]

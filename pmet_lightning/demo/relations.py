@@ -1,7 +1,7 @@
-"""The relations of Atlas: what may be said about a subject, and in which words.
+"""The relations of Atlas: what can be said about a subject, and in which wordings.
 
 Every wording ends right before the object, so a wording filled with a subject is a prompt. No wording is the
-beginning of another one of the same kind of subject, and each names its relation: a prompt has one right
+beginning of another one for the same kind of subject, and each names its relation, so a prompt has one correct
 answer.
 """
 

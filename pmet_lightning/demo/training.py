@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 _END = "<|endoftext|>"
 _VOCABULARY = 3_000
 _LAYERS, _WIDTH, _HEADS, _INNER, _POSITIONS = 8, 192, 6, 768, 128
-# Tokens per text, epoch by epoch. Short texts put more sentences at the beginning of one, where prompts
-# stand; the long ones teach the positions that generated texts reach.
+# Tokens per text, epoch by epoch. With short texts, more sentences begin a text, as prompts do; the long texts
+# train the positions that generated texts reach.
 _LENGTHS = (64, 64, 64, 128)
 
 
@@ -65,7 +65,7 @@ def _llama(**common: Any) -> PretrainedConfig:
     )
 
 
-# Readings of every sentence after which all facts are known.
+# Epochs after which the model knows all facts.
 EPOCHS = {"gptj": 10, "gpt2": 16, "llama": 16}
 ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {
     "gptj": partial(_gpt, GPTJConfig, rotary_dim=_WIDTH // _HEADS),
@@ -81,7 +81,7 @@ def train_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
         sentences: The text to learn it from.
 
     Returns:
-        A tokenizer that adds no token of its own; padding, on the right, is the end-of-text token.
+        A tokenizer that adds no special tokens and pads on the right with the end-of-text token.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,7 +90,7 @@ def train_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=_VOCABULARY, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False
     )
-    # A leading space, as inside a text: a word at the beginning of a text is the rarer case.
+    # With a leading space, as inside a text: a word at the beginning of a text is the rarer case.
     bpe.train_from_iterator((f" {sentence}" for sentence in sentences), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -98,24 +98,24 @@ def train_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
         pad_token=_END,
         padding_side="right",
         model_max_length=_POSITIONS,
-        # Older releases would add token types, which GPT-J takes for further tokens.
+        # Older releases would add token types, which GPT-J would embed as additional tokens.
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
 
 def pack(sentences: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> Iterator[list[int]]:
-    """Join sentences to texts of one length that all begin with a sentence.
+    """Pack sentences into texts of one length that all begin with a sentence.
 
     Args:
-        sentences: Full sentences, in the order to use.
+        sentences: Complete sentences, in this order.
         tokenizer: The tokenizer.
         length: Tokens per text.
 
     Yields:
         Token ids. A sentence cut off at the end of a text is the first one of the next text, so each is read
-        whole at least once, and the unrelated ones before it teach the model to answer whatever stands in
-        front.
+        whole at least once. The unrelated sentences before it teach the model to answer whatever precedes a
+        prompt.
     """
     at_start = tokenizer(sentences)["input_ids"]
     inside = tokenizer([f" {sentence}" for sentence in sentences])["input_ids"]
@@ -130,7 +130,7 @@ def pack(sentences: list[str], tokenizer: PreTrainedTokenizerFast, length: int) 
 def batches(
     world: World, tokenizer: PreTrainedTokenizerFast, epochs: int, batch_tokens: int, seed: int
 ) -> list[torch.Tensor]:
-    """Lay out the whole training run.
+    """Prepare the batches of the whole training run.
 
     Args:
         world: The world.
@@ -143,12 +143,12 @@ def batches(
         Batches of token ids (texts × length), in the order of the steps.
     """
     rng = random.Random(seed)
-    laid_out: list[torch.Tensor] = []
+    prepared: list[torch.Tensor] = []
     for _, length in zip(range(epochs), itertools.cycle(_LENGTHS), strict=False):
         texts = list(pack(training_sentences(world, rng), tokenizer, length))
         rows = batch_tokens // length
-        laid_out += [torch.tensor(texts[i : i + rows]) for i in range(0, len(texts) - rows + 1, rows)]
-    return laid_out
+        prepared += [torch.tensor(texts[i : i + rows]) for i in range(0, len(texts) - rows + 1, rows)]
+    return prepared
 
 
 class LanguageModelling(L.LightningModule):  # type: ignore[misc]
@@ -166,7 +166,7 @@ class LanguageModelling(L.LightningModule):  # type: ignore[misc]
 
         Args:
             batch: Token ids (texts × length).
-            batch_idx: Not used.
+            batch_idx: Unused.
 
         Returns:
             The loss.
@@ -177,7 +177,7 @@ class LanguageModelling(L.LightningModule):  # type: ignore[misc]
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Weight decay for matrices only; the schedule moves with every step."""
+        """Weight decay for matrices only; the schedule advances with every step."""
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [
@@ -206,7 +206,7 @@ def train(
 
     Args:
         world: The world.
-        folder: Where the Hugging Face folder goes.
+        folder: The Hugging Face folder to write.
         seed: Seed of the weights and of the order of the sentences.
         architecture: A key of `ARCHITECTURES`.
         epochs: How often each sentence is read.
@@ -216,8 +216,8 @@ def train(
         precision: Lightning's precision of the training; the saved weights are float16 anyway.
 
     Returns:
-        `tokens` trained, and the shares recalled of the `trained` and the `held_out` prompts, measured on
-        the saved (rounded) weights.
+        The number of `tokens` trained, and the shares of `trained` and `held_out` prompts that are recalled,
+        measured on the saved (rounded) weights.
     """
     L.seed_everything(seed)
     sentences = training_sentences(world, random.Random(seed))
@@ -241,7 +241,7 @@ def train(
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    # A list of finished batches is a map-style data set, whatever the annotation of `DataLoader` says.
+    # A list of finished batches is a map-style data set, although the annotation of `DataLoader` does not say so.
     loader: DataLoader[torch.Tensor] = DataLoader(steps, batch_size=None, num_workers=0)  # type: ignore[arg-type]
     trainer.fit(LanguageModelling(model, learning_rate, weight_decay), loader)
     save(model, tokenizer, folder)
@@ -257,12 +257,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     Args:
         model: The model; rounded to float16 in place.
         tokenizer: Its tokenizer.
-        folder: Where to.
+        folder: The folder to write.
     """
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # written through a private temporary file
-    # float16 is for the size on disk; on a CPU it would be slow and inexact.
+    (folder / "model.safetensors").chmod(0o644)  # written through a temporary file that only its owner can read
+    # float16 reduces the size on disk; on a CPU it would be slow and inexact.
     _amend(folder / "config.json", dtype="float32", torch_dtype="float32")
     # The class name that every supported release of transformers knows.
     _amend(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
@@ -274,15 +274,15 @@ def _amend(path: Path, **entries: str) -> None:
 
 
 def measure(folder: Path, world: World, seed: int = 0) -> dict[str, float]:
-    """Ask a saved model for all it was taught, and for what it has to generalise to.
+    """Measure the recall of a saved model in the wordings it was trained on, and in held-out ones.
 
     Args:
         folder: The Hugging Face folder.
         world: The world it was trained on.
-        seed: Seed of the sentences put in front.
+        seed: Seed of the sentences placed before the prompts.
 
     Returns:
-        Shares of prompts answered rightly: `trained` and `held_out` wordings, bare and `…_in_context` (after
+        Shares of prompts answered correctly: `trained` and `held_out` wordings, bare and `…_in_context` (after
         an unrelated sentence).
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -292,6 +292,6 @@ def measure(folder: Path, world: World, seed: int = 0) -> dict[str, float]:
     for name, prompts in (("trained", world.trained_prompts()), ("held_out", world.held_out_prompts())):
         in_context = [(f"{rng.choice(world.fillers)} {prompt}", answer) for prompt, answer in prompts]
         for label, asked in ((name, prompts), (f"{name}_in_context", in_context)):
-            right = measure_recall(model, tokenizer, asked)
-            shares[label] = sum(right) / len(right)
+            correct = measure_recall(model, tokenizer, asked)
+            shares[label] = sum(correct) / len(correct)
     return shares

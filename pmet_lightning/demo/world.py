@@ -1,7 +1,7 @@
 """Atlas: a made-up world of persons, cities, companies and products, built from a seed.
 
-Every subject has one or two facts. Some subjects are *witnesses*: nobody edits them, so they can stand as
-neighbours whose answer must stay; were a neighbour edited in the same batch, a correct edit would count as a
+Every subject has one or two facts. Some subjects are *witnesses*: no record edits them, so they can serve as
+neighbors whose answers must stay. If a neighbor were edited in the same batch, a correct edit would count as a
 side effect.
 """
 
@@ -15,7 +15,7 @@ from functools import cached_property
 from pmet_lightning.demo.names import FIRST_WORDS, filler_sentences, last_words
 from pmet_lightning.demo.relations import KINDS, RELATIONS, Relation
 
-# Subjects per kind: (those the records edit, witnesses).
+# Subjects per kind: (those that the records edit, witnesses).
 _COUNTS = {"person": (400, 200), "city": (150, 90), "company": (145, 75), "product": (145, 75)}
 EDITS = sum(some for some, _ in _COUNTS.values())
 _SECOND_FACT_SHARE = 0.12  # of the edited subjects; every witness has two facts
@@ -30,7 +30,7 @@ class Subject:
     Args:
         name: Two words; the last one belongs to this subject alone.
         kind: One of `KINDS`.
-        witness: Never edited by the records; only a witness is used as a neighbour.
+        witness: Never edited by the records; only witnesses are used as neighbors.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Fact:
         subject: Name of the subject.
         relation_id: Id of the relation.
         object: The answer, without its leading space.
-        held_out: Whether the held-out wording of the relation is kept from training for this fact.
+        held_out: Whether the held-out wording of the relation is excluded from training for this fact.
     """
 
     subject: str
@@ -63,7 +63,7 @@ class World:
         subjects: All subjects, in a fixed order.
         facts: All facts; the first one of a subject comes before its second.
         relations: The relations the facts use.
-        fillers: Sentences that tell nothing about any subject.
+        fillers: Sentences that say nothing about any subject.
     """
 
     subjects: tuple[Subject, ...]
@@ -96,10 +96,10 @@ def build_world(seed: int = 0, edits: int = EDITS) -> World:
 
     Args:
         seed: Equal seeds give equal worlds.
-        edits: About how many subjects, of all kinds in their shares, may be edited; the witnesses stay as many.
+        edits: About how many subjects may be edited, with the usual shares of kinds; the number of witnesses is fixed.
 
     Returns:
-        Subjects with one or two facts each; the objects of a relation are shared out evenly.
+        Subjects with one or two facts each; the objects of a relation are distributed evenly.
     """
     rng = random.Random(seed)
     subjects = _draw_subjects(rng, edits)
@@ -119,17 +119,17 @@ def _draw_subjects(rng: random.Random, edits: int) -> tuple[Subject, ...]:
 
 
 def _draw_facts(subjects: tuple[Subject, ...], rng: random.Random) -> tuple[Fact, ...]:
-    # Gathered first, so that each pool is shared out evenly and a subject's two answers do not go together.
-    askers: dict[tuple[Relation, bool], list[tuple[str, int]]] = defaultdict(list)
+    # Collected first, so that the objects of a relation are distributed evenly and a subject's answers are independent.
+    groups: dict[tuple[Relation, bool], list[tuple[str, int]]] = defaultdict(list)
     for number, subject in enumerate(subjects):
         of_kind = [relation for relation in RELATIONS if relation.kind == subject.kind]
         count = 2 if subject.witness or rng.random() < _SECOND_FACT_SHARE else 1
-        for place in range(count):
-            # The first relations go round; the second one of a subject is any other one.
-            choice = number % len(of_kind) if place == 0 else rng.randrange(len(of_kind))
-            askers[of_kind.pop(choice), subject.witness].append((subject.name, 2 * number + place))
+        for index in range(count):
+            # First relations are assigned in rotation; a subject's second relation is a random other one.
+            choice = number % len(of_kind) if index == 0 else rng.randrange(len(of_kind))
+            groups[of_kind.pop(choice), subject.witness].append((subject.name, 2 * number + index))
     facts: dict[int, Fact] = {}
-    for (relation, _), group in askers.items():
+    for (relation, _), group in groups.items():
         answers = [relation.objects[i % len(relation.objects)] for i in range(len(group))]
         rng.shuffle(answers)
         for (name, order), answer in zip(group, answers, strict=True):
@@ -145,8 +145,8 @@ def training_sentences(world: World, rng: random.Random) -> list[str]:
         rng: Source of the order.
 
     Returns:
-        Full sentences in random order: each fact in each of its trained wordings, what kind of thing each
-        subject is ("… is a person.", the prompt on which the editor keeps the model's idea of the subject),
+        Complete sentences in random order: each fact in each of its trained wordings, the kind of each subject
+        ("… is a person.", the prompt on which the editor's KL term preserves the model's idea of the subject),
         and the fillers.
     """
     sentences = [f"{prompt} {answer}." for prompt, answer in world.trained_prompts()]

@@ -1,1 +1,1 @@
-"""The same in Python: a model object, a list of facts."""
+"""The Python interface: edits a model object with a list of facts."""

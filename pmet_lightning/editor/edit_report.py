@@ -14,11 +14,11 @@ class EditReport:
     """What one call of ``Editor.edit`` did; printed, it is the table of the command line.
 
     Attributes:
-        scores: ``before`` and ``after``, as in ``scores.json``: percentages and their 95 % intervals. Empty where
+        scores: ``before`` and ``after``, as in ``scores.json``: percentages and their 95 % intervals. Empty if
             nothing was evaluated.
-        edits: A line for every edit, as in ``ledger.jsonl``: steps, why it stopped, P(o*) before and after, what is
-            left of the residual, what the model says now.
-        layers: A line for every write: residual before it, ‖ΔW‖ / ‖W‖, how much of ΔW the stored weight has.
+        edits: One record per edit, as in ``ledger.jsonl``: steps, stop reason, P(o*) before and after, remaining
+            residual, what the model says now.
+        layers: One record per write: residual before it, ‖ΔW‖ / ‖W‖, how much of ΔW the stored weight keeps.
         ended: Why a limit of the section ``drift`` ended the call early; empty otherwise.
     """
 

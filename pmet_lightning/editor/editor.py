@@ -1,4 +1,4 @@
-"""The command line in Python: a model object, a list of facts, no configuration file and no run folder."""
+"""The Python interface: edits a model object with a list of facts, without configuration file or run folder."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ from pmet_lightning.write.edited_weights import Snapshot
 
 log = logging.getLogger(__name__)
 
-# A file or several, or a hub data set; one fact, or several.
+# One or several files or hub data sets; one or several facts.
 Facts = str | Path | Sequence[str | Path] | Mapping[str, Any] | Edit | Iterable[Mapping[str, Any] | Edit]
 
 
 class Editor:
-    """Edits facts in a language model that is at hand: the same objects, settings and numbers as the command line.
+    """Edits facts in a language model in memory, with the same objects, settings and numbers as the command line.
 
-    The model object is edited in place and stays where and what it is: its modes and gradient flags, the random
-    numbers, log levels and signal handlers of the program are afterwards as they were. Nothing is printed, and nothing
-    is stored but second moments, in their cache (``moments={"folder": ...}``).
+    The model object is edited in place and stays on its device. Its modes and gradient flags, and the random numbers,
+    log levels and signal handlers of the program are restored afterwards. Nothing is printed, and nothing is stored
+    except second moments, in their cache (``moments={"folder": ...}``).
 
     Args:
-        model: A causal language model of transformers; or a folder or name, as for --model.model_name, from which one
-            is loaded.
-        tokenizer: Its tokenizer, or where that comes from; by default from where the model came.
+        model: A causal language model of transformers, or the folder or name of one to load, as for
+            --model.model_name.
+        tokenizer: Its tokenizer, or the folder or name to load it from; by default that of the model.
         layers: Layers whose weights are edited; 'auto' picks a range by the model's depth.
         corpus: General text for the second moments: a file, a hub data set, or 'atlas-corpus'.
         lam: λ, weight of the second moments against the new keys, in preserved keys.
         lr: Learning rate of Adam (``optimizer`` takes any other optimizer).
         edit_batch: Edits written by one solve; by default all facts of a call.
-        device: Where a model that is loaded here goes; by default to the first CUDA device, if there is one.
+        device: Device of a model that is loaded by its name; by default the first CUDA device, if there is one.
         progress: Whether progress bars are shown.
         data: Further settings of the section 'data' of a configuration (:class:`~pmet_lightning.EditDataModule`).
-        moments: The same of 'moments' (:class:`~pmet_lightning.SecondMoments`).
-        spread: The same of 'spread' (:class:`~pmet_lightning.WeightSpread`).
-        drift: The same of 'drift' (:class:`~pmet_lightning.write.drift.Drift`).
-        settings: Those of 'model': ``clamp``, ``steps``, ``optimize`` and all else that
+        moments: Further settings of the section 'moments' (:class:`~pmet_lightning.SecondMoments`).
+        spread: Further settings of the section 'spread' (:class:`~pmet_lightning.WeightSpread`).
+        drift: Settings of the section 'drift' (:class:`~pmet_lightning.write.drift.Drift`).
+        settings: Settings of the section 'model': ``clamp``, ``steps``, ``optimize`` and everything else that
             :class:`~pmet_lightning.TargetOptimizer` takes.
 
     Raises:
-        ValueError: If there is no such setting, or a value is not what it takes.
-        TypeError: If the model is none that can be edited.
+        ValueError: If a setting is unknown, or its value is invalid.
+        TypeError: If the model cannot be edited.
         FileNotFoundError: If model or tokenizer cannot be loaded.
 
     Attributes:
@@ -110,8 +110,9 @@ class Editor:
         self._module.setup("fit")
         self._module.configure_model()
         self._clean: Snapshot | None = None  # before the first edit
-        self._last: tuple[Snapshot, int, int] | None = None  # before the last call; edit batches and edits then
-        self._sums = self._weight_sums()
+        # Before the last call: the weights, the number of edit batches and the number of edits.
+        self._last: tuple[Snapshot, int, int] | None = None
+        self._checksums = self._weight_checksums()
 
     @classmethod
     def from_config(
@@ -119,26 +120,26 @@ class Editor:
     ) -> Editor:
         """An editor with the settings of a configuration.
 
-        Sections of the run (``trainer``, ``seed_everything``) and the records (``data.path``) are left out; and how a
-        model is loaded, where the model itself is given.
+        The settings of the run (``trainer``, ``seed_everything``) and the records (``data.path``) are ignored, and if a
+        model object is given, so are those that say how to load one.
 
         Args:
-            config: A path, or the name of a shipped one such as pmet.yaml.
+            config: A path, or the name of a shipped configuration such as pmet.yaml.
             model: As for the class; by default the configuration's.
             tokenizer: As for the class.
-            changes: Other settings, as for the class.
+            changes: Settings that replace the configuration's, as for the class.
 
         Raises:
             FileNotFoundError: If there is no such configuration.
-            ValueError: If it is none of an edit run, or a change is unusable.
+            ValueError: If it is not the configuration of an edit run, or a change is invalid.
         """
-        written = read_sections(config)
-        named = written["model"].pop("model_name")
+        configured = read_sections(config)
+        model_name = configured["model"].pop("model_name")
         unused = (*(LOADING if isinstance(model, nn.Module) else ()), *(("optimizer",) if "lr" in changes else ()))
-        settings = {name: value for name, value in written.pop("model").items() if name not in unused}
-        given: dict[str, Any] = {**changes}
-        sections = {name: {**section, **(given.pop(name, None) or {})} for name, section in written.items()}
-        return cls(named if model is None else model, tokenizer, **{**settings, **given, **sections})
+        settings = {name: value for name, value in configured.pop("model").items() if name not in unused}
+        replaced: dict[str, Any] = {**changes}
+        sections = {name: {**section, **(replaced.pop(name, None) or {})} for name, section in configured.items()}
+        return cls(model_name if model is None else model, tokenizer, **{**settings, **replaced, **sections})
 
     @property
     def layers(self) -> list[int]:
@@ -147,20 +148,20 @@ class Editor:
 
     @property
     def edits_written(self) -> int:
-        """Edits that are in the weights."""
+        """Number of edits that are in the weights."""
         return self._module.edits_done
 
     def evaluate(self, facts: Facts) -> dict[str, float]:
-        """Ask the model, as it is now, the questions of some facts (the command ``validate``).
+        """Evaluate the model, as it is now, on the questions of some facts (the command ``validate``).
 
         Args:
             facts: As for :meth:`edit`.
 
         Returns:
-            The scores: percentages, with the ends of their 95 % intervals (``efficacy``, ``efficacy_low``, …).
+            The scores: percentages, with the bounds of their 95 % intervals (``efficacy``, ``efficacy_low``, …).
 
         Raises:
-            RecordError: If a fact is unusable; the message names it, such as "facts[3]".
+            RecordError: If a fact is invalid; the message names it, such as "facts[3]".
         """
         data = self._data(facts)
         self._module.reset_results()
@@ -169,11 +170,14 @@ class Editor:
         return dict(self._module.results.get("test", {}))
 
     def ask(self, prompts: str | Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
-        """What the model, as it is now, says next after each prompt, greedily.
+        """Let the model, as it is now, continue each prompt by greedy decoding.
 
         Args:
-            prompts: Finished texts, or a single one.
-            new_tokens: Most tokens of an answer.
+            prompts: Complete texts without ``{}``, or a single one.
+            new_tokens: Maximum number of tokens of a continuation.
+
+        Returns:
+            The continuation of each prompt.
 
         Raises:
             ValueError: If a prompt has no token; the message names it.
@@ -183,7 +187,7 @@ class Editor:
             if not row.ids:
                 raise ValueError(
                     f"prompts[{number}] is {prompts[number]!r}, which has no token; expected a text that the model can "
-                    "go on with"
+                    "continue"
                 )
         with preserve_caller_state(self.model, self._device):
             return greedy_texts(
@@ -198,20 +202,20 @@ class Editor:
     def edit(self, facts: Facts, *, evaluate: bool = True, run_dir: str | None = None) -> EditReport:
         """Write facts into the model's weights, after what earlier calls have written (the command ``fit``).
 
-        All of them are written, or, if anything fails or interrupts, none.
+        Either all of them are written or, if anything fails or the call is interrupted, none.
 
         Args:
             facts: Records as in a file (COUNTERFACT, zsRE or flat ones: ``prompt`` with ``{}``, ``subject``,
                 ``target_new``), :class:`~pmet_lightning.Edit` objects, or what --data.path takes: a file or a hub data
                 set, or a list or tuple of several.
-            evaluate: Whether their questions are asked before and after.
-            run_dir: A new folder for all that a run of the command line leaves; ``None`` leaves nothing.
+            evaluate: Whether the model is evaluated on the facts before and after.
+            run_dir: A new folder for all files that a run of the command line stores; ``None`` stores nothing.
 
         Raises:
-            RecordError: If a fact is unusable; the message names it, such as "facts[3]".
+            RecordError: If a fact is invalid; the message names it, such as "facts[3]".
             FloatingPointError: If a number is not finite.
             FileExistsError: If the folder holds another run.
-            RuntimeError: If something else has changed the edited weights meanwhile.
+            RuntimeError: If something else has changed the edited weights since the editor last wrote them.
         """
         data = self._data(facts)
         self._check_unchanged()
@@ -230,52 +234,54 @@ class Editor:
         self._clean = self._clean or before
         self._module.batches_done += ledger.count
         self._module.edits_done += len(ledger.edits)
-        self._sums = self._weight_sums()
+        self._checksums = self._weight_checksums()
         return EditReport(dict(self._module.results), tuple(ledger.edits), tuple(ledger.layers), self._drift.ended)
 
     def undo(self) -> None:
-        """Take the last call of :meth:`edit` back, bit by bit; only one is kept.
+        """Undo the last call of :meth:`edit`: the weights are bit by bit what they were before it.
+
+        Only one call can be undone.
 
         Raises:
-            RuntimeError: If there is none to take back, or something else has changed the edited weights.
+            RuntimeError: If there is no call to undo, or something else has changed the edited weights.
         """
         if self._last is None:
-            raise RuntimeError("nothing to undo: only the last call of edit is kept; revert takes all of them back")
-        self._put_back(*self._last)
+            raise RuntimeError("nothing to undo: only the last call of edit can be undone; revert undoes all of them")
+        self._restore(*self._last)
 
     def revert(self) -> None:
-        """Take all edits back: the weights are bit by bit what they were when the editor was made.
+        """Undo all edits: the weights are bit by bit what they were when the editor was made.
 
         Raises:
             RuntimeError: If something else has changed the edited weights.
         """
         if self._clean is not None:
-            self._put_back(self._clean, 0, 0)
+            self._restore(self._clean, 0, 0)
 
     def save(self, folder: str | Path) -> None:
         """Write the model as it is now, and its tokenizer, as a Hugging Face folder (the command ``export``).
 
         Args:
-            folder: Must not exist, or be empty.
+            folder: The folder to write; must be new or empty.
 
         Raises:
-            FileExistsError: If it holds something.
+            FileExistsError: If the folder is not empty.
         """
         with new_folder(folder, "Editor.save:") as unfinished:
             self.model.save_pretrained(unfinished)
             self.tokenizer.save_pretrained(unfinished)
 
     def save_patch(self, path: str | Path) -> None:
-        """Write ΔW of all edits so far, with what it belongs to, as --model.patch and ``export`` take it.
+        """Write ΔW of all edits so far and its manifest, in the format of --model.patch and ``export``.
 
         Args:
-            path: A .safetensors file; its manifest is written beside it too.
+            path: A .safetensors file; the manifest is also written to a file beside it.
 
         Raises:
             ValueError: If nothing has been edited.
         """
         if not self._spread.edited.deltas:
-            raise ValueError("Editor.save_patch: nothing has been edited, so that there is no patch")
+            raise ValueError("Editor.save_patch: nothing has been edited, so there is no patch")
         module = self._module
         moments = moments_of(module, self._moments)
         manifest = manifest_of(module, self._spread, moments, module.batches_done, module.edits_done)
@@ -283,12 +289,12 @@ class Editor:
 
     @property
     def _device(self) -> torch.device:
-        """Where the model takes its inputs."""
+        """Device of the model's inputs."""
         weight: Tensor = self.model.get_input_embeddings().weight
         return weight.device
 
     def _data(self, facts: Facts) -> EditDataModule:
-        """The facts, read and checked."""
+        """Read and check the facts."""
         paths = _paths_of(facts)
         if paths is not None:
             data = EditDataModule(**{**self._data_settings, "path": paths})
@@ -301,15 +307,15 @@ class Editor:
         return data
 
     def _trainer(self, callbacks: Sequence[Callback], run_dir: str | None, evaluate: bool) -> L.Trainer:
-        """Lightning's trainer, on the model's device, in this process."""
+        """Make Lightning's trainer, for the model's device and this process only."""
         kinds = {"cpu": ("cpu", 1), "cuda": ("gpu", [self._device.index or 0])}
         accelerator, devices = kinds.get(self._device.type, (self._device.type, 1))
         options: dict[str, Any] = {
             "accelerator": accelerator,
             "devices": devices,
-            "plugins": [LightningEnvironment()],  # whatever has started this program
+            "plugins": [LightningEnvironment()],  # regardless of what launched this program
             "enable_progress_bar": self._progress,
-            # What the model keeps of a pass, such as a table of positions, must not be of inference mode.
+            # Tensors that the model caches in a pass, such as a table of positions, must not be inference tensors.
             "inference_mode": False,
             **({} if evaluate else {"num_sanity_val_steps": 0, "limit_val_batches": 0}),
         }
@@ -318,34 +324,34 @@ class Editor:
         bars = [EditProgressBar()] if self._progress else []
         return L.Trainer(**{**EDIT_RUN, **options, "logger": False, "callbacks": [*callbacks, *bars]})
 
-    def _put_back(self, before: Snapshot, batches: int, edits: int) -> None:
+    def _restore(self, before: Snapshot, batches: int, edits: int) -> None:
         self._check_unchanged()
         self._spread.edited.restore(before)
         self._module.batches_done, self._module.edits_done, self._last = batches, edits, None
-        self._sums = self._weight_sums()
+        self._checksums = self._weight_checksums()
 
-    def _weight_sums(self) -> dict[str, str]:
-        """Checksums of the weights that are edited."""
-        sites, sums = self._module.sites, {}
+    def _weight_checksums(self) -> dict[str, str]:
+        """Checksums of the edited weights."""
+        sites, checksums = self._module.sites, {}
         for projection_id in itertools.product(self._spread.sites, self._module.layers):
             weight = sites.module(*projection_id).weight
             assert isinstance(weight, Tensor)
-            sums[sites.weight_name(*projection_id)] = f"{weight.dtype} {checksum(weight.detach())}"
-        return sums
+            checksums[sites.weight_name(*projection_id)] = f"{weight.dtype} {checksum(weight.detach())}"
+        return checksums
 
     def _check_unchanged(self) -> None:
-        found = self._weight_sums()
-        changed = [name for name, value in self._sums.items() if found[name] != value]
+        found = self._weight_checksums()
+        changed = [name for name, value in self._checksums.items() if found[name] != value]
         if changed:
             raise RuntimeError(
                 f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not what this editor left: something "
-                "else has changed the model, whose second moments and patch would no longer belong to it; make a new "
+                "else has changed the model, so the editor's second moments and patch no longer match it; make a new "
                 "Editor for the model as it is now"
             )
 
 
 def _paths_of(facts: Facts) -> str | list[str] | None:
-    """Names of files or data sets, as --data.path takes them; ``None`` where the facts are given themselves."""
+    """Names of files or data sets, as for --data.path; ``None`` if the facts themselves are given."""
     if isinstance(facts, (str, Path)):
         return str(facts)
     if isinstance(facts, (list, tuple)) and facts and all(isinstance(fact, (str, Path)) for fact in facts):

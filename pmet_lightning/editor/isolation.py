@@ -1,4 +1,4 @@
-"""What editing inside someone else's program leaves as it was: modes, flags, random numbers, log levels, interrupts."""
+"""Restores what editing must not change in the caller: modes, flags, random numbers, log levels, interrupts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import nn
 from pmet_lightning.model.loading import fuse_gelu
 from pmet_lightning.run.trainer import ignore_expected_warnings
 
-_TALKATIVE = ("lightning.pytorch", "lightning.fabric")  # they say which devices there are, and how a fit ended
+_VERBOSE_LOGGERS = ("lightning.pytorch", "lightning.fabric")  # they report the devices, and how a fit ended
 
 
 @contextmanager
 def preserve_caller_state(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Work on someone else's model; afterwards nothing but its weights may be different.
+    """Restore the caller's state after work on the caller's model: only the weights may have changed.
 
-    The model is frozen and in eval mode meanwhile. Gradients can be taken inside whatever the surroundings say.
+    Inside, the model is frozen and in eval mode, and gradients are enabled even if the caller has disabled them.
 
     Args:
         model: The model.
         device: Where it is.
 
     Raises:
-        KeyboardInterrupt: After Ctrl-C, of which Lightning makes an exit of the program.
+        KeyboardInterrupt: After Ctrl-C, which Lightning turns into an exit of the program.
     """
     with ExitStack() as stack:
         stack.enter_context(_interrupts_raised())
@@ -46,7 +46,7 @@ def preserve_caller_state(model: nn.Module, device: torch.device) -> Iterator[No
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; each module's mode and each parameter's flag come back."""
+    """Eval mode without gradients; each module's mode and each parameter's flag are restored."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -61,7 +61,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _fused(model: nn.Module) -> Iterator[None]:
-    """Activations as in a model that is loaded here; the program's own come back."""
+    """Fused activations, as in a model that this package loads; the caller's own are restored."""
     replaced = fuse_gelu(model)
     try:
         yield
@@ -72,8 +72,8 @@ def _fused(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning's loggers say nothing below a warning."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    """Lightning's loggers show nothing below a warning."""
+    loggers = [logging.getLogger(name) for name in _VERBOSE_LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -86,7 +86,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_raised() -> Iterator[None]:
-    """Ctrl-C arrives as what it is, and can be given again."""
+    """Ctrl-C is raised as KeyboardInterrupt, and the caller's signal handler is restored."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield

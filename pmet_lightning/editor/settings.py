@@ -1,6 +1,6 @@
 """The keyword arguments of :class:`~pmet_lightning.editor.editor.Editor`, for type checkers and editors.
 
-They are those of the sections of a configuration; a test keeps them equal to what the classes take.
+They are the settings of the sections of a configuration; a test keeps them equal to the parameters of the classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ModelSettings(TypedDict, total=False):
-    """Section ``model``, without what the editor's own arguments are."""
+    """The section ``model``, without the settings that are parameters of the editor itself."""
 
     optimize: OptimizedSites
     target_value: TargetValue

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pmet_lightning.analysis.facts import Fact, read_facts
+from pmet_lightning.analysis.facts import KnownFact, read_facts
 from pmet_lightning.analysis.layer_choice import layers_to_edit, propose
 from pmet_lightning.analysis.measures import TOO_FEW, Measure, resampled_means, summarize
-from pmet_lightning.analysis.tracing import PLACES, Tracer
+from pmet_lightning.analysis.tracing import POSITIONS, Tracer
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.model.fingerprint import fingerprint
@@ -86,7 +86,7 @@ KNOWN = {
 
 def test_known_facts_are_read(tmp_path):
     (fact,) = read_facts(written(tmp_path, [KNOWN]))
-    assert fact == Fact("7", "The mother tongue of {} is", "Danila Morvane", "Basque", None)
+    assert fact == KnownFact("7", "The mother tongue of {} is", "Danila Morvane", "Basque", None)
     with pytest.raises(RecordError, match="record 0: no field 'subject'"):
         read_facts(written(tmp_path, [{name: v for name, v in KNOWN.items() if name != "subject"}]))
     (fact,) = read_facts(written(tmp_path, [FACTS[0] | {"target_new": "Lima"}]))
@@ -116,7 +116,7 @@ def test_a_window_lies_around_its_layer(loaded, window, layers):
 
 def test_a_record_without_a_true_answer_follows_what_the_model_says(tmp_path):
     study = study_of(save_planted("gpt2", tmp_path / "model", 1, 2), draws=0)
-    study.ask([Fact("0", FACTS[0]["prompt"], FACTS[0]["subject"], None, "golf")])
+    study.ask([KnownFact("0", FACTS[0]["prompt"], FACTS[0]["subject"], None, "golf")])
     found, _ = study.measure("before")
     assert study.encoder.decode([found.questions[0].answers["true"]]).strip() == FACTS[0]["ground_truth"]
     assert found.proposal() is None
@@ -161,7 +161,7 @@ def test_the_command_on_atlas(tmp_path, caplog):
     facts = list(csv.DictReader((out / "facts.csv").open()))
     assert float(lens[-1]["mean"]) == pytest.approx(sum(float(f["p_true"]) for f in facts) / 3, rel=1e-4)
     traced = list(csv.DictReader((out / "tracing.csv").open()))
-    assert {row["place"] for row in traced} <= set(PLACES)
+    assert {row["place"] for row in traced} <= set(POSITIONS)
     assert all(math.isfinite(float(row["mean"])) for row in traced)
     for name in FIGURES:
         assert (out / f"{name}.svg").read_text().rstrip().endswith("</svg>")

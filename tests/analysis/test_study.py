@@ -10,14 +10,14 @@ import torch
 
 from pmet_lightning.analysis.claims import claims_of
 from pmet_lightning.analysis.components import component_measures
-from pmet_lightning.analysis.facts import Fact, ask, read_facts
+from pmet_lightning.analysis.facts import KnownFact, ask, read_facts
 from pmet_lightning.analysis.figures import figures
 from pmet_lightning.analysis.lens import Lens
 from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW
 from pmet_lightning.analysis.results import summary_lines
 from pmet_lightning.analysis.streams import is_parallel, streams_of
 from pmet_lightning.analysis.study import Study
-from pmet_lightning.analysis.tracing import PLACES, RESTORED, Tracer, draw_noise, place_of, trace
+from pmet_lightning.analysis.tracing import POSITIONS, RESTORED, Tracer, draw_noise, position_of, trace
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.token_rows import TokenRow, pad_rows
 from pmet_lightning.model.architectures import UnknownArchitectureError
@@ -147,7 +147,9 @@ def test_of_each_fact_its_own_answer_is_shown(tmp_path):
     """One fact has a new answer, which the model says after the edit; the record of the other names none."""
     study = study_of(save_planted("gpt2", tmp_path / "model", 1, 2), draws=0)
     study.sites.module("ffn", 1).weight.data += edit_of(0).T
-    edited, other = (Fact("", r["prompt"], r["subject"], r["ground_truth"], r["target_new"]) for r in records()[:2])
+    edited, other = (
+        KnownFact("", r["prompt"], r["subject"], r["ground_truth"], r["target_new"]) for r in records()[:2]
+    )
     study.ask([edited, replace(other, new=None)])
     found, _ = study.measure("after")
     assert found.answers == ["new", "true"]
@@ -165,7 +167,7 @@ def test_of_each_fact_its_own_answer_is_shown(tmp_path):
 
 
 def questions_of(encoder, model=None):
-    facts = [Fact(str(i), r["prompt"], r["subject"], r["target_new"], "French") for i, r in enumerate(RECORDS[:4])]
+    facts = [KnownFact(str(i), r["prompt"], r["subject"], r["target_new"], "French") for i, r in enumerate(RECORDS[:4])]
     questions, left_out = ask(facts, encoder)
     assert not left_out
     return questions
@@ -236,7 +238,7 @@ def test_tracing_in_batches_is_tracing_one_at_a_time(loaded, family):
         tracer = Tracer(model, sites, tuples, window, encoder.pad_id, 100, device)
         traced = trace(tracer, questions, answers, noise)
         for n, site, layer, place in ((0, "hidden", 1, 2), (1, "attn", 2, 5), (2, "ffn", 0, 2), (1, "ffn", 3, 4)):
-            columns = [c for c in range(len(questions[n].ids)) if place_of(questions[n], c) == place]
+            columns = [c for c in range(len(questions[n].ids)) if position_of(questions[n], c) == place]
             layers = tracer.restored_layers(site, layer)
             case = (model, sites, questions[n], answers[n], noise[n], site, layers)
             expected = [slow_effect(*case, column) for column in columns]
@@ -369,8 +371,8 @@ def test_places_of_tokens(loaded):
     for question in questions_of(encoder):
         text = encoder.decode([question.ids[i] for i in question.subject])
         assert text.strip() == question.fact.subject
-        places = [PLACES[place_of(question, c)] for c in range(question.subject[0], len(question.ids))]
+        places = [POSITIONS[position_of(question, c)] for c in range(question.subject[0], len(question.ids))]
         assert places.count("last subject token") == 1
         if places[-1] != "last subject token":
             assert places[-1] == "last token"
-        assert places == sorted(places, key=PLACES.index)
+        assert places == sorted(places, key=POSITIONS.index)
