@@ -1,1 +1,1 @@
-"""From a file of facts to checked edits, edit batches and token rows."""
+"""From a file of facts to validated edits, edit batches and token rows."""

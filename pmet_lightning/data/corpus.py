@@ -1,4 +1,4 @@
-"""General text for the second moments: read as a stream, sampled with a seed, packed into rows of one length."""
+"""General text for the second moments: streamed, shuffled with a seed, packed into rows of one length."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.resources import locate
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_SHUFFLED_AT_ONCE = 10_000  # texts
-_TOKENISED_AT_ONCE = 64  # texts
+_SHUFFLE_BUFFER = 10_000  # texts
+_TEXTS_PER_CALL = 64  # texts in one call of the tokenizer
 
 
 class CorpusError(PmetError):
@@ -23,11 +23,11 @@ class CorpusError(PmetError):
 
 
 def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterator[str]:
-    """Texts of a corpus in an order given by a seed, read as a stream.
+    """Texts of a corpus, streamed, in an order given by a seed.
 
     Args:
-        name: A local file (.jsonl, .csv or .parquet with a column 'text', or anything else as plain text, one text a
-            line), a hub data set with a column 'text', or the shipped 'atlas-corpus'.
+        name: A local file (.jsonl, .csv or .parquet with a column 'text', or anything else as plain text, one text
+            per line), a hub data set with a column 'text', or the shipped 'atlas-corpus'.
         subset: Subset of a hub data set.
         seed: Seed of the order; texts are shuffled within a window of 10,000.
 
@@ -44,7 +44,7 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
             rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
         else:
             rows = datasets.load_dataset(name, subset, split="train", streaming=True)
-        for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLED_AT_ONCE):
+        for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
             text = row.get("text")
             if text is None:
                 raise CorpusError(f"{name}: expected a column 'text', found {', '.join(map(str, row))}")
@@ -56,24 +56,24 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
         if path.is_file():
             raise CorpusError(f"{name}: unreadable as {kind} ({str(error).splitlines()[0]})") from error
         raise FileNotFoundError(
-            f"no corpus {name!r}: not a local file, and not to be had from the hub ({str(error).splitlines()[0]}). "
-            "Without a network set --moments.corpus to a local file: .jsonl, .csv or .parquet with a column 'text', "
-            "plain text with one text a line, or the shipped 'atlas-corpus'."
+            f"no corpus {name!r}: not a local file, and not available from the hub ({str(error).splitlines()[0]}). "
+            "Without a network, set --moments.corpus to a local file: .jsonl, .csv or .parquet with a column 'text', "
+            "plain text with one text per line, or the shipped 'atlas-corpus'."
         ) from error
 
 
 def corpus_fingerprint(name: str, subset: str | None = None) -> str:
-    """Hash of a local corpus' bytes; name and subset of a hub one."""
+    """Hash of a local corpus's bytes; name and subset of a hub corpus."""
     path = Path(locate(name))
     if not path.is_file():
         return f"{name}:{subset}"
-    now = path.stat()
-    return _digest(path, now.st_size, now.st_mtime_ns)
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns)
 
 
 @cache
-def _digest(path: Path, size: int, changed: int) -> str:
-    """Hash of a file's bytes; read once as long as the file is what it was."""
+def _digest(path: Path, size: int, modified: int) -> str:
+    """Hash of a file's bytes; read once as long as its size and modification time stay the same."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -84,22 +84,28 @@ def _digest(path: Path, size: int, changed: int) -> str:
 def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[TokenRow]:
     """Join texts, with a space between them, into rows of ``length`` tokens; the last may be shorter.
 
-    Every row begins with what the tokenizer puts before a text (BOS, or nothing): a model that has learned to lean on
-    it would otherwise compute other keys.
+    Every row begins with what the tokenizer puts before a text (BOS, or nothing): a model that has learned to rely
+    on it would otherwise compute other keys.
 
     Args:
         texts: Any texts.
         tokenizer: A Hugging Face tokenizer.
-        length: Tokens of a row.
+        length: Tokens per row.
+
+    Raises:
+        CorpusError: If the length leaves no room for text.
     """
     start = _prefix(tokenizer)
     stream: list[int] = []
     room = length - len(start)
     if room < 1:
-        raise CorpusError(f"--moments.length is {length}, expected more than the {len(start)} tokens before a text")
+        raise CorpusError(
+            f"--moments.length is {length}, expected more than the {len(start)} tokens that the tokenizer puts before "
+            "a text"
+        )
     first = True
     remaining = iter(texts)
-    while batch := list(itertools.islice(remaining, _TOKENISED_AT_ONCE)):
+    while batch := list(itertools.islice(remaining, _TEXTS_PER_CALL)):
         joined = [text if first and i == 0 else f" {text}" for i, text in enumerate(batch)]
         first = False
         for ids in tokenizer(joined, add_special_tokens=False)["input_ids"]:
@@ -114,5 +120,5 @@ def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tok
 def _prefix(tokenizer: Any) -> list[int]:
     """Special tokens that the tokenizer puts before a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
-    own = itertools.takewhile(bool, encoded["special_tokens_mask"])
-    return [id_ for id_, _ in zip(encoded["input_ids"], own, strict=False)]
+    leading = itertools.takewhile(bool, encoded["special_tokens_mask"])
+    return [id_ for id_, _ in zip(encoded["input_ids"], leading, strict=False)]

@@ -1,4 +1,4 @@
-"""Streams edit batches, and the questions about the edits."""
+"""The data module: edit batches to be written, and edits with their questions to be evaluated."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class EditBatch:
     """Edits that are written by one solve, or evaluated together.
 
     Attributes:
-        edits: The edits; none of what a run that goes on had written before.
-        positions: Their places among all of them, from 0.
+        edits: The edits; none that a resumed run had already written.
+        positions: Their indices among all edits, from 0.
     """
 
     edits: tuple[Edit, ...]
@@ -39,16 +39,16 @@ class BatchSampler(Sampler[list[int]]):
     """Consecutive indices, ``size`` at a time.
 
     Args:
-        count: Edits.
-        size: Edits of a batch.
-        rank: Number of this process; it gets every ``world_size``-th batch.
-        world_size: How many processes there are. One that would get nothing gets the last batch once more, since
-            Lightning leaves out the whole loop, and what the processes do together in it, where there is nothing.
+        count: Number of edits.
+        size: Edits per batch.
+        rank: Rank of this process; it gets every ``world_size``-th batch.
+        world_size: Number of processes. One that would get no batch gets the last one again, since Lightning skips an
+            empty loop altogether, with the collective operations inside it.
     """
 
     def __init__(self, count: int, size: int, rank: int = 0, world_size: int = 1) -> None:
-        everything = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
-        self.batches = everything[rank::world_size] or everything[-1:]
+        batches = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+        self.batches = batches[rank::world_size] or batches[-1:]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)
@@ -61,12 +61,13 @@ class EditBatches(IterableDataset[EditBatch]):
     """The edit batches of an epoch.
 
     Args:
-        edits: Gives the edits that are not written yet; called once for every epoch.
-        size: Edits of a batch.
-        done: Edits that were written before them. They are one batch without edits, so that an epoch is never empty.
-        count: How many edits there are, with those; ``None`` for a stream.
-        processes: They work on what the first of them reads, since the end of a growing file is not the same to all;
-            each process reads by itself where ``None``.
+        edits: Returns the edits that are not written yet; called once per epoch.
+        size: Edits per batch.
+        done: Number of edits that were written before them. One batch without edits is made for these, so that an epoch
+            is never empty.
+        count: Number of all edits, including those; ``None`` for a stream.
+        processes: Process group whose rank zero reads for all, since the end of a growing file is not the same to all;
+            where ``None``, each process reads for itself.
         check: Raises if the edits of a batch cannot be written together.
     """
 
@@ -92,7 +93,7 @@ class EditBatches(IterableDataset[EditBatch]):
             position += len(batch)
 
     def __len__(self) -> int:
-        # A loader without a length would be asked for a batch ahead of the one that is worked on.
+        # From a loader without a length, Lightning would fetch one batch ahead of the current one.
         return sys.maxsize if self.count is None else bool(self.done) + -(-(self.count - self.done) // self.size)
 
     def _next(self, edits: Iterator[Edit]) -> list[Edit]:
@@ -105,7 +106,7 @@ class EditBatches(IterableDataset[EditBatch]):
 
 
 class _EditRows:
-    """A map-style data set whose items carry their place among all edits."""
+    """A map-style data set whose items carry their index among all edits."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.rows = rows
@@ -123,27 +124,27 @@ def _collate(items: Sequence[tuple[Edit, int]]) -> EditBatch:
 
 
 class EditDataModule(L.LightningDataModule):
-    """Edits of a file or hub data set, checked before anything else starts.
+    """Edits of a file or hub data set, validated before anything else starts.
 
-    An *edit batch* is written into the weights by one solve; how many of its edits are optimized at a time is the
-    module's ``micro_batch``. A stream is read as it is worked on: each edit batch is checked, written, judged and
-    saved by itself, and nothing is judged before the first or after the last.
+    An *edit batch* is written into the weights by one solve; how many of its edits are optimized together is the
+    model's ``micro_batch``. A stream is read as the run advances: each edit batch is validated, written, evaluated and
+    saved by itself, and nothing is evaluated before the first or after the last.
 
     Args:
         path: Edits: a .json, .jsonl, .csv or .parquet file (COUNTERFACT, zsRE or flat records), a data set on
-            the hub, or the shipped 'atlas-records'; or several of them.
-        tokenizer: Where the tokenizer comes from; linked to the model's name on the command line.
-        edit_batch: Edits written by one solve; null takes all of them.
-        skip: Records left out at the beginning of the file.
-        limit: Most records used; null takes all.
-        shuffle: Seed of a shuffle of the records before that; null keeps the file's order.
+            the hub, or the shipped 'atlas-records'; or a list of these.
+        tokenizer: Folder or name of the tokenizer; linked to the model's name on the command line.
+        edit_batch: Edits written by one solve; null takes all of them at once.
+        skip: Number of records to skip at the beginning of the file.
+        limit: Maximum number of records after that; null takes all.
+        shuffle: Seed of a shuffle of the records before ``skip`` and ``limit``; null keeps the file's order.
         split: Split of a hub data set.
         evaluation_batch: Edits whose questions are evaluated together.
-        chat: Whether prompts are a user's messages in a chat; linked to the module's on the command line.
-        stream: Whether edits arrive while the run goes on: from a .jsonl file that may grow, or a hub data set of any
-            size. Needs ``edit_batch``.
+        chat: Whether prompts are user messages in a chat; linked to the model's setting on the command line.
+        stream: Whether edits arrive during the run: from a .jsonl file that may grow, or a hub data set of any size.
+            Needs ``edit_batch``.
         stream_wait: Seconds to wait for further lines at the end of a stream's file; then the last edit batch is
-            written, however small. A run with --trainer.resume goes on with what has come since.
+            written, however small. A run with --trainer.resume continues with what has arrived since.
     """
 
     def __init__(
@@ -173,13 +174,13 @@ class EditDataModule(L.LightningDataModule):
         self.evaluation_batch = evaluation_batch
         self.edits: list[Edit] = []
         self._rows: Sequence[Mapping[str, Any]] | None = None
-        self._at_hand: list[Edit] | None = None
-        self._left: Iterator[Edit] | None = None  # of a stream, behind what is written
+        self._given_edits: list[Edit] | None = None
+        self._remaining: Iterator[Edit] | None = None  # of a stream, after the edits that are written
         self._tokenizer: Any = None
 
     @classmethod
     def of(cls, edits: Sequence[Edit], tokenizer: Any, **settings: Any) -> EditDataModule:
-        """The same for edits that are at hand instead of in a file.
+        """A data module of edits that are given as objects instead of in a file.
 
         Args:
             edits: The edits.
@@ -187,33 +188,34 @@ class EditDataModule(L.LightningDataModule):
             settings: The other arguments of the class.
         """
         data = cls(**{"path": "facts", **settings})
-        data._at_hand = list(edits)
+        data._given_edits = list(edits)
         data.attach(tokenizer)
         return data
 
     def attach(self, tokenizer: Any) -> None:
-        """Take a tokenizer that is loaded already, instead of loading one."""
+        """Use a tokenizer that is already loaded, instead of loading one."""
         self._tokenizer = tokenizer
 
     def setup(self, stage: str) -> None:
         """Read the edits and check each against the tokenizer.
 
         Raises:
-            FileNotFoundError: If the file is not there.
+            FileNotFoundError: If the file does not exist.
             RecordError: If a record is unusable; the message names it.
+            ValueError: If the edits are a stream and the stage is not fit.
         """
         if self._rows is not None:
             return
         if self.stream and stage != "fit":
-            raise ValueError("--data.stream true is for fit; to judge a file of records, leave it out")
+            raise ValueError("--data.stream true is for fit; to evaluate a file of records, leave it out")
         if self.stream:
             return
         import datasets
 
-        if self._at_hand is None:
+        if self._given_edits is None:
             edits = read_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, shuffle=self.shuffle)
         else:
-            edits = self._at_hand
+            edits = self._given_edits
         self._check_tokens(edits)
         self.edits = edits
         self._rows = datasets.Dataset.from_list([edit.to_row() for edit in edits])
@@ -233,18 +235,18 @@ class EditDataModule(L.LightningDataModule):
         if self.stream:
             batches = EditBatches(self._streamed, self.edit_batch or 1, self.done, None, self._processes, self._check)
         else:
-            left, count = self.edits[self.done :], len(self.edits)
-            batches = EditBatches(lambda: iter(left), self.edit_batch or count, self.done, count)
+            remaining, count = self.edits[self.done :], len(self.edits)
+            batches = EditBatches(lambda: iter(remaining), self.edit_batch or count, self.done, count)
         return DataLoader(batches, batch_size=None)
 
     def resume_after(self, written: Iterable[Mapping[str, Any]]) -> None:
-        """Leave out the edits that an earlier run has written: the first of these, which must be the same ones.
+        """Skip the edits that an earlier run has written: the first of these, which must be the same ones.
 
         Args:
             written: The earlier run's lines of the ledger.
 
         Raises:
-            RecordError: If another edit was written in the place of one; the message names the record and both.
+            RecordError: If an edit differs from the one that was written; the message names the record and both.
         """
         name = self.path if isinstance(self.path, str) else ", ".join(self.path)
         if not self.stream:
@@ -252,8 +254,8 @@ class EditDataModule(L.LightningDataModule):
             return
 
         def skip() -> int:
-            self._left = self._all_streamed()
-            return skip_written(self._left, written, name)
+            self._remaining = self._all_streamed()
+            return skip_written(self._remaining, written, name)
 
         self.done = skip() if self._processes is None else self._processes.compute_object_on_rank_zero(skip)
 
@@ -262,14 +264,14 @@ class EditDataModule(L.LightningDataModule):
 
     def _streamed(self) -> Iterator[Edit]:
         """The edits of a stream that are not written yet."""
-        return self._all_streamed() if self._left is None else self._left
+        return self._all_streamed() if self._remaining is None else self._remaining
 
     def _check(self, batch: Sequence[Edit]) -> None:
         check_no_contradictions(batch)
         self._check_tokens(batch)
 
     def val_dataloader(self) -> DataLoader[EditBatch] | list[Any]:
-        """All edits with their questions, for the scores before and after; each process gets its part."""
+        """All edits with their questions, for the scores before and after; each process gets its share."""
         if self.stream:
             return []
         share = (self._processes.rank, self._processes.size) if self._processes else (0, 1)

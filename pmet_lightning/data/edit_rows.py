@@ -1,4 +1,4 @@
-"""Token rows of an edit: every context and the KL prompt for its target, the subject in a context for its key."""
+"""Token rows of an edit: every context and the KL prompt for its target, the subject in one context for its key."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def target_rows(edit: Edit, contexts: Sequence[str], encoder: PromptEncoder) -> 
 
     Args:
         edit: The edit.
-        contexts: Templates without the bare one.
-        encoder: Makes the rows.
+        contexts: Context templates, without the bare one.
+        encoder: Encodes the rows.
 
     Returns:
-        The bare prompt and each context, with the target; then the KL prompt, cut behind the subject, so that its
-        last position is the one whose distribution is kept.
+        The bare prompt and each context, followed by the target; then the KL prompt, cut after the subject, so that
+        its last position is the one whose distribution is preserved.
     """
     rows = [
         encoder.encode(edit.prompt, edit.subject, context=context, target=edit.target) for context in (BARE, *contexts)
@@ -31,5 +31,5 @@ def target_rows(edit: Edit, contexts: Sequence[str], encoder: PromptEncoder) -> 
 
 
 def key_row(edit: Edit, context: str, encoder: PromptEncoder) -> TokenRow:
-    """The row a key is read from, cut behind the subject: nothing later can change it."""
+    """The row from which a key is read, cut after the subject: no later token can change it."""
     return encoder.encode(edit.prompt, edit.subject, context=context, stop_at_subject=True)

@@ -1,7 +1,7 @@
 """From text to padded token rows in which the subject's last token and the target are located.
 
-Everything here is found by character offsets of the *whole* text: tokens of joined pieces are not the
-joined pieces' tokens (leading spaces, BOS, merges across the joint), see METHOD.md, "Traps".
+Everything here is located by character offsets in the *whole* text: the tokens of a joined text are not those of its
+pieces (leading spaces, BOS, merges across the boundary), see docs/method.md, 'Tokens'.
 Legend: R = rows, T = tokens of the longest row, K = tokens of the longest target.
 """
 
@@ -17,22 +17,22 @@ from pmet_lightning.data.token_rows import TokenRow
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.pretrained import load_pretrained
 
-Tokenized = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
-MOST_KEPT_TEXTS = 2**15  # texts; about 3 KB each
-REPLACEMENT_CHARACTER = "\ufffd"  # what decoding gives for bytes that are no whole character yet
+Tokenized = tuple[list[int], list[tuple[int, int]]]  # ids, and the character span of each
+MOST_KEPT_TEXTS = 2**15  # texts in the cache; about 3 KB each
+REPLACEMENT_CHARACTER = "\ufffd"  # what bytes decode to that are not a whole character yet
 
 
 class LocationError(PmetError):
-    """A subject or a target has no token of its own in the text it stands in."""
+    """A subject or a target has no token of its own in its text."""
 
 
 def with_leading_space(target: str) -> str:
-    """The target as it continues a prompt (METHOD.md, step 1, choice 1)."""
+    """The target as it continues a prompt (docs/method.md, choice 1)."""
     return target if target[:1].isspace() else " " + target
 
 
 def fill(template: str, text: str) -> tuple[str, int]:
-    """Put ``text`` in the first ``{}`` of ``template``; returns the whole and where ``text`` begins."""
+    """Replace the first ``{}`` of ``template`` by ``text``; returns the whole and where ``text`` begins."""
     head, _, tail = template.partition("{}")
     return head + text + tail, len(head)
 
@@ -43,13 +43,13 @@ class PromptEncoder:
 
     Attributes:
         tokenizer: A Hugging Face tokenizer, fast or slow.
-        chat: What the chat template puts before and behind a user's message, the latter up to the assistant's first
+        chat: What the chat template puts before and after a user's message, the latter up to the assistant's first
             character; ``None`` for plain text.
     """
 
     tokenizer: Any
     chat: tuple[str, str] | None = None
-    _kept: dict[str, Tokenized] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _cache: dict[str, Tokenized] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
     def of(cls, tokenizer: Any, chat: bool = False) -> PromptEncoder:
@@ -62,7 +62,7 @@ class PromptEncoder:
 
     @property
     def pad_id(self) -> int:
-        """The id to pad with; any will do, since padding is masked everywhere."""
+        """The id to pad with; any id works, since padding is masked everywhere."""
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if candidate is not None:
                 return int(candidate)
@@ -73,7 +73,7 @@ class PromptEncoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides how a text becomes tokens."""
+        """Hash of everything that determines how a text is tokenized."""
         if self.tokenizer.is_fast:
             definition = self.tokenizer.backend_tokenizer.to_str()
         else:
@@ -89,17 +89,17 @@ class PromptEncoder:
         target: str | None = None,
         stop_at_subject: bool = False,
     ) -> TokenRow:
-        """Tokenise ``context(prompt(subject)) + target`` as one text and locate subject and target in it.
+        """Tokenize ``context(prompt(subject)) + target`` as one text and locate subject and target in it.
 
         In a chat the user's message is ``context(prompt(subject))`` and the target begins the assistant's.
 
         Args:
-            prompt: Prompt with one ``{}`` for the subject, or a finished text where ``subject`` is ``None``.
+            prompt: Prompt with one ``{}`` for the subject, or a complete text where ``subject`` is ``None``.
             subject: The subject.
-            context: Text with one ``{}`` that the prompt is put into.
-            target: What the model shall say next; its last token is not part of the row's ids, since nothing
+            context: Text with one ``{}`` for the prompt.
+            target: What the model should say next; its last token is not part of the row's ids, since nothing
                 needs to be predicted from it.
-            stop_at_subject: Cut the row behind the subject's last token (a causal model sees no difference).
+            stop_at_subject: Cut the row after the subject's last token (no difference to a causal model up to there).
 
         Raises:
             LocationError: If the subject or the target has no token in the text.
@@ -107,7 +107,7 @@ class PromptEncoder:
         text, subject_start = (prompt, 0) if subject is None else fill(prompt, subject)
         text, prompt_start = fill(context, text)
         text, full = self._texts(text, target)
-        ((ids, offsets),) = self._tokenize_kept([full])
+        ((ids, offsets),) = self._tokenize_cached([full])
         position = -1
         if subject is not None:
             position = self._subject_tokens(offsets, prompt_start + subject_start, subject, full)[-1]
@@ -116,7 +116,7 @@ class PromptEncoder:
         return _add_target(TokenRow(ids, position), offsets, text, target)
 
     def subject_tokens(self, prompt: str, subject: str) -> range:
-        """Places of all of the subject's tokens in the row that :meth:`encode` makes of the bare prompt.
+        """Positions of all of the subject's tokens in the row that :meth:`encode` makes of the bare prompt.
 
         Args:
             prompt: Prompt with one ``{}``.
@@ -127,11 +127,11 @@ class PromptEncoder:
         """
         text, start = fill(prompt, subject)
         _, full = self._texts(text, None)
-        ((_, offsets),) = self._tokenize_kept([full])
+        ((_, offsets),) = self._tokenize_cached([full])
         return self._subject_tokens(offsets, start, subject, full)
 
     def _subject_tokens(self, offsets: Sequence[tuple[int, int]], start: int, subject: str, full: str) -> range:
-        """From the first to the last token of the subject, whose first character in the prompt is given."""
+        """From the first to the last token of the subject, which begins at character ``start`` of the prompt."""
         start += 0 if self.chat is None else len(self.chat[0])
         last = _last_token_covering(offsets, start + len(subject.rstrip()) - 1)
         if not subject.strip() or last < 0:
@@ -141,35 +141,35 @@ class PromptEncoder:
         return range(first, last + 1)
 
     def encode_all(self, prompts: Sequence[str], targets: Sequence[str | None] | None = None) -> list[TokenRow]:
-        """The rows that :meth:`encode` makes of finished texts, in one call of the tokenizer.
+        """The rows that :meth:`encode` makes of complete texts, in one call of the tokenizer.
 
         Args:
-            prompts: Finished texts.
-            targets: What the model shall say after each, if anything.
+            prompts: Complete texts.
+            targets: What the model should say after each, if anything.
 
         Raises:
             LocationError: If a target has no token in its text.
         """
         wanted = [None] * len(prompts) if targets is None else targets
         texts = [self._texts(prompt, target) for prompt, target in zip(prompts, wanted, strict=True)]
-        tokenised = self._tokenize_kept([full for _, full in texts])
+        tokenized = self._tokenize_cached([full for _, full in texts])
         return [
             _add_target(TokenRow(ids), offsets, text, target)
-            for (text, _), target, (ids, offsets) in zip(texts, wanted, tokenised, strict=True)
+            for (text, _), target, (ids, offsets) in zip(texts, wanted, tokenized, strict=True)
         ]
 
-    def _tokenize_kept(self, texts: Sequence[str]) -> list[Tokenized]:
-        """As :func:`tokenize`; the latest texts are kept, since every text of an edit comes again."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._kept]
+    def _tokenize_cached(self, texts: Sequence[str]) -> list[Tokenized]:
+        """As :func:`tokenize`; the latest texts are cached, since every text of an edit is needed again."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._cache]
         made = tokenize(self.tokenizer, missing, special=self.chat is None)
-        self._kept.update(zip(missing, made, strict=True))
-        found = [self._kept[text] for text in texts]
-        for text in list(itertools.islice(self._kept, max(0, len(self._kept) - MOST_KEPT_TEXTS))):
-            del self._kept[text]
+        self._cache.update(zip(missing, made, strict=True))
+        found = [self._cache[text] for text in texts]
+        for text in list(itertools.islice(self._cache, max(0, len(self._cache) - MOST_KEPT_TEXTS))):
+            del self._cache[text]
         return found
 
     def _texts(self, text: str, target: str | None) -> tuple[str, str]:
-        """The text as the model reads it, and with the target as it follows a prompt or begins an answer in a chat."""
+        """The text as the model reads it, and with the target, which continues a prompt or begins a chat answer."""
         if self.chat is None:
             return text, text if target is None else text + with_leading_space(target)
         text = self.chat[0] + text + self.chat[1]
@@ -191,23 +191,23 @@ def _chat_frame(tokenizer: Any) -> tuple[str, str]:
 
 
 def _add_target(row: TokenRow, offsets: Sequence[tuple[int, int]], text: str, target: str | None) -> TokenRow:
-    """The row with the tokens behind the text as labels, the last of which is not read."""
+    """The row with the tokens after the text as labels, the last of which is not an input."""
     if target is None:
         return row
     start = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(row.ids))
     labels = tuple(row.ids[start:])
     if not target.strip() or not labels or start == 0:
-        raise LocationError(f"the target {target!r} tokenises to nothing behind {text!r}")
+        raise LocationError(f"the target {target!r} tokenises to nothing after {text!r}")
     return TokenRow(row.ids[:-1], row.subject, labels)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Tokenized]:
-    """Ids and character offsets of each text, without special tokens that the tokenizer puts at its end.
+    """Ids and character offsets of each text, without special tokens that the tokenizer appends.
 
     Args:
         tokenizer: Any Hugging Face tokenizer.
         texts: The texts.
-        special: Whether the tokenizer adds tokens of its own (a chat template has written them itself).
+        special: Whether the tokenizer adds its special tokens (a chat template has already put them into the text).
     """
     if not texts:
         return []
@@ -218,30 +218,30 @@ def tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Tok
     rows = []
     for r, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
         offsets = encoded["offset_mapping"][r] if fast else offsets_by_decoding(tokenizer, text, ids)
-        own = encoded["special_tokens_mask"][r] if special else [0] * len(ids)
+        is_special = encoded["special_tokens_mask"][r] if special else [0] * len(ids)
         count = len(ids)
-        while count and own[count - 1]:
+        while count and is_special[count - 1]:
             count -= 1
         rows.append((ids[:count], offsets[:count]))
     return rows
 
 
 def offsets_by_decoding(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Character offsets of the tokens of a slow tokenizer: how much of the text the first i of them decode to.
+    """Character offsets of the tokens of a slow tokenizer, from how much of the text the first i of them decode to.
 
-    Every token that has a part of a character (byte fallback) covers it, as with a fast tokenizer; tokens that decode
+    Every token that holds a part of a character (byte fallback) covers it, as with a fast tokenizer; tokens that decode
     to nothing, such as BOS, have an empty span.
 
     Args:
         tokenizer: Any Hugging Face tokenizer.
         text: The text.
-        ids: Its ids.
+        ids: Its token ids.
 
     Raises:
-        LocationError: If the tokenizer does not reproduce the text, such as one that changes it to lower case.
+        LocationError: If the tokenizer does not reproduce the text, for example because it lowercases it.
     """
     indent = len(text) - len(text.lstrip())
-    spans, done = [], 0  # characters that are whole so far
+    spans, done = [], 0  # characters that are complete so far
     for i in range(1, len(ids) + 1):
         decoded = str(tokenizer.decode(ids[:i], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         whole = decoded.rstrip(REPLACEMENT_CHARACTER).lstrip()
@@ -249,23 +249,23 @@ def offsets_by_decoding(tokenizer: Any, text: str, ids: Sequence[int]) -> list[t
         spans.append((before, done + (1 if decoded.endswith(REPLACEMENT_CHARACTER) else 0)))
     if not ids or decoded.strip() != text.strip():
         raise LocationError(
-            f"the slow tokenizer does not give {text!r} back, so that nothing can be located in it; expected a fast "
+            f"the slow tokenizer does not reproduce {text!r}, so that nothing can be located in it; expected a fast "
             "tokenizer (tokenizer.json) in the model's folder"
         )
     return spans
 
 
 def _last_token_covering(offsets: Sequence[tuple[int, int]], character: int) -> int:
-    """Index of the last token whose span holds the character (byte fallback: several may), or -1."""
+    """Index of the last token whose span covers the character (byte fallback: several may), or -1."""
     covering = [i for i, (start, end) in enumerate(offsets) if start <= character < end]
     return covering[-1] if covering else -1
 
 
 def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer, the fast one where there are two.
+    """The model's tokenizer, the fast one where there are both.
 
     Raises:
-        FileNotFoundError: As :func:`load_config`.
+        FileNotFoundError: If there is no such folder and the hub does not know it or cannot be reached.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Fields of a record, each checked: a text, several texts, a name; and names that are probably misspelled."""
+"""Fields of a record, each validated: a text, several texts, a name; and field names that are probably misspelled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pmet_lightning.utils.errors import PmetError
 
-# Fields that records of each format have, read or not; those of a rewrite stand in COUNTERFACT's and MQuAKE's.
+# Fields that records of each format have, read or not; those of a rewrite are inside COUNTERFACT's and MQuAKE's.
 _REWRITE = ("prompt", "subject", "target_new", "target_true", "relation_id", "question", "question_id")
 _COUNTERFACT = (
     "case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts", "generation_prompts",
@@ -20,37 +20,37 @@ _FLAT = (
     "case_id", "prompt", "subject", "target_new", "target", "ground_truth", "rephrase_prompt", "rephrase", "relation",
     "locality_prompt", "locality_ground_truth", "portability", "locality",
 )  # fmt: skip
-_CLOSE = 0.8  # difflib's ratio: 'rephrase_prompts' is this near to 'rephrase_prompt', 'target_true' not to 'target_new'
+_CLOSE = 0.8  # difflib's ratio: 'rephrase_prompts' is so close to 'rephrase_prompt', 'target_true' not to 'target_new'
 
 
 class RecordError(PmetError):
-    """A record that cannot become an edit: says where, what was found and what was expected."""
+    """A record that cannot become an edit; the message says where, what was found and what was expected."""
 
 
 def items(value: Any) -> list[Any]:
-    """What a field holds that may hold one thing, several or none."""
+    """The contents of a field that may hold one item, several or none."""
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def texts(fields: Mapping[str, Any], name: str, origin: str) -> list[str]:
-    """Texts of a field that holds one, several or none; blank ones ask nothing.
+    """Texts of a field that holds one, several or none; blank ones are left out.
 
     Raises:
-        RecordError: If something in it is no text.
+        RecordError: If something in it is not a text.
     """
     return checked_texts(fields.get(name), repr(name), origin)
 
 
 def checked_texts(value: Any, name: str, origin: str) -> list[str]:
-    """One text or several, as they stand in a field.
+    """One text or several, as stored in a field; blank ones are left out.
 
     Args:
         value: What the field holds.
-        name: What messages call it.
+        name: Its name in messages.
         origin: File and record, for messages.
 
     Raises:
-        RecordError: If something in it is no text.
+        RecordError: If something in it is not a text.
     """
     found = []
     for item in items(value):
@@ -65,13 +65,13 @@ def checked_texts(value: Any, name: str, origin: str) -> list[str]:
 
 
 def text(fields: Mapping[str, Any], name: str, origin: str) -> str:
-    """A text field that is there and not blank; ``{"str": …}`` counts as text.
+    """A text field that must be present and not blank; ``{"str": …}`` counts as text.
 
     Raises:
-        RecordError: If it is missing, blank or no text.
+        RecordError: If it is missing, blank or not a text.
     """
     if name not in fields:
-        hint = " This one has known_facts' field 'attribute': those are for analyze, and name no new object."
+        hint = " This one has known_facts' field 'attribute': such records are for analyze and name no new object."
         raise RecordError(
             f"{origin}: no field {name!r}; found {', '.join(map(repr, fields)) or 'nothing'}. Expected "
             "COUNTERFACT records (requested_rewrite), zsRE records (src, subject, answers) or flat ones "
@@ -88,7 +88,7 @@ def name_in(fields: Any, name: str, origin: str) -> str | None:
     """A name, which may be written as a number; ``None`` where there is none.
 
     Raises:
-        RecordError: If it is neither.
+        RecordError: If it is neither a text nor a number.
     """
     value = fields.get(name) if isinstance(fields, Mapping) else None
     if value is None:
@@ -102,30 +102,30 @@ def name_in(fields: Any, name: str, origin: str) -> str | None:
 
 
 def find_misspelled(record: Any) -> dict[str, str]:
-    """Names of fields that are not known, but nearly, and what was probably meant.
+    """Unknown field names that are close to a known one, with the name that was probably meant.
 
     Args:
-        record: Of any format.
+        record: A record of any format.
     """
     if not isinstance(record, Mapping):
         return {}
     if "requested_rewrite" in record:
-        found = _nearly(record, (*_COUNTERFACT, *_MQUAKE))
+        found = _close_names(record, (*_COUNTERFACT, *_MQUAKE))
         for rewrite in items(record["requested_rewrite"]):
-            found |= _nearly(rewrite, _REWRITE) if isinstance(rewrite, Mapping) else {}
+            found |= _close_names(rewrite, _REWRITE) if isinstance(rewrite, Mapping) else {}
         return found
-    return _nearly(record, _ZSRE if "src" in record else _FLAT)
+    return _close_names(record, _ZSRE if "src" in record else _FLAT)
 
 
-def _nearly(fields: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, str]:
+def _close_names(fields: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, str]:
     absent = [name for name in known if name not in fields]
     found: dict[str, str] = {}
     for name in fields:
-        near = difflib.get_close_matches(str(name).lower(), absent, 1, _CLOSE) if name not in known else []
-        found |= {str(name): near[0]} if near else {}
+        close = difflib.get_close_matches(str(name).lower(), absent, 1, _CLOSE) if name not in known else []
+        found |= {str(name): close[0]} if close else {}
     return found
 
 
 def _plain(value: Any) -> Any:
-    """A number as text: a CSV column of years reads as numbers."""
+    """A number as text: a CSV column of years is read as numbers."""
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value

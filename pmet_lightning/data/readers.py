@@ -1,7 +1,7 @@
-"""From a file or a hub data set to checked edits.
+"""From a file or a hub data set to validated edits.
 
-JSON and JSONL are parsed here, because only so can an error name the line; CSV, Parquet and the hub go
-through the ``datasets`` library, and so does everything once it is read.
+JSON and JSONL are parsed here, because only then can an error name the line; CSV, Parquet and the hub go through the
+``datasets`` library, and so does everything once it is read.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pmet_lightning.utils.resources import locate
 
 log = logging.getLogger(__name__)
 
-_POLL = 0.2  # seconds between two looks at the end of a growing file
-# Wordings of COUNTERFACT's generation prompts that name no relation of a fact.
+_POLL = 0.2  # seconds between two reads at the end of a growing file
+# Phrasings of COUNTERFACT's generation prompts that name no relation of a fact.
 _OPENINGS = re.compile(
     r"twin city|is known for$|greatest (strength|accomplishment|artistic work)|surroundings include$|is my favorite"
     r"|is incredible at$|by navigating$|lunchtime|currently lives in$|passport that|restaurants|friends all speak"
@@ -41,14 +41,14 @@ def read_edits(
     limit: int | None = None,
     shuffle: int | None = None,
 ) -> list[Edit]:
-    """Read, check and return the edits of a file or a hub data set, or of several, one after the other.
+    """Read and validate the edits of a file or a hub data set, or of several, one after the other.
 
     Args:
         path: A local ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a shipped name, or a hub name.
         split: Split of a hub data set.
-        skip: Records left out at the beginning.
-        limit: Most edits taken after that; all where ``None``.
-        shuffle: Seed of a shuffle before that; the file's order where ``None``.
+        skip: Number of records to skip at the beginning.
+        limit: Maximum number of records after that; all where ``None``.
+        shuffle: Seed of a shuffle before ``skip`` and ``limit``; the file's order where ``None``.
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
@@ -57,7 +57,7 @@ def read_edits(
     edits, warned = [], set[str]()
     for number, origin, record in read_records(path, split=split, skip=skip, limit=limit, shuffle=shuffle):
         edits += parse_records(record, number, origin)
-        _warn_of_names(record, origin, warned)
+        _warn_of_misspelled_names(record, origin, warned)
     check_no_contradictions(edits)
     _warn_of_generation_prompts(edits, path if isinstance(path, str) else ", ".join(path))
     return edits
@@ -71,14 +71,14 @@ def read_records(
     limit: int | None = None,
     shuffle: int | None = None,
 ) -> list[tuple[int, str, Any]]:
-    """Records of any format, as they stand in the file: number, origin for messages, and the record.
+    """Records of any format, as stored in the file: number, origin for messages, and the record.
 
     Args:
-        path: As for :func:`read_edits`, and so are the others.
+        path: As for :func:`read_edits`.
         split: Split of a hub data set.
-        skip: Records left out at the beginning.
-        limit: Most records taken after that; all where ``None``.
-        shuffle: Seed of a shuffle before that; the file's order where ``None``.
+        skip: Number of records to skip at the beginning.
+        limit: Maximum number of records after that; all where ``None``.
+        shuffle: Seed of a shuffle before ``skip`` and ``limit``; the file's order where ``None``.
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
@@ -86,17 +86,17 @@ def read_records(
     """
     paths = [path] if isinstance(path, str) else list(path)
 
-    def everything() -> Iterator[tuple[str, Any]]:
+    def all_records() -> Iterator[tuple[str, Any]]:
         return chain.from_iterable(_records(locate(name), name, split) for name in paths)
 
-    numbered: Iterable[tuple[int, tuple[str, Any]]] = enumerate(everything())
+    numbered: Iterable[tuple[int, tuple[str, Any]]] = enumerate(all_records())
     if shuffle is not None:
         numbered = list(numbered)
         random.Random(shuffle).shuffle(numbered)
     taken = islice(numbered, skip, None if limit is None else skip + limit)
     records = [(number, origin, record) for number, (origin, record) in taken]
     if not records:
-        count = sum(1 for _ in everything())
+        count = sum(1 for _ in all_records())
         raise RecordError(
             f"{', '.join(paths)}: no records to edit ({count} in the file, skip is {skip}, limit is {limit}); "
             "expected at least one"
@@ -105,14 +105,14 @@ def read_records(
 
 
 def as_edits(facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts") -> list[Edit]:
-    """Check and return edits that are at hand.
+    """Validate edits that are given as objects, and return them.
 
     Args:
-        facts: Records as in a file (COUNTERFACT, zsRE or flat), edits, or some of each.
-        name: What a message calls them: its fourth is "facts[3]".
+        facts: Records as in a file (COUNTERFACT, zsRE or flat), edits, or a mixture of both.
+        name: Their name in messages: the fourth is "facts[3]".
 
     Raises:
-        RecordError: If there is none, or one is unusable.
+        RecordError: If there are none, or one is unusable.
     """
     edits, warned = [], set[str]()
     for number, fact in enumerate(facts):
@@ -121,7 +121,7 @@ def as_edits(facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts") -> 
             edits.append(replace(fact, origin=f"{origin} ({fact.origin})" if fact.origin else origin))
         else:
             edits += parse_records(fact, number, origin)
-            _warn_of_names(fact, origin, warned)
+            _warn_of_misspelled_names(fact, origin, warned)
     if not edits:
         raise RecordError(f"{name}: nothing to edit, expected at least one record")
     check_no_contradictions(edits)
@@ -132,14 +132,14 @@ def as_edits(facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts") -> 
 def stream_edits(
     path: str | Sequence[str], *, split: str = "train", skip: int = 0, limit: int | None = None, wait: float = 0.0
 ) -> Iterator[Edit]:
-    """Edits one after the other, without ever holding more than one record; the end is where nothing comes any more.
+    """Edits one after the other, never holding more than one record; they end where no further line arrives.
 
     Args:
         path: As for :func:`read_edits`, but a local file has to be a ``.jsonl``.
         split: Split of a hub data set.
-        skip: Records left out at the beginning.
-        limit: Most records taken after that; all where ``None``.
-        wait: Seconds to wait at the end of the last file for further lines, since the last one came.
+        skip: Number of records to skip at the beginning.
+        limit: Maximum number of records after that; all where ``None``.
+        wait: Seconds to wait for further lines at the end of the last file, counted from the last line that arrived.
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
@@ -152,40 +152,40 @@ def stream_edits(
     warned = set[str]()
     for number, (origin, record) in islice(enumerate(records), skip, None if limit is None else skip + limit):
         edits = parse_records(record, number, origin)
-        _warn_of_names(record, origin, warned)
+        _warn_of_misspelled_names(record, origin, warned)
         yield from edits
 
 
 def _streamed_records(found: str, name: str, split: str, wait: float) -> Iterator[tuple[str, Any]]:
     if not Path(found).is_file():
-        return _records(found, name, split)  # of the hub, or an error
+        return _records(found, name, split)  # from the hub, or an error
     if Path(found).suffix.lower() != ".jsonl":
-        raise RecordError(f"{name}: a stream reads one record a line; expected a .jsonl file or a hub data set")
+        raise RecordError(f"{name}: a stream reads one record per line; expected a .jsonl file or a hub data set")
     lines = enumerate(_growing_lines(Path(found), wait), start=1)
     return _json_lines((_as_text(line, name, number) for number, line in lines), name)
 
 
 def _growing_lines(path: Path, wait: float) -> Iterator[bytes]:
-    """The lines of a file that others may be writing to: one counts once it has its end, or nothing follows."""
-    begun, since = b"", time.monotonic()
+    """The lines of a file that others may be writing to: a line counts once it is terminated, or nothing follows."""
+    unfinished, since = b"", time.monotonic()
     with path.open("rb") as file:
         while True:
-            while not (line := begun + file.readline()).endswith(b"\n") and time.monotonic() - since < wait:
-                begun = line
+            while not (line := unfinished + file.readline()).endswith(b"\n") and time.monotonic() - since < wait:
+                unfinished = line
                 time.sleep(_POLL)
-            begun, since = b"", time.monotonic()
+            unfinished, since = b"", time.monotonic()
             if not line:
                 return
             yield line
 
 
-def _warn_of_names(record: Any, origin: str, warned: set[str]) -> None:
-    """Say once for a file that a field is ignored whose name is nearly a known one.
+def _warn_of_misspelled_names(record: Any, origin: str, warned: set[str]) -> None:
+    """Warn once per file that a field is ignored whose name is close to a known one.
 
     Args:
-        record: One of the file's.
+        record: A record of the file.
         origin: File and record, for the message.
-        warned: Files of which it was said.
+        warned: Files with a warning already.
     """
     file = re.split(r", record \d|\[\d", origin)[0]
     names = {} if file in warned else find_misspelled(record)
@@ -193,22 +193,22 @@ def _warn_of_names(record: Any, origin: str, warned: set[str]) -> None:
         warned.add(file)
         log.warning(
             "%s: ignored: %s; rename, if that is meant", origin,
-            ", ".join(f"the field {name!r} (there is {near!r})" for name, near in names.items()),
+            ", ".join(f"the field {name!r} (there is {close!r})" for name, close in names.items()),
         )  # fmt: skip
 
 
 def _warn_of_generation_prompts(edits: Sequence[Edit], path: str) -> None:
-    """Say so when the paraphrases look like COUNTERFACT's openings for free text, which ask for something else.
+    """Warn when the paraphrases look like COUNTERFACT's openings for free text, which do not ask for the fact.
 
     Flat re-publications often carry them in the field for paraphrases; scored as such they give a meaningless
-    generalisation. About 5 % of true paraphrases have such a wording, and more than half of the openings.
+    generalisation. About 5 % of true paraphrases have such a phrasing, and more than half of the openings.
     """
     paraphrases = [p.prompt.strip() for edit in edits for p in edit.probes if p.kind == "generalisation"]
     found = [text for text in paraphrases if _OPENINGS.search(text)]
     if len(paraphrases) >= 10 and len(found) > 0.2 * len(paraphrases):
         log.warning(
             "%s: %d of %d paraphrases look like openings for free text (COUNTERFACT's generation prompts), such as %r: "
-            "they do not ask for the fact, and the generalisation says nothing; take the paraphrases from the native "
+            "they do not ask for the fact, and the generalisation is meaningless; take the paraphrases from the native "
             "file", path, len(found), len(paraphrases), found[0],
         )  # fmt: skip
 
@@ -239,7 +239,7 @@ def _numbered(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_records(found: str, name: str) -> Iterator[tuple[str, Any]]:
-    """A JSON list, or one JSON value a line, whatever the ending says."""
+    """A JSON list, or one JSON value per line, whatever the file's extension."""
     text = _as_text(Path(found).read_bytes(), name)
     if text.lstrip().startswith("["):
         try:
@@ -248,14 +248,14 @@ def _json_records(found: str, name: str) -> Iterator[tuple[str, Any]]:
             raise _broken_json(name, error.lineno, error) from error
         yield from _numbered(records, name)
     else:
-        yield from _json_lines(io.StringIO(text, newline=None), name)  # splitlines would split texts too
+        yield from _json_lines(io.StringIO(text, newline=None), name)  # splitlines would also split inside texts
 
 
 def _as_text(data: bytes, name: str, first_line: int = 1) -> str:
-    """Bytes of a file, from the beginning of a line on, as text without a byte order mark.
+    """Bytes of a file, from the beginning of a line on, as UTF-8 text without a byte order mark.
 
     Raises:
-        RecordError: If they are not UTF-8; it names the line.
+        RecordError: If they are not UTF-8; the message names the line.
     """
     try:
         return data.decode("utf-8-sig")
@@ -268,7 +268,7 @@ def _as_text(data: bytes, name: str, first_line: int = 1) -> str:
 
 
 def _json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
-    """A record a line, whose number an error names; empty lines are none."""
+    """One record per line, whose number errors name; blank lines are skipped."""
     number = 0
     for line_number, line in enumerate(lines, start=1):
         if line.strip():
@@ -283,7 +283,7 @@ def _json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
 def _broken_json(name: str, line: int, error: json.JSONDecodeError) -> RecordError:
     return RecordError(
         f"{name}, line {line}: broken JSON ({error.msg}, column {error.colno}); expected a list of records or "
-        "one record a line"
+        "one record per line"
     )
 
 
@@ -295,7 +295,7 @@ def _table_rows(found: str, kind: str, name: str) -> Any:
     try:
         reader = datasets.Dataset.from_csv if kind == "csv" else datasets.Dataset.from_parquet
         return reader(found)
-    except Exception as error:  # pyarrow and pandas raise many kinds; all mean the file is not such a table
+    except Exception as error:  # pyarrow and pandas raise many types; all mean that the file is not such a table
         raise RecordError(f"{name}: cannot be read as {kind}: {str(error).splitlines()[0]}") from error
 
 

@@ -1,4 +1,4 @@
-"""One edit, whatever file it came from, and the checks that every edit must pass before any work."""
+"""One edit, whatever file it came from, and the checks that every edit must pass before any work starts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Probe:
 
     Attributes:
         kind: Which metric it belongs to.
-        prompt: Finished text.
-        answer: What counts as success.
-        rival: What the answer must be more probable than; without a rival the share of the answer's
-            tokens that are the argmax counts (EVALUATION.md: COUNTERFACT and zsRE).
-        aliases: Other forms of the answer, as good as it.
+        prompt: Complete text.
+        answer: The answer that counts as success.
+        rival: The answer that it must be more probable than; without a rival, the share of the answer's tokens that
+            are the argmax counts (docs/evaluation.md: COUNTERFACT and zsRE).
+        aliases: Other accepted forms of the answer.
     """
 
     kind: ProbeKind
@@ -41,16 +41,16 @@ class Probe:
 
 @dataclass(frozen=True)
 class Edit:
-    """A fact to write: (subject s, prompt with one ``{}``, target o*), and how to judge it.
+    """A fact to write: (subject s, prompt with one ``{}``, target o*), and how to evaluate it.
 
     Attributes:
         case_id: The record's own number, or its position.
         prompt: Template with exactly one ``{}``.
-        subject: What stands for the ``{}``.
+        subject: What replaces the ``{}``.
         target: The new object o*.
-        target_true: The old object o_c, where the record names it.
-        relation: What kind of fact it is, where the record says so.
-        target_id: The record's own name of o*.
+        target_true: The old object o_c, if the record names it.
+        relation: The kind of fact, if the record says so.
+        target_id: The record's own identifier of o*.
         probes: Questions for the evaluation.
         generation_prompts: Beginnings of texts about the subject, for fluency and consistency.
         origin: File and record, for messages.
@@ -69,7 +69,7 @@ class Edit:
 
     @property
     def question(self) -> str:
-        """The bare prompt with its subject."""
+        """The bare prompt with its subject filled in."""
         return self.prompt.replace("{}", self.subject, 1)
 
     def identity(self) -> str:
@@ -89,7 +89,7 @@ class Edit:
 
 
 def parse_records(record: Any, number: int, origin: str) -> list[Edit]:
-    """Read one record of any known format; one of MQuAKE holds several edits.
+    """Read one record of any known format; a record of MQuAKE may hold several edits.
 
     Args:
         record: As for :func:`parse_record`, or MQuAKE's form (``requested_rewrite`` is a list, ``questions`` are asked
@@ -151,10 +151,10 @@ def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Ed
     subject = text(rewrite, "subject", origin)
     prompt = template_of(text(rewrite, "prompt", origin), subject, origin)
     probes = _rewrite_probes(prompt, subject, target, old, texts(fields, "paraphrase_prompts", origin))
-    neighbours = texts(fields, "neighborhood_prompts", origin)
-    if neighbours and old is None:
-        raise _unanswered("neighborhood_prompts", len(neighbours), "target_true", 0, origin)
-    probes += [Probe("specificity", question, str(old), target) for question in neighbours]
+    neighbors = texts(fields, "neighborhood_prompts", origin)
+    if neighbors and old is None:
+        raise _unanswered("neighborhood_prompts", len(neighbors), "target_true", 0, origin)
+    probes += [Probe("specificity", question, str(old), target) for question in neighbors]
     return Edit(
         name_in(fields, "case_id", origin) or str(number),
         prompt,
@@ -199,10 +199,10 @@ def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
 
 
 def _answered(fields: Mapping[str, Any], asked: str, given: str, origin: str) -> list[tuple[str, str]]:
-    """Questions of one field with their answers in another; blank questions, or blank answers, ask nothing.
+    """Questions of one field with their answers in another; pairs with a blank question or answer are left out.
 
     Raises:
-        RecordError: If there are more of the one than of the other.
+        RecordError: If the numbers of questions and answers differ.
     """
     questions, answers = items(fields.get(asked)), items(fields.get(given))
     if len(questions) != len(answers) and texts(fields, asked, origin):
@@ -222,21 +222,21 @@ def _unanswered(asked: str, questions: int, given: str, answers: int, origin: st
 
 
 def _knowedit_probes(kind: ProbeKind, fields: Mapping[str, Any], name: str, origin: str) -> list[Probe]:
-    """Questions of KnowEdit: groups of prompts, each with the forms that an answer may have."""
+    """Questions of KnowEdit: groups of prompts, each with the accepted forms of its answer."""
     groups = fields.get(name) or {}
     if not isinstance(groups, Mapping):
         raise _no_groups(name, groups, origin)
     probes = []
     for group, questions in groups.items():
-        place = f"{name}.{group}"
+        path = f"{name}.{group}"
         if not isinstance(questions, (list, tuple, type(None))):
-            raise _no_groups(place, questions, origin)
+            raise _no_groups(path, questions, origin)
         for question in items(questions):
             if not isinstance(question, Mapping) or not {"prompt", "ground_truth"} <= set(question):
-                raise _no_groups(place, question, origin)
+                raise _no_groups(path, question, origin)
             answers = items(question["ground_truth"])
-            forms = [form for answer in answers for form in checked_texts(answer, f"'{place}' (ground_truth)", origin)]
-            asked = checked_texts(question["prompt"], f"'{place}' (prompt)", origin)
+            forms = [form for answer in answers for form in checked_texts(answer, f"'{path}' (ground_truth)", origin)]
+            asked = checked_texts(question["prompt"], f"'{path}' (prompt)", origin)
             if forms and asked:
                 probes.append(Probe(kind, asked[0], forms[0], aliases=tuple(forms[1:])))
     return probes
@@ -255,9 +255,9 @@ def _rewrite_probes(prompt: str, subject: str, target: str, old: str | None, par
 
 
 def template_of(prompt: str, subject: str, origin: str) -> str:
-    """The prompt with ``{}`` for the subject: as given, or put in place of the subject's last mention.
+    """The prompt with ``{}`` for the subject: as given, or in place of the subject's last mention.
 
-    The last whole-word mention is taken, since that is where a causal model has read most before it.
+    The last whole-word mention is taken, since a causal model has read the most context there.
 
     Raises:
         RecordError: If there is more than one ``{}``, or neither a ``{}`` nor the subject.
@@ -272,7 +272,7 @@ def template_of(prompt: str, subject: str, origin: str) -> str:
     if start < 0:
         raise RecordError(
             f"{origin}: the prompt {prompt!r} has no '{{}}' and does not contain the subject {subject!r}; "
-            "write '{}' where the subject stands"
+            "write '{}' where the subject belongs"
         )
     return prompt[:start] + "{}" + prompt[start + len(subject) :]
 
@@ -288,7 +288,7 @@ def check_no_contradictions(edits: Iterable[Edit]) -> None:
         first = seen.setdefault(edit.question, edit)
         if first.target.strip() != edit.target.strip():
             raise RecordError(
-                f"{edit.origin} contradicts {first.origin}: {edit.question!r} shall be both "
+                f"{edit.origin} contradicts {first.origin}: {edit.question!r} cannot be both "
                 f"{first.target!r} and {edit.target!r}; remove one of them"
             )
 
@@ -298,32 +298,32 @@ def skip_written(edits: Iterator[Edit], written: Iterable[Mapping[str, Any]], na
 
     Args:
         edits: All edits.
-        written: What the ledger says of those that were written.
+        written: Ledger lines of the edits that were written.
         name: Where the edits come from, for messages.
 
     Returns:
-        How many they are.
+        The number of written edits.
 
     Raises:
-        RecordError: If there is another edit in the place of one, or none.
+        RecordError: If an edit differs from the one that was written, or is missing.
     """
     count = 0
     for count, line in enumerate(written, start=1):
         edit = next(edits, None)
         if edit is None:
             raise RecordError(
-                f"{name}: ends behind {count - 1} edits, but the run to go on with has written more, the next for "
-                f"{_fact(line)}; give the data that it was begun with, or another --trainer.run_dir"
+                f"{name}: ends behind {count - 1} edits, but the run to resume has written more, the next for "
+                f"{_fact(line)}; give the data that it was started with, or another --trainer.run_dir"
             )
         if _fact(vars(edit)) != _fact(line):
             raise RecordError(
-                f"{edit.origin or name}: expected the record that the run to go on with has written as its edit "
-                f"{count - 1}, {_fact(line)}, got {_fact(vars(edit))}; give the data that it was begun with, "
+                f"{edit.origin or name}: expected the record that the run to resume has written as its edit "
+                f"{count - 1}, {_fact(line)}, got {_fact(vars(edit))}; give the data that it was started with, "
                 "or another --trainer.run_dir"
             )
     return count
 
 
 def _fact(fields: Mapping[str, Any]) -> str:
-    """What is written, and what its target depends on."""
+    """The fact of an edit or a ledger line, on which its target depends."""
     return f"{fields['prompt']!r} of {fields['subject']!r}: {fields['target']!r}"

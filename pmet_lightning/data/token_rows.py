@@ -18,10 +18,10 @@ IGNORE = -100  # label of a position that is not part of a target
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One tokenised text.
+    """One tokenized text.
 
     Attributes:
-        ids: Token ids the model reads.
+        ids: Token ids that the model reads.
         subject: Index in ``ids`` of the subject's last token, -1 for a text without a subject.
         labels: Ids of the target; the logits at the last ``len(labels)`` positions predict them.
     """
@@ -41,7 +41,7 @@ class RowBatch:
         position_ids: int64, shape [R, T], counted over real tokens so that they do not depend on padding.
         subject: int64, shape [R], column of the subject's last token.
         label_ids: int64, shape [R, K], ``IGNORE`` where a target is shorter than K.
-        label_columns: int64, shape [R, K], column whose logits predict that label; the row's last real
+        label_columns: int64, shape [R, K], column whose logits predict the label; the row's last real
             column where there is no label.
     """
 
@@ -60,7 +60,7 @@ class RowBatch:
         return RowBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
     def select(self, rows: Tensor) -> RowBatch:
-        """The given rows (an index or a boolean mask, shape [R]), without columns nobody uses."""
+        """The given rows (an index or a boolean mask, shape [R]), without columns that none of them uses."""
         picked = {name: value[rows] for name, value in vars(self).items()}
         used = self.used_columns(rows)
         for name in ("input_ids", "attention_mask", "position_ids"):
@@ -70,7 +70,7 @@ class RowBatch:
         return RowBatch(**picked)
 
     def join(self, other: RowBatch) -> RowBatch:
-        """These rows, then the other's, padded on the right to one width."""
+        """These rows followed by the other's, padded on the right to one width."""
         joined = {}
         for name, value in vars(self).items():
             more = getattr(other, name)
@@ -81,7 +81,7 @@ class RowBatch:
         return RowBatch(**joined)
 
     def first_columns(self, count: int) -> RowBatch:
-        """The same rows, cut behind their first columns; for passes without labels."""
+        """The same rows, cut after their first ``count`` columns; for passes without labels."""
         cut = {name: getattr(self, name)[:, :count] for name in ("input_ids", "attention_mask", "position_ids")}
         return replace(self, **cut)
 
@@ -96,12 +96,12 @@ class RowBatch:
         return starts + self.label_columns
 
     def real_positions(self) -> Tensor:
-        """Places of the real tokens, counted over all columns of all rows."""
+        """Positions of the real tokens, counted over all columns of all rows."""
         return self.attention_mask.flatten().nonzero().flatten()
 
 
 def _widened(tensor_RC: Tensor, width: int, name: str) -> Tensor:
-    """A field of a :class:`RowBatch` with more columns: no token, no label, and the last column again."""
+    """A field of a :class:`RowBatch` with more columns: no tokens, no labels, and the last label column repeated."""
     count = width - tensor_RC.shape[1]
     if name == "label_columns":
         return torch.cat([tensor_RC, tensor_RC[:, -1:].expand(-1, count)], dim=1)
@@ -109,7 +109,7 @@ def _widened(tensor_RC: Tensor, width: int, name: str) -> Tensor:
 
 
 def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: PaddingSide = "right") -> RowBatch:
-    """Pad rows to one length; every index is shifted along, so left and right give the same numbers."""
+    """Pad rows to one length; every index is shifted along, so that left and right padding give the same numbers."""
     width, most = max(len(row.ids) for row in rows), max(1, max(len(row.labels) for row in rows))
     ids = [[pad_id] * (width - len(row.ids)) for row in rows]
     ids = [[*pad, *row.ids] if side == "left" else [*row.ids, *pad] for pad, row in zip(ids, rows, strict=True)]

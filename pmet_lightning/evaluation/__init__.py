@@ -1,1 +1,1 @@
-"""Asking a model the questions of the edits, and the scores."""
+"""Asking a model the questions about its edits, and the scores."""

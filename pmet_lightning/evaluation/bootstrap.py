@@ -1,4 +1,4 @@
-"""Bootstrap over records or facts, seeded, so that a result is the same wherever it is made.
+"""Bootstrap over records or facts, seeded, so that a result is the same wherever it is computed.
 
 Legend: N = records, B = resamples, K = columns.
 """
@@ -12,35 +12,35 @@ from torch import Tensor
 
 RESAMPLES = 1000
 _INTERVAL = (0.025, 0.975)
-MOST_INDICES = 2**21  # at a time: 16 MiB, and as much again for what is picked
+MOST_INDICES = 2**21  # at a time: 16 MiB, and as much again for the values picked
 
 
 def bootstrap_indices(count: int) -> Tensor:
-    """Which records each resample holds: int64, shape [B, N], drawn with replacement; the same at every call."""
+    """Indices of the records in each resample: int64, shape [B, N], drawn with replacement; the same at every call."""
     return torch.cat(list(_parts(count)))
 
 
 def resample_means(columns_NK: Tensor) -> Tensor:
-    """Means of each column over each resample of :func:`bootstrap_indices`, shape [K, B]; NaN is left out.
+    """Means of each column over each resample of :func:`bootstrap_indices`, shape [K, B]; NaN is ignored.
 
     Only some resamples are held at a time, so that memory does not grow with their number times that of the records.
     """
     columns = [column.contiguous() for column in columns_NK.unbind(dim=1)]
-    holes = [bool(column.isnan().any()) for column in columns]
-    # One place for all: small pieces kept between large ones that come and go would keep the heap from reusing these.
+    has_nan = [bool(column.isnan().any()) for column in columns]
+    # Allocated once: small tensors kept between large temporary ones would keep the heap from reusing those.
     means_KB = torch.empty(len(columns), RESAMPLES, dtype=columns_NK.dtype)
     first = 0
     for picks_bN in _parts(len(columns_NK)):
         last = first + len(picks_bN)
-        for k, (column, some) in enumerate(zip(columns, holes, strict=True)):
+        for k, (column, with_nan) in enumerate(zip(columns, has_nan, strict=True)):
             # Without NaN the plain mean is the same to the last bit, in half the time.
-            means_KB[k, first:last] = _mean(column.take(picks_bN), some)
+            means_KB[k, first:last] = _mean(column.take(picks_bN), with_nan)
         first = last
     return means_KB
 
 
 def confidence_interval(resampled_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Both ends of the 95 % interval, along the first axis; NaN is left out."""
+    """Both ends of the 95 % interval, along the first axis; NaN is ignored."""
     low, high = resampled_B.nanquantile(torch.tensor(_INTERVAL, dtype=torch.float64), dim=0)
     return low, high
 
@@ -53,5 +53,5 @@ def _parts(count: int) -> Iterator[Tensor]:
         yield torch.randint(count, (min(most, RESAMPLES - first), count), generator=generator)
 
 
-def _mean(picked_bN: Tensor, holes: bool) -> Tensor:
-    return picked_bN.nanmean(dim=1) if holes else picked_bN.sum(dim=1) / picked_bN.shape[1]
+def _mean(picked_bN: Tensor, with_nan: bool) -> Tensor:
+    return picked_bN.nanmean(dim=1) if with_nan else picked_bN.sum(dim=1) / picked_bN.shape[1]

@@ -1,4 +1,4 @@
-"""A causal language model whose facts can be edited, as a LightningModule: loading it and judging it.
+"""A causal language model whose facts can be edited, as a LightningModule: loading and evaluation.
 
 Its subclasses find the new weights: ``TargetOptimizer`` (PMET and its ablations) and ``FineTuning`` (the baseline).
 """
@@ -38,14 +38,14 @@ Phase = Literal["before", "after", "test"]
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Texts for COUNTERFACT's fluency and consistency.
+    """Generated texts for COUNTERFACT's fluency and consistency.
 
     Attributes:
         length: Tokens of a text, its prompt included.
-        top_k: Sampling takes one of so many tokens.
+        top_k: Number of most probable tokens to sample from.
         seed: Seed of the sampling.
         references: Texts about entities that have o*, for the consistency: COUNTERFACT's attribute_snippets.json (or
-            its folder), or a corpus as for --moments.corpus, whose texts that name o* are taken; null leaves it out.
+            its folder), or a corpus as for --moments.corpus, whose texts that name o* are used; null leaves it out.
         references_subset: Subset of a hub data set.
     """
 
@@ -61,23 +61,25 @@ class EditableModel(L.LightningModule):
 
     Args:
         model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
-        layers: Layers whose weights are edited. 'auto' picks a range by the model's depth and says which.
-        dtype: Precision the model is loaded in; 'auto' takes the file's.
-        attn_implementation: Attention kernel asked of transformers, such as eager or sdpa; null takes its
-            default.
-        architecture: Module paths of a family that is not known by itself.
-        padding_side: Where rows are padded; changes nothing. (Left, with eager attention in float64, makes some
-            families give NaN: their mask overflows.)
-        tokens_per_batch: Most tokens in one forward pass of the key and evaluation passes.
-        free_tokens: Most tokens of the free answers that are judged beside the teacher-forced ones; 0 asks for none.
-        texts: Texts that are made from the records' generation prompts for fluency and consistency; null makes none.
-        chat: Whether prompts are a user's messages in the tokenizer's chat template, and targets the beginning of
+        layers: Layers whose weights are edited. 'auto' picks a range by the model's depth and logs it.
+        dtype: Precision to load the model in; 'auto' takes the file's.
+        attn_implementation: Attention implementation requested from transformers, such as eager or sdpa; null takes
+            its default.
+        architecture: Module paths of a family that is not in the table of known ones.
+        padding_side: Where rows are padded; does not change results. (Left padding with eager attention in float64
+            makes some families give NaN: their mask overflows.)
+        tokens_per_batch: Maximum number of tokens in one forward pass for keys and for the evaluation.
+        free_tokens: Maximum number of tokens of the generated answers that are evaluated beside the teacher-forced
+            ones; 0 generates none.
+        texts: Texts generated from the records' generation prompts for fluency and consistency; null generates none.
+        chat: Whether prompts are user messages in the tokenizer's chat template, and targets the beginning of
             the assistant's answer.
         keep_float32: Whether the output projections of the edited layers of a half-precision model are held in
-            float32, so that no part of an edit is rounded away here (``export --dtype float32`` keeps it in a folder).
-        patch: A patch.safetensors that is applied after loading.
-        device_map: Where the parts of a model go that is larger than one device, such as auto (needs accelerate; one
-            process). Null leaves that to the trainer, whose ModelParallelStrategy shards it over processes instead.
+            float32, so that no part of an edit is rounded away in memory (``export --dtype float32`` keeps it in a
+            folder).
+        patch: A patch.safetensors to apply after loading.
+        device_map: Placement of the parts of a model that is larger than one device, such as auto (needs accelerate;
+            one process). Null leaves it to the trainer, whose ModelParallelStrategy shards over processes instead.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class EditableModel(L.LightningModule):
         device_map: DeviceMap | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # a subclass' too; the run logs them itself
+        self.save_hyperparameters(logger=False)  # a subclass's too; the run logs them itself
         self.strict_loading = False  # the language model is no part of a checkpoint
         self.model_name = model_name
         self.layers_wanted: list[int] | None = None if layers == "auto" else sorted(map(int, layers))
@@ -113,7 +115,7 @@ class EditableModel(L.LightningModule):
         self.lm: nn.Module | None = None
         self._attached: tuple[nn.Module, Any] | None = None
         self.base_fingerprint = ""
-        # What was written before: by a run that is resumed (edit batches), by earlier runs of this object (both).
+        # Written earlier: by the run that is resumed (edit batches), by earlier runs of this object (both).
         self.batches_done = self.edits_done = 0
         self.inner_step = 0
         self.scores = EditScores()
@@ -128,7 +130,7 @@ class EditableModel(L.LightningModule):
     # ---- the model -------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module, tokenizer: Any) -> None:
-        """Work on a model that is loaded already, where it is and as it is, instead of loading one.
+        """Work on a model that is already loaded, where it is and as it is, instead of loading one.
 
         It does not become a part of this module: Lightning neither moves it nor changes its mode.
 
@@ -139,12 +141,16 @@ class EditableModel(L.LightningModule):
         self._attached = model, tokenizer
 
     def reset_results(self) -> None:
-        """Forget what was evaluated and logged, for a run that is told apart from those before it."""
+        """Forget what was evaluated and logged, for a run that is reported separately from those before it."""
         self.results, self.record_rows, self.curves, self.inner_step = {}, {}, [], 0
         self._before = {}
 
     def setup(self, stage: str) -> None:
-        """Check the layers and the family by the configuration alone, before any weight is read."""
+        """Check the layers and the family from the configuration alone, before any weight is read.
+
+        Raises:
+            ValueError: If the layers do not fit the model's depth.
+        """
         config: Any = load_config(self.model_name) if self._attached is None else self._attached[0].config
         self._architecture = architecture_of(config, self.architecture_override)
         self.depth = depth = depth_of(config)
@@ -159,7 +165,7 @@ class EditableModel(L.LightningModule):
             )
         if self.texts is not None and self.texts.references is not None and self._references is None:
             self._references = References.of(self.texts.references, self.texts.references_subset)
-            log.info("consistency: likeness to %s", self._references.label)
+            log.info("consistency: similarity to %s", self._references.label)
         if self._encoder is None:
             tokenizer = load_tokenizer(self.model_name) if self._attached is None else self._attached[1]
             self._encoder = PromptEncoder.of(tokenizer, self.chat)
@@ -183,12 +189,12 @@ class EditableModel(L.LightningModule):
             self.base_fingerprint = fingerprint(model)  # second moments and further edits are of the patched weights
 
     def _loaded(self) -> nn.Module:
-        """The language model from its files, or this process' part of it."""
+        """The language model from its files, or this process's shard of it."""
         assert self._architecture is not None, "setup runs before configure_model"
         if self.device_map is not None and self.trainer.world_size > 1:
             raise ValueError(
                 f"--model.device_map {self.device_map} spreads the model over the devices of one process, expected "
-                f"--trainer.devices 1, got {self.trainer.world_size} processes; to shard it over processes, take "
+                f"--trainer.devices 1, got {self.trainer.world_size} processes; to shard it over processes, use "
                 "ModelParallelStrategy as --trainer.strategy and no device map"
             )
         with load_in_turn(self):
@@ -206,18 +212,18 @@ class EditableModel(L.LightningModule):
 
     @property
     def encoder(self) -> PromptEncoder:
-        """What makes its token rows."""
+        """The encoder that makes the model's token rows."""
         assert self._encoder is not None, "setup has not run"
         return self._encoder
 
     @property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """The model's tokenizer."""
         return self.encoder.tokenizer
 
     @property
     def sites(self) -> Sites:
-        """Its modules at which vectors are recorded, added and written."""
+        """The model's modules at which vectors are recorded, added and written."""
         assert self._architecture is not None
         return Sites.of(self.model, self._architecture)
 
@@ -239,11 +245,11 @@ class EditableModel(L.LightningModule):
         return {name: value for name, value in state.items() if not name.startswith("lm.")}
 
     def transfer_batch_to_device(self, batch: EditBatch, device: torch.device, dataloader_idx: int) -> EditBatch:
-        """A batch is text; its rows are made, and moved, where they are used."""
+        """A batch is text; its token rows are made, and moved, where they are used."""
         return batch
 
     def log_step(self, group: str, means: Mapping[str, float]) -> None:
-        """A point for the loggers, whatever Lightning's logging interval is."""
+        """Log one point, whatever Lightning's logging interval is."""
         for logger in self.loggers:
             logger.log_metrics({f"{group}/{name}": value for name, value in means.items()}, self.inner_step)
         self.inner_step += 1
@@ -252,17 +258,17 @@ class EditableModel(L.LightningModule):
 
     @property
     def phase(self) -> Phase:
-        """What an evaluation now is: Lightning's check before the first edit is the one 'before'."""
+        """The phase of the current evaluation: Lightning's sanity check before the first edit is 'before'."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             return "test"
         return "before" if self.trainer.sanity_checking else "after"
 
     def evaluate(self, edits: Sequence[Edit], positions: Sequence[int]) -> list[RecordResult]:
-        """Ask the questions of some edits on the model as it is now.
+        """Ask the questions of some edits with the model as it is now.
 
         Args:
             edits: The edits.
-            positions: Their places among all edits.
+            positions: Their indices among all edits.
         """
         probes = [edit.probes for edit in edits]
         found = score_probes(self.model, self.encoder, probes, self.tokens_per_batch, self.device, self.free_tokens)
@@ -275,34 +281,34 @@ class EditableModel(L.LightningModule):
         return results
 
     def _text_scores(self, edits: Sequence[Edit], positions: Sequence[int]) -> list[tuple[float | None, float | None]]:
-        """Fluency and consistency of each edit, as far as they are asked for."""
+        """Fluency and consistency of each edit, as far as they are requested."""
         if self.texts is None:
             return [(None, None)] * len(edits)
-        asked = [(i, prompt) for i, edit in enumerate(edits) for prompt in edit.generation_prompts]
+        prompts = [(i, prompt) for i, edit in enumerate(edits) for prompt in edit.generation_prompts]
         texts = sample_texts(
             self.model,
             self.encoder,
-            [prompt for _, prompt in asked],
+            [prompt for _, prompt in prompts],
             length=self.texts.length,
             top_k=self.texts.top_k,
             seed=self.texts.seed,
-            groups=[positions[i] for i, _ in asked],
+            groups=[positions[i] for i, _ in prompts],
             tokens_per_batch=self.tokens_per_batch,
             device=self.device,
         )
         scores: list[tuple[float | None, float | None]] = []
         for i, edit in enumerate(edits):
-            own = [text for (j, _), text in zip(asked, texts, strict=True) if j == i]
-            like = None
+            generated = [text for (j, _), text in zip(prompts, texts, strict=True) if j == i]
+            similarity = None
             if self._references is not None:
-                like = self._references.consistency(
-                    own, target=edit.target, relation=edit.relation, target_id=edit.target_id
+                similarity = self._references.consistency(
+                    generated, target=edit.target, relation=edit.relation, target_id=edit.target_id
                 )
-            scores.append((fluency(own), like))
+            scores.append((fluency(generated), similarity))
         return scores
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
-        """Score the edits' questions on the model as it is now."""
+        """Score the edits' questions with the model as it is now."""
         with self.trainer.profiler.profile(self.phase):
             results = self.evaluate(batch.edits, batch.positions)
         if self.phase == "before":
@@ -314,7 +320,7 @@ class EditableModel(L.LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Close the scores, over all processes."""
+        """Compute the scores, over all processes."""
         with self.scores.sync_context():
             rows = self.scores.record_rows() if len(self.scores.rows) else None
         self.scores.reset()
@@ -327,7 +333,7 @@ class EditableModel(L.LightningModule):
         self.on_validation_epoch_end()
 
     def report(self, values: Mapping[str, float]) -> None:
-        """Add figures to the present evaluation: a callback's too, from its own ``on_validation_epoch_end``."""
+        """Add metrics to the current evaluation; a callback may do so in its own ``on_validation_epoch_end``."""
         self.results.setdefault(self.phase, {}).update(values)
         if self.phase == "test":
             self.log_dict(dict(values))

@@ -1,4 +1,4 @@
-"""COUNTERFACT's free texts: sampled from the model, and their fluency (GE).
+"""COUNTERFACT's generated texts: sampled from the model, and their fluency (GE).
 
 Legend: R = texts of a batch, S = sampled tokens of a text, K = candidates of a token.
 """
@@ -27,7 +27,7 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 def ngram_entropy(text: str, n: int) -> float:
     """Entropy in bits of a text's word n-grams, H_n = -sum f log2 f; 0 where it has fewer than n words.
 
-    A word is a run of letters, digits and underscores; every other character but white space is a word of its own.
+    A word is a run of letters, digits and underscores; every other character except white space is a word of its own.
 
     Args:
         text: Any text.
@@ -60,28 +60,28 @@ def sample_texts(
     tokens_per_batch: int,
     device: torch.device,
 ) -> list[str]:
-    """Each prompt with what the model says next, sampled, whatever else is in the batch.
+    """Each prompt with a sampled continuation, which does not depend on what else is in the batch.
 
-    The end-of-text token ends nothing (a text would otherwise lose n-grams with its length); it is left out of the
-    text, as every special token is. A prompt of ``length`` tokens or more comes back as it is.
+    The end-of-text token does not end a text (which would otherwise lose n-grams with its length); it is left out of
+    the text, as every special token is. A prompt of ``length`` tokens or more is returned unchanged.
 
     Args:
         model: The language model.
         encoder: Makes the rows.
-        prompts: Finished texts; equal ones are sampled anew each time.
-        length: Tokens of a text, the prompt's included but not those of a chat template; fewer where the model has no
+        prompts: Complete texts; equal ones are sampled independently.
+        length: Tokens of a text, including the prompt's but not those of a chat template; fewer where the model has no
             positions for so many.
-        top_k: Most probable tokens that each token is sampled from.
-        seed: Two calls with one seed give the same texts; the global generators are left alone.
-        groups: Record of each prompt: equal prompts are counted within it, so that other records change nothing. All
-            prompts are of one where ``None``.
-        tokens_per_batch: Most padded tokens in one batch, the new ones included.
-        device: Where the model is.
+        top_k: Number of most probable tokens that each token is sampled from.
+        seed: Two calls with one seed give the same texts; the global generators are not touched.
+        groups: Record of each prompt: equal prompts are counted within it, so that other records change nothing. Where
+            ``None``, all prompts belong to one.
+        tokens_per_batch: Maximum number of padded tokens in one batch, including the new ones.
+        device: Device of the model.
     """
     rows = [encoder.encode(prompt) for prompt in prompts]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
     limit = math.inf if positions is None else positions
-    # A chat template's tokens are not text, whose entropy grows with its length.
+    # A chat template's tokens do not count: they are no part of the text, whose entropy grows with its length.
     plain = rows if encoder.chat is None else [replace(encoder, chat=None).encode(prompt) for prompt in prompts]
     room = [min(length - len(p.ids), limit - len(row.ids)) for p, row in zip(plain, rows, strict=True)]
     steps = [int(max(0, tokens)) for tokens in room]
@@ -98,7 +98,7 @@ def sample_texts(
 def _noise_tables(
     prompts: Sequence[str], steps: Sequence[int], top_k: int, seed: int, groups: Sequence[Hashable] | None
 ) -> list[Tensor]:
-    """Gumbel noise of each prompt's tokens, float32 on the CPU, shape [S, K], by the prompt and its number."""
+    """Gumbel noise of each prompt's tokens, float32 on the CPU, shape [S, K], seeded by the prompt and its count."""
     seen: Counter[tuple[Hashable, str]] = Counter()
     tables = []
     for group, prompt, tokens in zip(groups or [None] * len(prompts), prompts, steps, strict=True):
@@ -112,8 +112,10 @@ def _noise_tables(
 
 
 def _batches(rows: Sequence[TokenRow], steps: Sequence[int], budget: int, limit: float) -> list[list[int]]:
-    """Rows with something to say in batches of similar length: all of a batch go on as long as the one with most to
-    say, the longest too, and must stay within the padded ``budget`` and the model's positions.
+    """Rows to be continued, in batches of similar length.
+
+    All rows of a batch are continued by as many tokens as the one that needs most, even the longest row, and must stay
+    within the padded ``budget`` and the model's positions.
     """
     batches: list[list[int]] = []
     for i in sorted((i for i, tokens in enumerate(steps) if tokens), key=lambda i: -len(rows[i].ids)):
@@ -127,7 +129,7 @@ def _batches(rows: Sequence[TokenRow], steps: Sequence[int], budget: int, limit:
 
 
 def _generate(model: nn.Module, rows: Sequence[TokenRow], pad_id: int, noise_RSK: Tensor) -> list[list[int]]:
-    """Ids that follow each row, S of them."""
+    """The S token ids that follow each row."""
     from transformers import LogitsProcessorList
 
     batch = pad_rows(rows, pad_id, "left").to(noise_RSK.device)
@@ -149,16 +151,16 @@ def _generate(model: nn.Module, rows: Sequence[TokenRow], pad_id: int, noise_RSK
 def _plain_generation(model: nn.Module) -> Iterator[None]:
     """Without what the model's own settings add, such as an end-of-text token or a repetition penalty.
 
-    They are set aside rather than overruled: transformers fills in what a call leaves at ``None``.
+    They are replaced rather than overridden: transformers fills in what a call leaves at ``None``.
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config
+    original = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class _TopKGumbel:
 
 
 def continuation(encoder: PromptEncoder, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """Text of the ids behind a prompt: some tokenizers drop the space before what they decode on its own."""
+    """Text of the ids after a prompt: some tokenizers drop a leading space when they decode ids on their own."""
     head, whole = encoder.decode(prompt_ids), encoder.decode([*prompt_ids, *ids])
     text = whole[len(head) :] if whole.startswith(head) else encoder.decode(ids)
     return text if encoder.chat is None else " " + text.lstrip()

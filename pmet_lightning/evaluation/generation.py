@@ -1,4 +1,4 @@
-"""What a model says when nobody holds its hand: greedy texts, and whether an answer is in them."""
+"""Greedy generation, and whether an answer is in the generated text."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def greedy_texts(
     device: torch.device,
     new_tokens: int = NEW_TOKENS,
 ) -> list[str]:
-    """What the model says next, greedily, after each prompt, read from its beginning.
+    """The greedy continuation of each prompt, which is run from its beginning.
 
     Args:
         model: The language model.
         encoder: Makes the rows.
-        prompts: Finished texts.
-        tokens_per_batch: Most padded tokens in one batch, the new ones included.
-        device: Where the model is.
-        new_tokens: Most tokens to say.
+        prompts: Complete texts.
+        tokens_per_batch: Maximum number of padded tokens in one batch, including the new ones.
+        device: Device of the model.
+        new_tokens: Maximum number of tokens to generate.
     """
     rows = encoder.encode_all(prompts)
     texts = [""] * len(rows)
     for indices in by_token_budget([len(row.ids) + new_tokens for row in rows], tokens_per_batch):
-        said = greedy_ids(model, [rows[i] for i in indices], encoder.pad_id, device, new_tokens)
-        for i, ids in zip(indices, said, strict=True):
+        generated = greedy_ids(model, [rows[i] for i in indices], encoder.pad_id, device, new_tokens)
+        for i, ids in zip(indices, generated, strict=True):
             texts[i] = encoder.decode(ids)
     return texts
 
@@ -58,20 +58,20 @@ def greedy_ids(
     new_tokens: int,
     prefix: Prefix | None = None,
 ) -> list[list[int]]:
-    """Ids of what the model says next, greedily, after each row, as its own generation settings have it.
+    """Token ids of the greedy continuation of each row, under the model's own generation settings.
 
     Args:
         model: The language model.
         rows: One batch.
-        pad_id: What to pad with, and what stands behind the end of a text.
-        device: Where the model is.
-        new_tokens: Most tokens to say.
-        prefix: The rows, where they have been read already.
+        pad_id: What to pad with, also after the end of a text.
+        device: Device of the model.
+        new_tokens: Maximum number of tokens to generate.
+        prefix: Keys and values of the rows, if they have already been run.
     """
-    own: Any = model.generation_config
+    settings: Any = model.generation_config
     shortened = None
-    # Beams are not rows, and a cache of another kind is not to be had with one of ours.
-    if prefix is not None and own.num_beams in (None, 1) and own.cache_implementation is None:
+    # Beams are not rows, and a cache of another implementation cannot be combined with this one.
+    if prefix is not None and settings.num_beams in (None, 1) and settings.cache_implementation is None:
         shortened = drop_last_token(prefix)  # its logits are not kept: generate begins with the last token
     batch = pad_rows(rows, pad_id, "left").to(device)
     output = model.generate(  # type: ignore[operator]
@@ -86,7 +86,7 @@ def greedy_ids(
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its natural stop: a line break or the end of a sentence."""
+    """The text up to its natural end: a line break or the end of a sentence."""
     stripped = text.strip()
     end = _END_OF_SENTENCE.search(stripped)
     return stripped if end is None else stripped[: end.start()]
@@ -104,5 +104,5 @@ def is_exact(text: str, answer: str) -> bool:
 
 
 def contains(text: str, answer: str) -> bool:
-    """Whether the answer stands, as whole words, in the text."""
+    """Whether the answer occurs, as whole words, in the text."""
     return f" {normalize_text(answer)} " in f" {normalize_text(text)} "

@@ -1,4 +1,4 @@
-"""Questions to a model and their scores: functions without state."""
+"""Questions to a model and their scores: stateless functions."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class ProbeResult:
     Attributes:
         kind: The metric it counts for.
         success: 1 or 0 where there is a rival, else the share of the answer's tokens that are the argmax; the best form
-            of an answer counts.
+            of the answer counts.
         magnitude: e^-NLL(answer) - e^-NLL(rival), or e^-NLL(answer) without one.
-        exact: 1 or 0: whether the first sentence of what the model says freely is the answer; ``None`` if not asked.
-        contains: 1 or 0: whether the answer stands in what the model says freely.
+        exact: 1 or 0: whether the first sentence that the model generates is the answer; ``None`` if not asked.
+        contains: 1 or 0: whether the answer occurs in the text that the model generates.
         accuracy: 1 or 0: whether every token of a form of the answer is the argmax.
-        tokens: The argmax in the place of every token of the answer.
-        kept: Share of ``tokens`` that are those of the unedited model; ``None`` if that was not asked.
+        tokens: The argmax at the position of every token of the answer.
+        kept: Share of ``tokens`` that equal those of the unedited model; ``None`` if that was not asked.
     """
 
     kind: ProbeKind
@@ -48,10 +48,10 @@ class RecordResult:
     """Everything measured for one record.
 
     Attributes:
-        position: Its place among the edits, from 0.
+        position: Its index among the edits, from 0.
         probes: One result for each of its questions.
         fluency: n-gram entropy of texts about its subject; ``None`` if none were made.
-        consistency: Likeness of these texts to those about entities that have o*; NaN if there are none of those.
+        consistency: Similarity of these texts to those about entities that have o*; NaN if there are no such texts.
     """
 
     position: int
@@ -61,7 +61,7 @@ class RecordResult:
 
 
 def compare_with_clean(after: Sequence[ProbeResult], before: Sequence[ProbeResult]) -> tuple[ProbeResult, ...]:
-    """Results with ``kept``, from those of the unedited model (KnowEdit's locality is that of the neighbours)."""
+    """Results with ``kept``, from those of the unedited model (KnowEdit's locality is that of the neighbors)."""
     pairs = zip(after, before, strict=True)
     return tuple(replace(a, kept=sum(map(int.__eq__, a.tokens, b.tokens)) / len(a.tokens)) for a, b in pairs)
 
@@ -80,12 +80,12 @@ def score_probes(
         model: The language model, edited or not.
         encoder: Makes the rows.
         probes: Questions of each record.
-        tokens_per_batch: Most padded tokens in one forward pass.
-        device: Where the model is.
-        free_tokens: Most tokens of a free answer; 0 asks for none.
+        tokens_per_batch: Maximum number of padded tokens in one forward pass.
+        device: Device of the model.
+        free_tokens: Maximum number of tokens of a generated answer; 0 generates none.
 
     Returns:
-        Results in the shape of ``probes``.
+        Results, nested as ``probes``.
     """
     flat = [probe for record in probes for probe in record]
     # Every form of every answer, then every rival, is a row of its own.
@@ -94,14 +94,14 @@ def score_probes(
     asked = [i for i, probe in enumerate(flat) if free_tokens and probe.kind in FREE_KINDS]
     wanted = [*forms, *rivals, *((i, None) for i in asked)]
     rows = encoder.encode_all([flat[i].prompt for i, _ in wanted], [text for _, text in wanted])
-    scores, said = score_answers(model, rows, encoder.pad_id, tokens_per_batch, device, free_tokens)
+    scores, generated = score_answers(model, rows, encoder.pad_id, tokens_per_batch, device, free_tokens)
     of_forms: dict[int, list[RowScore]] = {}
     for row, (i, _) in enumerate(forms):
         of_forms.setdefault(i, []).append(scores[row])
     rival = {i: scores[row].nll for row, (i, _) in enumerate(rivals, start=len(forms))}
     scored = [_result(probe, of_forms[i], rival.get(i)) for i, probe in enumerate(flat)]
     for row, i in enumerate(asked, start=len(forms) + len(rivals)):
-        text = encoder.decode(said[row])
+        text = encoder.decode(generated[row])
         exact = any(is_exact(text, answer) for answer in flat[i].answers)
         found = any(contains(text, answer) for answer in flat[i].answers)
         scored[i] = replace(scored[i], exact=float(exact), contains=float(found))
@@ -110,7 +110,7 @@ def score_probes(
 
 
 def _result(probe: Probe, forms: Sequence[RowScore], rival_nll: float | None) -> ProbeResult:
-    """The best form counts, for each measure by itself."""
+    """The best form counts, separately for each measure."""
     nll, accuracy = min(form.nll for form in forms), max(form.accuracy for form in forms)
     success = accuracy if rival_nll is None else float(nll < rival_nll)
     magnitude = math.exp(-nll) - (0.0 if rival_nll is None else math.exp(-rival_nll))

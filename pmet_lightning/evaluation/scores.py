@@ -32,17 +32,17 @@ NAMES = (*_COLUMNS, *TEXTS)
 
 
 class EditScores(Metric):
-    """Mean over the questions of a record first, then over records, times 100 (EVALUATION.md).
+    """Mean over the questions of a record first, then over records, times 100 (docs/evaluation.md).
 
     ``compute`` gives, for each of efficacy, generalisation, specificity, portability and multihop (the best of a
     record's questions), and for the score (the harmonic mean of the first three), the value, ``…_low`` and ``…_high``
-    (95 % bootstrap interval over records, seeded); and ``count``, the records. But for the score there are also
+    (95 % bootstrap interval over records, seeded); and ``count``, the records. Except for the score there are also
     ``…_magnitude`` and ``…_accuracy`` (every token of the answer is the argmax). What was asked in free generation adds
     ``…_exact``, ``…_contains`` and ``…_gap``, the teacher-forced value minus ``…_contains``; what was asked of the
-    unedited model too adds ``specificity_kept`` (the neighbours' answers, token by token); texts add ``fluency`` and
+    unedited model too adds ``specificity_kept`` (the neighbors' answers, token by token); texts add ``fluency`` and
     ``consistency``. What was not asked is left out, and so is the score without its three parts.
 
-    Records are known by their position: one that several processes have seen counts once.
+    Records are identified by their position: one that several processes have seen counts once.
     """
 
     full_state_update = False
@@ -79,7 +79,7 @@ def record_rows(results: Sequence[RecordResult]) -> Tensor:
 
 
 def row_scores(row_C: Tensor) -> dict[str, float]:
-    """What a row says, times 100, by name; without what was not asked."""
+    """The scores in a row, times 100, by name; without what was not asked."""
     return {name: 100 * value for name, value in zip(NAMES, row_C[1:].tolist(), strict=True) if value == value}
 
 
@@ -88,8 +88,9 @@ def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
     rows = 100 * record_rows_NC[:, 1:]
     asked = {name: i for i, name in enumerate(NAMES) if not rows[:, i].isnan().all()}
     means = {name: rows[:, i].nanmean() for name, i in asked.items()}
-    drawn = [name for name in asked if "magnitude" not in name]
-    resampled = dict(zip(drawn, resample_means(rows[:, [asked[name] for name in drawn]]), strict=True))
+    with_interval = [name for name in asked if "magnitude" not in name]
+    columns = rows[:, [asked[name] for name in with_interval]]
+    resampled = dict(zip(with_interval, resample_means(columns), strict=True))
     table = {"count": torch.tensor(float(len(rows)))}
     for name, mean in means.items():
         table |= _with_interval(name, mean, resampled[name]) if name in resampled else {name: mean}
@@ -104,9 +105,9 @@ def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
 
 
 def score_difference(record_rows_NC: Tensor, others_NC: Tensor) -> dict[str, Tensor]:
-    """How much higher a Score is than another on the same records, by a paired bootstrap.
+    """How much higher one Score is than another on the same records, by a paired bootstrap.
 
-    Pairing leaves out what makes a record easy or hard for both, so that this tells more than two intervals.
+    Pairing removes what makes a record easy or hard for both, so that this tells more than two intervals.
 
     Args:
         record_rows_NC: Rows of the one, as :func:`record_rows` makes them.
@@ -127,10 +128,10 @@ def _record_means(record: Sequence[ProbeResult]) -> list[float]:
     means = []
     for kind, field in _COLUMNS.values():
         values = [getattr(result, field) for result in record if result.kind == kind]
-        known = [value for value in values if value is not None]
-        mean = sum(known) / len(known) if known else float("nan")
-        # MQuAKE asks a question in three wordings and counts it if any is answered.
-        means.append(max(known, default=mean) if kind == "multihop" else mean)
+        measured = [value for value in values if value is not None]
+        mean = sum(measured) / len(measured) if measured else float("nan")
+        # MQuAKE asks a question in three phrasings and counts it if any is answered.
+        means.append(max(measured, default=mean) if kind == "multihop" else mean)
     return means
 
 

@@ -1,1 +1,1 @@
-"""The frozen language model: where its parts are, forward passes, hooks, what is kept of a pass, its patch."""
+"""The frozen language model: its modules, forward passes, hooks, cached keys and values, and its patch."""

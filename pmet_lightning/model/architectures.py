@@ -1,4 +1,4 @@
-"""Where a model family keeps the parts that editing needs: data, found by ``config.model_type``."""
+"""Where each model family keeps the modules that editing needs: a table by ``config.model_type``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Architecture:
         ffn: Path, inside a layer, of the FFN output projection (its input is the key, its output m).
         attn_norm: Path, inside a layer, of the root-mean-square norm between the attention output projection and the
             residual stream, in families that have one (Gemma 2, OLMo-2).
-        ffn_norm: The same behind the FFN output projection.
+        ffn_norm: The same after the FFN output projection.
     """
 
     layers: str
@@ -62,12 +62,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": _LLAMA,
 }
 
-# What configurations of mixtures of experts call the number of their experts.
+# Names of the number of experts in configurations of mixtures of experts.
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 class UnknownArchitectureError(PmetError):
-    """The model's family is not known, was not described, or cannot be edited."""
+    """The model's family is neither in the table nor described, or it cannot be edited."""
 
 
 def architecture_of(config: Any, override: Architecture | None = None) -> Architecture:
@@ -75,7 +75,7 @@ def architecture_of(config: Any, override: Architecture | None = None) -> Archit
 
     Args:
         config: A Hugging Face model configuration.
-        override: A description that is used instead of the table.
+        override: A description to use instead of the table.
 
     Raises:
         UnknownArchitectureError: If the model is a mixture of experts, or the type is not in the table and there is
@@ -87,18 +87,18 @@ def architecture_of(config: Any, override: Architecture | None = None) -> Archit
         raise UnknownArchitectureError(
             f"{config.model_type!r} is a mixture of {experts} experts: its router sends a subject's token to a few of "
             "them, by weights that every edit would shift, so that no single FFN output projection holds a fact. "
-            "Expected a model with one FFN a layer."
+            "Expected a model with one FFN per layer."
         )
     if override is not None:
         return override
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise UnknownArchitectureError(
-            f"the model type {config.model_type!r} is unknown; known are {', '.join(sorted(ARCHITECTURES))}. "
+            f"the model type {config.model_type!r} is unknown; the known ones are {', '.join(sorted(ARCHITECTURES))}. "
             "Describe it with --model.architecture.layers, .attn and .ffn (paths of the list of layers and, "
             "inside a layer, of the two output projections), for example "
-            "{layers: model.layers, attn: self_attn.o_proj, ffn: mlp.down_proj}; where the layer norms a projection's "
-            "output before adding it, with .attn_norm and .ffn_norm too."
+            "{layers: model.layers, attn: self_attn.o_proj, ffn: mlp.down_proj}; where the layer normalizes a "
+            "projection's output before adding it, with .attn_norm and .ffn_norm too."
         )
     return found
 
@@ -109,7 +109,7 @@ def depth_of(config: Any) -> int:
 
 
 def suggest_layers(depth: int) -> list[int]:
-    """Layers to edit in a model without published settings: up to five, the last a quarter of the way up.
+    """Layers to edit in a model without published settings: up to five, the last of them a quarter of the way up.
 
     The published ranges end between 0.23 (GPT-NeoX, 10 of 44) and 0.35 (GPT-2 XL, 17 of 48) of the depth, at 0.29 in
     GPT-J (8 of 28) and at 0.25 in the 32-layer models of the editing toolboxes (8 of 32).

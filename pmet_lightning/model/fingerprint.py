@@ -16,8 +16,8 @@ _CHUNK = 1 << 22  # elements hashed at a time
 def fingerprint(model: nn.Module) -> str:
     """Hash of every weight's name, shape, dtype and bits: equal on every device, different after any edit.
 
-    Integer sums of the bits, weighted by position, are exact in any order, so they can be formed on the
-    model's own device at memory speed; the sums are then hashed.
+    Integer sums of the bits, weighted by position, are exact in any order, so they can be computed on
+    the model's own device at memory speed; the sums are then hashed.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -29,11 +29,11 @@ def checksum(tensor: Tensor) -> str:
     """Exact sums of a tensor's bits, plain and weighted by position."""
     views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = local_rows(tensor).contiguous().flatten().view(views[tensor.element_size()])
-    before = first_local_row(tensor) * math.prod(tensor.shape[1:])
+    offset = first_local_row(tensor) * math.prod(tensor.shape[1:])
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)  # modulo 2^64
     for start in range(0, bits.numel(), _CHUNK):
         chunk = bits[start : start + _CHUNK].to(torch.int64)
-        position = torch.arange(before + start, before + start + chunk.numel(), device=chunk.device)
+        position = torch.arange(offset + start, offset + start + chunk.numel(), device=chunk.device)
         sums += torch.stack([chunk.sum(), (chunk * (2 * position + 1)).sum()])
     plain, weighted = sum_over_shards(tensor, sums).tolist()
     return f"{plain % (1 << 64):x}:{weighted % (1 << 64):x}"

@@ -1,4 +1,4 @@
-"""Forward passes of the language model that compute only the logits in use, or end at a hook.
+"""Forward passes of the language model that compute only the logits that are needed, or end at a hook.
 
 Legend: R = rows, K = labels of a row, V = vocabulary.
 """
@@ -26,12 +26,13 @@ def label_logits(
 
     Args:
         model: The language model.
-        rows: What is run.
-        prefix: What stands before the rows, if anything does.
-        positions: Tokens whose logits are wanted, counted over all of all rows; by default those of the labels, [R, K].
+        rows: The rows to run.
+        prefix: Cached tokens that precede the rows, if any.
+        positions: Tokens whose logits are wanted, counted over all tokens of all rows; by default those that predict
+            the labels, shape [R, K].
 
     Returns:
-        A vector of V for each position, in the model's dtype.
+        A vector of V logits for each position, in the model's dtype.
     """
     positions = rows.label_positions() if positions is None else positions
     with narrow_input(model.get_output_embeddings(), positions):  # type: ignore[operator]
@@ -40,7 +41,7 @@ def label_logits(
 
 
 def run_to(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> None:
-    """Run the layers for the sake of hooks; there is no vocabulary head."""
+    """Run the layers, without the vocabulary head, for their hooks."""
     body: nn.Module = model.base_model  # type: ignore[assignment]
     with reshard_on_exit(body):
         body(**model_inputs(body, rows, prefix))
@@ -49,14 +50,14 @@ def run_to(model: nn.Module, rows: RowBatch, prefix: Prefix | None = None) -> No
 def model_inputs(
     model: nn.Module, rows: RowBatch, prefix: Prefix | None = None, *, masked: bool = True, keep: bool = False
 ) -> dict[str, Any]:
-    """Inputs that the model takes; a family without position ids counts positions from the mask.
+    """Inputs that the model accepts; a family without position ids counts positions from the mask.
 
     Args:
         model: The language model, or its body.
-        rows: What is run.
-        prefix: What stands before the rows, if anything does.
-        masked: Whether padding is named; it need not be where it stands on the right and nothing looks at it.
-        keep: Whether the output is to have a cache.
+        rows: The rows to run.
+        prefix: Cached tokens that precede the rows, if any.
+        masked: Whether to mask padding; not needed where it is on the right, where no real token attends to it.
+        keep: Whether the output should have a cache.
     """
     inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": keep}
     if masked:
@@ -64,5 +65,5 @@ def model_inputs(
     if prefix is not None:
         mask = torch.cat([prefix.mask_RP, rows.attention_mask], dim=1)
         inputs |= {"attention_mask": mask, "use_cache": True, "past_key_values": prefix.fresh()}
-    known = inspect.signature(model.forward).parameters
-    return {name: value for name, value in inputs.items() if name in known}
+    accepted = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in accepted}

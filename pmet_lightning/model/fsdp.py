@@ -1,8 +1,8 @@
-"""A frozen model that is spread over the devices of several processes (FSDP2): all that differs from a whole one.
+"""A frozen model that is sharded over the devices of several processes (FSDP2): all that differs from a whole one.
 
-Each process holds some rows of every weight. A layer's weights are put together when the layer runs, and are gone again
-after it; so all processes must run the same passes (see :class:`~pmet_lightning.utils.distributed.ProcessGroup`). The
-functions below take whole weights too, and then do nothing special.
+Each process holds some rows of every weight. A layer's weights are gathered when the layer runs, and freed after it; so
+all processes must run the same passes (see :class:`~pmet_lightning.utils.distributed.ProcessGroup`). The functions
+below accept whole weights too, and then do nothing special.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def prepare_strategy(strategy: Strategy, processes: int) -> None:
-    """Let a strategy whose sizes are left to it shard the model over all processes, and refuse what cannot be used.
+    """Let a strategy with automatic sizes shard the model over all processes, and refuse one that cannot be used.
 
-    Lightning's own choice for ModelParallelStrategy is to split single weights' products within a node.
+    Lightning's own default for ModelParallelStrategy is tensor parallelism within a node.
 
     Args:
-        strategy: Lightning's, before its processes have met.
-        processes: How many there will be, on all nodes.
+        strategy: Lightning's strategy, before its processes are connected.
+        processes: Their number, on all nodes.
 
     Raises:
         ValueError: If it is the older FSDPStrategy.
@@ -49,17 +49,17 @@ def prepare_strategy(strategy: Strategy, processes: int) -> None:
 
 
 def shard(model: nn.Module, layers: str, mesh: DeviceMesh) -> None:
-    """Keep of a causal language model this process' rows of every weight only.
+    """Keep only this process's rows of every weight of a causal language model.
 
     Args:
-        model: The whole language model, the same on every process; embeddings that share their weight with the
-            vocabulary head no longer do.
-        layers: Path of the list of its layers, each of which is put together by itself; so are what else is in the
+        model: The whole language model, the same on every process; embeddings that are tied to the vocabulary head are
+            untied.
+        layers: Path of the list of its layers, each of which is gathered by itself; so are the other contents of the
             module that holds them, and the vocabulary head. Anything else, such as a vision tower, stays whole.
-        mesh: Lightning's, of ModelParallelStrategy.
+        mesh: The device mesh of Lightning's ModelParallelStrategy.
 
     Raises:
-        ValueError: If the strategy is to split single weights' products too.
+        ValueError: If the strategy is set to tensor parallelism too.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -71,14 +71,14 @@ def shard(model: nn.Module, layers: str, mesh: DeviceMesh) -> None:
     head, holder = model.get_output_embeddings(), model.get_submodule(layers.rpartition(".")[0])  # type: ignore[operator]
     if head.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    # Holder and head are roots of their own, since passes for the sake of hooks run no head.
+    # Holder and head are separate roots, since passes that are run for their hooks run no head.
     for module in (*model.get_submodule(layers).children(), holder, head):
         fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=True)
 
 
 @contextmanager
 def load_in_turn(module: L.LightningModule) -> Iterator[None]:
-    """Let the processes of a host load what they shard one after another: it is there whole once, not many times."""
+    """Let the processes of a host load and shard the model in turn, so that only one whole copy exists at a time."""
     if module.device_mesh is None:
         yield
         return
@@ -94,7 +94,7 @@ def load_in_turn(module: L.LightningModule) -> Iterator[None]:
 
 @contextmanager
 def reshard_on_exit(model: nn.Module) -> Iterator[None]:
-    """Leave no weight put together, even where a pass inside ends early and the layers' hooks do not run."""
+    """Leave no weight gathered, even where a pass inside ends early and the layers' hooks do not run."""
     from torch.distributed.fsdp import FSDPModule
 
     try:
@@ -112,13 +112,13 @@ def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def local_rows(weight: Tensor) -> Tensor:
-    """This process' rows of a weight, not a copy."""
+    """This process's rows of a weight, not a copy."""
     rows: Tensor = weight.to_local() if _is_sharded(weight) else weight
     return rows.detach()
 
 
 def first_local_row(weight: Tensor) -> int:
-    """Which row of the weight :func:`local_rows` begin with."""
+    """Index in the weight of the first of :func:`local_rows`."""
     if not _is_sharded(weight):
         return 0
     assert weight.placements[0].is_shard(0), weight.placements
@@ -128,12 +128,12 @@ def first_local_row(weight: Tensor) -> int:
 
 def local_part(weight: Tensor, matrix: Tensor) -> Tensor:
     """Those rows of a matrix of the weight's shape that belong to :func:`local_rows`, on their device."""
-    own = local_rows(weight)
-    return matrix.narrow(0, first_local_row(weight), len(own)).to(own.device)
+    rows = local_rows(weight)
+    return matrix.narrow(0, first_local_row(weight), len(rows)).to(rows.device)
 
 
 def sum_over_shards(weight: Tensor, values: Tensor) -> Tensor:
-    """The sum, over the processes that hold a weight, of what each has found in its own rows."""
+    """The sum, over the processes that hold a weight, of what each has computed from its own rows."""
     if not _is_sharded(weight):
         return values
     from torch.distributed.tensor import DTensor, Partial
@@ -142,20 +142,20 @@ def sum_over_shards(weight: Tensor, values: Tensor) -> Tensor:
 
 
 def weight_norm(weight: Tensor, dtype: torch.dtype) -> float:
-    """‖W‖, computed in a precision."""
+    """‖W‖, computed in a dtype."""
     return float(sum_over_shards(weight, local_rows(weight).to(dtype).square().sum()).sqrt())
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether every entry is, on every process."""
+    """Whether every entry of a weight is finite, on all processes."""
     return int(sum_over_shards(weight, (~local_rows(weight).isfinite()).sum())) == 0
 
 
 def unshard(module: nn.Module, device: torch.device) -> nn.Module:
-    """A small module, such as a norm, to be run by itself: as it is, or a copy whose weights are whole and there."""
+    """A small module, such as a norm, to run by itself: unchanged, or a copy with whole weights on the device."""
     weights = {name: p.full_tensor() if _is_sharded(p) else p for name, p in module.named_parameters()}
     if all(weights[name] is p and p.device == device for name, p in module.named_parameters()):
         return module
-    twin = copy.copy(module)
-    twin._parameters = {n: nn.Parameter(w.detach().to(device), requires_grad=False) for n, w in weights.items()}
-    return twin
+    whole = copy.copy(module)
+    whole._parameters = {n: nn.Parameter(w.detach().to(device), requires_grad=False) for n, w in weights.items()}
+    return whole

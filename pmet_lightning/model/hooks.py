@@ -1,8 +1,8 @@
-"""Context managers that record or add vectors at a module while a model runs; all hooks leave with them.
+"""Context managers that record or add vectors at a module while a model runs, and remove their hooks on exit.
 
-Of a model on several devices, a module may be on another one than the rows.
+In a model on several devices, a module may be on another device than the rows.
 
-Legend: R = rows, T = tokens, K = columns kept, F = features.
+Legend: R = rows, T = tokens, N = some tokens, F = features.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.utils.hooks import RemovableHandle
 
 
 class _Exit(Exception):
-    """Leaves a forward pass whose remaining layers nobody needs."""
+    """Leaves a forward pass whose remaining layers are not needed."""
 
 
 class Recording:
-    """What a hook has seen in the last forward pass: ``values``, shape [R, F]."""
+    """What a hook recorded in the last forward pass: ``values``, shape [R, F] or [R, T, F]."""
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
@@ -69,7 +69,7 @@ def record_and_add(module: nn.Module, columns_R: Tensor, added_RF: Tensor | None
     Args:
         module: A projection, or a layer, which may return a tuple with its output first.
         columns_R: int64, shape [R].
-        added_RF: What is added after recording, shape [R, F]; the gradient reaches it.
+        added_RF: Vectors to add after recording, shape [R, F]; gradients flow to them.
     """
     recording = Recording()
 
@@ -92,18 +92,18 @@ def record_and_add(module: nn.Module, columns_R: Tensor, added_RF: Tensor | None
 
 @contextmanager
 def record_whole(module: nn.Module, rows: int, *, output: bool = True) -> Iterator[Recording]:
-    """Record what a module gives, or gets, at all columns of each row: values of shape [R, T, F].
+    """Record a module's output, or its input, at all columns of each row: values of shape [R, T, F].
 
     Args:
         module: A projection, or a layer, which may return a tuple with its output first.
         rows: R.
-        output: Whether the output is meant, or the input.
+        output: Whether to record the output, or the input.
     """
     recording = Recording()
 
     def keep(value: Any) -> None:
         whole = value[0] if isinstance(value, tuple) else value
-        whole = whole.clone()  # Falcon adds to it in place
+        whole = whole.clone()  # Falcon modifies it in place
         recording.values = whole if whole.dim() == 3 else whole.unflatten(0, (rows, -1))
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -124,13 +124,13 @@ def record_whole(module: nn.Module, rows: int, *, output: bool = True) -> Iterat
 
 @contextmanager
 def replace_output(module: nn.Module, shape: tuple[int, int], positions_N: Tensor, values_NF: Tensor) -> Iterator[None]:
-    """Have a module give something else at some tokens.
+    """Replace a module's output at some tokens.
 
     Args:
         module: A projection, or a layer, which may return a tuple with its output first.
         shape: R and T.
         positions_N: int64, counted over all tokens of all rows.
-        values_NF: What it gives there.
+        values_NF: Its output there.
     """
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
@@ -148,13 +148,13 @@ def replace_output(module: nn.Module, shape: tuple[int, int], positions_N: Tenso
 
 @contextmanager
 def narrow_input(module: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Let a module, such as the vocabulary head, see some tokens instead of all of them.
+    """Run a module, such as the vocabulary head, on some tokens instead of all of them.
 
-    Unlike the ``logits_to_keep`` of transformers, they may differ from row to row.
+    Unlike with ``logits_to_keep`` of transformers, they may differ from row to row.
 
     Args:
         module: Takes [R, T, F].
-        positions: int64, counted over all tokens of all rows, of any shape; the module then sees [..., F].
+        positions: int64, counted over all tokens of all rows, of any shape; the module then gets [..., F].
     """
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -171,17 +171,17 @@ def narrow_input(module: nn.Module, positions: Tensor) -> Iterator[None]:
 def run_at(
     module: nn.Module, positions_N: Tensor, shape: tuple[int, int], elsewhere: Tensor | None = None
 ) -> Iterator[None]:
-    """Run a module that maps each token by itself, such as an FFN, at some tokens only.
+    """Run a module that maps each token independently, such as an FFN, at some tokens only.
 
     Args:
-        module: Takes and gives [R, T, F], or [R·T, F] as in OPT; whatever else it gets goes through it as it is.
-        positions_N: int64, counted over all tokens of all rows; none twice.
+        module: Takes and returns [R, T, F], or [R·T, F] as in OPT; inputs of any other shape are run in full.
+        positions_N: int64, counted over all tokens of all rows; no duplicates.
         shape: R and T.
-        elsewhere: What it gives at the other tokens, shape [R, T, F]; zeros where ``None``.
+        elsewhere: Its output at the other tokens, shape [R, T, F]; zeros where ``None``.
     """
 
     count = shape[0] * shape[1]
-    outer: list[tuple[int, ...]] = []  # how rows and tokens came in the pass that is under way
+    outer: list[tuple[int, ...]] = []  # leading dimensions of the input in the current pass
 
     def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (hidden,) = (*args, *kwargs.values())
@@ -211,7 +211,7 @@ def run_at(
 
 @contextmanager
 def stop_after(module: nn.Module) -> Iterator[None]:
-    """End the forward pass that runs inside as soon as the module has its output."""
+    """End the forward pass that runs inside as soon as the module has computed its output."""
 
     def hook(*_: Any) -> None:
         raise _Exit
@@ -224,7 +224,7 @@ def stop_after(module: nn.Module) -> Iterator[None]:
 def stop_before(
     module: nn.Module, look: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 ) -> Iterator[None]:
-    """End the forward pass that runs inside where the module would begin, after a look at its arguments."""
+    """End the forward pass that runs inside just before the module, after a call of ``look`` with its arguments."""
 
     def hook(*given: Any) -> None:
         look(*given)
@@ -236,7 +236,7 @@ def stop_before(
 
 @contextmanager
 def _until_exit(handle: RemovableHandle) -> Iterator[None]:
-    """Catch the exit that a hook takes, and remove the hook."""
+    """Catch the exit that a hook raises, and remove the hook."""
     try:
         yield
     except _Exit:

@@ -1,6 +1,6 @@
-"""Keys and values of tokens that have been run already.
+"""Keys and values of tokens that have already been run.
 
-Legend: R = rows, P = tokens kept, F = model width.
+Legend: R = rows, P = cached tokens.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of the tokens before the ones that are run.
+    """Cached keys and values of the tokens before the ones that are run.
 
     Attributes:
-        cache: A Hugging Face cache, never handed out itself: a forward pass writes into what it gets.
-        mask_RP: int64, 1 for real tokens, which stand at the end.
+        cache: A Hugging Face cache, never given to a model itself: a forward pass writes into the cache that it gets.
+        mask_RP: int64, shape [R, P], 1 for real tokens, which are at the end.
     """
 
     cache: Any
     mask_RP: Tensor
 
     def fresh(self) -> Any:
-        """A cache for one forward pass; it shares the tensors, which are replaced and not written into."""
+        """A cache for one forward pass; it shares the tensors, which are replaced, never written into."""
         return self._with_layers([copy.copy(layer) for layer in self.cache.layers])
 
     def select(self, rows: Tensor) -> Prefix:
         """The given rows (a boolean mask, shape [R], or an index)."""
         layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers:
-            own = rows.to(layer.keys.device)
-            layer.keys, layer.values = layer.keys[own], layer.values[own]
+            index = rows.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
         return Prefix(self._with_layers(layers), self.mask_RP[rows])
 
     def repeated(self, count: int) -> Prefix:
-        """The only row, so many times, without a copy of it."""
+        """The only row, repeated ``count`` times without copying it."""
         layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers:
             layer.keys, layer.values = (t.expand(count, -1, -1, -1) for t in (layer.keys, layer.values))
@@ -53,7 +53,7 @@ class Prefix:
 
 
 def concatenate_prefixes(parts: Sequence[Prefix]) -> Prefix:
-    """The rows of several prefixes of one model, one after the other; the shorter ones get empty columns in front."""
+    """The rows of several prefixes of one model, concatenated; the shorter ones get empty columns in front."""
     longest = max(parts, key=lambda part: part.mask_RP.shape[1])
     layers = [copy.copy(layer) for layer in longest.cache.layers]
     for i, layer in enumerate(layers):
@@ -71,14 +71,14 @@ def gather_rows(prefixes: Sequence[Prefix], rows: Sequence[int]) -> Prefix:
     """Some rows of several prefixes of one model, as long as the longest of these.
 
     Args:
-        prefixes: Where the rows are.
-        rows: Ascending, counted over all prefixes.
+        prefixes: The prefixes that hold the rows.
+        rows: Their indices, ascending, counted over all prefixes.
     """
     parts, start = [], 0
     for prefix in prefixes:
         end = start + len(prefix.mask_RP)
-        own = [row - start for row in rows if start <= row < end]
-        if own:
-            parts.append(prefix.select(torch.tensor(own, device=prefix.mask_RP.device)))
+        inside = [row - start for row in rows if start <= row < end]
+        if inside:
+            parts.append(prefix.select(torch.tensor(inside, device=prefix.mask_RP.device)))
         start = end
     return concatenate_prefixes(parts)

@@ -42,19 +42,19 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    wishes = {"attn_implementation": attn_implementation, "device_map": device_map}
-    extra = {wish: value for wish, value in wishes.items() if value is not None}
-    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    # Converting after loading keeps buffers (rotary tables) as computed from the file's own precision.
-    stored = "auto" if dtype in ("auto", "float64") else wanted
-    model = load_pretrained(AutoModelForCausalLM, name, dtype=stored, **extra)
+    options = {"attn_implementation": attn_implementation, "device_map": device_map}
+    given = {option: value for option, value in options.items() if value is not None}
+    requested = "auto" if dtype == "auto" else getattr(torch, dtype)
+    # Converting to float64 after loading keeps buffers (rotary tables) as computed in the file's own precision.
+    loaded = "auto" if dtype in ("auto", "float64") else requested
+    model = load_pretrained(AutoModelForCausalLM, name, dtype=loaded, **given)
     if dtype == "float64":
         model = model.double()
     offloaded = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.is_meta]
     if offloaded:
         raise ValueError(
             f"--model.device_map {device_map} leaves {len(offloaded)} weights on no device (first {offloaded[0]}); "
-            "expected devices with room for all of them: what only visits a device cannot be edited there"
+            "expected devices with room for all of them: offloaded weights cannot be edited"
         )
     fuse_gelu(model)
     model.requires_grad_(False)
@@ -62,17 +62,17 @@ def load_model(
 
 
 def fuse_gelu(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Let one kernel do what transformers spells out in eight (GPT-2, GPT-J, GPT-Neo, Phi, BLOOM).
+    """Replace the GELU that transformers computes in eight kernels by one kernel (GPT-2, GPT-J, GPT-Neo, Phi, BLOOM).
 
     Returns:
-        What was replaced: its parent, name, and itself.
+        Of each module that was replaced: its parent, its name, and itself.
     """
-    spelt_out = [
+    replaced = [
         (module, name, child)
         for module in model.modules()
         for name, child in module.named_children()
         if type(child).__name__ in {"NewGELUActivation", "BloomGelu"}
     ]
-    for module, name, _ in spelt_out:
+    for module, name, _ in replaced:
         setattr(module, name, nn.GELU(approximate="tanh"))
-    return spelt_out
+    return replaced

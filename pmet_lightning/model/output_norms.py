@@ -1,8 +1,8 @@
-"""Families that norm a projection's output before adding it to the residual stream (Gemma 2 and 3, OLMo-2).
+"""Families that normalize a projection's output before adding it to the residual stream (Gemma 2 and 3, OLMo-2).
 
-What a layer contributes there is norm(p), p being the projection's output, and its length is given: only its direction
-can be edited. Target vectors live in p, behind which the optimization meets the norm as the model has it; what a layer
-shall add to the residual stream is pulled back through its own norm before the solve.
+Such a layer contributes norm(p), where p is the projection's output. The norm fixes its length: only its direction can
+be edited. Target vectors live in p, and the optimization runs through the model's own norm after it; the change that a
+layer should make to the residual stream is pulled back through its own norm before the solve.
 Legend: N = edits, O = width.
 """
 
@@ -15,11 +15,11 @@ _BISECTIONS = 80  # halvings of an interval in float64
 
 
 def pull_back(norm: nn.Module, current_NO: Tensor, change_NO: Tensor) -> Tensor:
-    """Change of p, of unchanged length, after which norm(p) is as near as it can be to norm(p) + change.
+    """Change of p, at unchanged length, after which norm(p) is as close as possible to norm(p) + change.
 
     A root-mean-square norm gives g ⊙ u with u = p / rms(p), a point of the sphere ‖u‖² = O. The nearest reachable
-    point minimises ‖g ⊙ u − goal‖ on that sphere: u = g · goal / (g² + μ), μ ≥ 0 such that it lies on it. Where even
-    μ = 0 lies inside, the goal's own direction is taken.
+    point minimizes ‖g ⊙ u − goal‖ on that sphere: u = g · goal / (g² + μ), with μ ≥ 0 such that u lies on it. Where u
+    lies inside even for μ = 0, the goal's own direction is taken.
 
     Args:
         norm: The norm module.

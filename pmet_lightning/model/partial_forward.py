@@ -1,4 +1,4 @@
-"""Passes that begin at a layer: no delta reaches the layers below L, so what enters L is computed once.
+"""Forward passes that begin at a layer: no delta reaches the layers below L, so the input of L is computed once.
 
 Legend: R = rows, S = tokens run, N = some tokens, F = model width, V = vocabulary.
 """
@@ -19,14 +19,14 @@ from pmet_lightning.model.kv_prefix import Prefix
 
 
 class PartialForward:
-    """Lets forward passes begin at a layer, with hidden states that entered it in a pass before.
+    """Lets forward passes begin at a layer, with the hidden states that entered it in an earlier pass.
 
     Args:
-        layers: All layers of the model, or the first.
-        start: L + 1; passes can begin at this layer and at the one below.
-        token_modules: What maps each token by itself in the layers from the last of these on.
-        last_modules: Those of them that only the logits need: in the model's last layer, behind its keys and values.
-        direct: Whether layers may be called without the model around them, which gives the same (see :class:`Replay`).
+        layers: All layers of the model, or the first ones.
+        start: L + 1; passes can begin at this layer and at the one below, L.
+        token_modules: Modules that map each token independently, in the layers from ``start`` on.
+        last_modules: Those of them that only the logits need: in the model's last layer, after its keys and values.
+        direct: Whether layers may be called without the model around them, with the same result (see :class:`Replay`).
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class PartialForward:
         self.token_modules = {module: module in set(last_modules) for module in token_modules}
         inside = set(self.layer.modules())
         self._in_layer = [module for module in token_modules if module in inside and module not in set(last_modules)]
-        self._steady: list[nn.Module] | None = None  # of these, what a change at the first token does not reach
+        self._unaffected: list[nn.Module] | None = None  # those that a change at the first token does not reach
         self._tuples = False
 
     @torch.no_grad()
     def entering_states(self, model: nn.Module, rows: RowBatch, prefix: Prefix | None) -> tuple[Tensor, Tensor]:
-        """What enters the last layer but one and the last, shape [R, S, F] each; the pass ends there."""
+        """The inputs of the layers L and L + 1, shape [R, S, F] each; the pass ends there."""
         seen: list[Tensor] = []
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -61,55 +61,55 @@ class PartialForward:
         return seen[0].to(rows.input_ids.device), seen[1].to(rows.input_ids.device)
 
     def start_from(self, hidden_RSF: Tensor, at: nn.Module) -> AbstractContextManager[None]:
-        """Have the passes inside begin with these states, at one of the last two layers."""
+        """Begin the passes inside with these states, at layer L or L + 1."""
         layers = [*self.below, self.layer]
         return start_at_layer(layers, layers.index(at), hidden_RSF, self._tuples)
 
     def logits(self, model: nn.Module, hidden_NF: Tensor) -> Tensor:
-        """Logits [N, V] of what leaves the last layer at some tokens."""
+        """Logits [N, V] from the output of the model's last layer at some tokens."""
         from transformers import DynamicCache
 
         layers = [*self.below, self.layer, *self.above]
-        # A row for each token. Neither of input ids nor without a cache: then a model looks for padding in them, or for
-        # several texts in one row, and waits for the device.
-        nothing = hidden_NF.new_zeros(len(hidden_NF), 1, model.get_input_embeddings().embedding_dim)  # type: ignore[operator]
+        # One row per token. Given input ids, or no cache, a model would look for padding, or for several texts in one
+        # row, and wait for the device.
+        placeholder = hidden_NF.new_zeros(len(hidden_NF), 1, model.get_input_embeddings().embedding_dim)  # type: ignore[operator]
         with start_at_layer(layers, len(layers), hidden_NF.unsqueeze(1), self._tuples):
-            logits: Tensor = model(inputs_embeds=nothing, past_key_values=DynamicCache(), use_cache=False).logits
+            logits: Tensor = model(inputs_embeds=placeholder, past_key_values=DynamicCache(), use_cache=False).logits
         return logits.squeeze(1).to(hidden_NF.device)
 
     def unaffected_outputs(
         self, model: nn.Module, rows: RowBatch, prefix: Prefix | None, hidden_RSF: Tensor
     ) -> dict[nn.Module, Tensor]:
-        """What projections and FFN of the last layer give that a change at the rows' first tokens does not reach there.
+        """Outputs of projections and FFN in layer L + 1 that change only at the first tokens when these change.
 
-        Keys, values and queries of the other tokens do not depend on it, and in parallel blocks the FFN does not. Which
-        ones is tried out, once.
+        Keys, values and queries of the other tokens do not depend on the first, nor does the FFN in parallel blocks.
+        Which modules these are is found by a trial, once.
 
         Args:
             model: The language model.
-            rows: What is run.
-            prefix: What stands before the rows.
-            hidden_RSF: What enters the layer.
+            rows: The rows to run.
+            prefix: Cached tokens that precede the rows.
+            hidden_RSF: Input of the layer.
         """
         if not self._in_layer or hidden_RSF.shape[1] == 1:
             return {}
         found = self._outputs(model, rows, prefix, hidden_RSF)
-        if self._steady is None:
+        if self._unaffected is None:
             changed = hidden_RSF.clone()
             changed[:, 0] = hidden_RSF[:, 0].flip(-1)
-            others = self._outputs(model, rows, prefix, changed)
-            self._steady = [m for m, seen in found.items() if torch.equal(others[m][:, 1:], seen[:, 1:])]
-        return {module: found[module] for module in self._steady}
+            after = self._outputs(model, rows, prefix, changed)
+            self._unaffected = [m for m, seen in found.items() if torch.equal(after[m][:, 1:], seen[:, 1:])]
+        return {module: found[module] for module in self._unaffected}
 
     @torch.no_grad()
     def _outputs(
         self, model: nn.Module, rows: RowBatch, prefix: Prefix | None, hidden_RSF: Tensor
     ) -> dict[nn.Module, Tensor]:
-        """What the modules in the last layer give, shape [R, S, F] each."""
+        """Outputs of the token modules in layer L + 1, shape [R, S, F] each."""
         shape, found = rows.input_ids.shape, {}
 
         def record(module: nn.Module, _: Any, output: Tensor) -> None:
-            found[module] = output.clone().reshape(*shape, -1)  # Falcon adds to it in place
+            found[module] = output.clone().reshape(*shape, -1)  # Falcon modifies it in place
 
         with ExitStack() as stack:
             for module in self._in_layer:
@@ -123,13 +123,13 @@ class PartialForward:
     def only_tokens(
         self, rows: RowBatch, real_N: Tensor, labelled_N: Tensor, kept: Mapping[nn.Module, Tensor]
     ) -> Iterator[None]:
-        """Have the passes inside run nothing on padding that they need not, and the last FFN only for the logits.
+        """Run token modules in the passes inside on real tokens only, and the last FFN only where logits are wanted.
 
         Args:
-            rows: What is run.
-            real_N: Places of real tokens, counted over all rows.
-            labelled_N: Those whose logits are wanted.
-            kept: What modules give that need to be run at the rows' first tokens only.
+            rows: The rows to run.
+            real_N: Positions of real tokens, counted over all rows.
+            labelled_N: Positions of those whose logits are wanted.
+            kept: Outputs of the modules that need to be run at the rows' first tokens only.
         """
         shape = tuple(rows.input_ids.shape)
         firsts = torch.arange(len(rows), device=real_N.device) * shape[1]
@@ -145,14 +145,14 @@ class PartialForward:
 
 
 class Replay:
-    """Layers called one after the other with what the model gave them in a pass over the same rows.
+    """Calls layers one after the other, with the arguments that the model gave them in a pass over the same rows.
 
-    Besides hidden states these are masks, positions and the like, which a model makes anew in every pass; on a GPU it
-    waits for the device where it looks into a mask.
+    Besides hidden states these are masks, positions and the like, which a model builds again in every pass; on a GPU it
+    waits for the device where it reads a mask.
 
     Args:
-        layers: In their order.
-        prefix: What stands before the rows.
+        layers: The layers, in order.
+        prefix: Cached tokens that precede the rows.
     """
 
     def __init__(self, layers: Sequence[nn.Module], prefix: Prefix) -> None:
@@ -161,7 +161,7 @@ class Replay:
 
     @property
     def ready(self) -> bool:
-        """Whether a pass was listened to in which every layer was handed a cache."""
+        """Whether a pass was captured in which every layer got a cache."""
         if len(self._given) < len(self.layers):
             return False
         values = [(*args, *kwargs.values()) for args, kwargs in self._given.values()]
@@ -169,10 +169,10 @@ class Replay:
 
     @contextmanager
     def capture_inputs(self) -> Iterator[None]:
-        """Keep what the layers are given in the pass inside."""
+        """Record the arguments of the layers in the pass inside."""
 
         def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # In place of the hidden states, and in their form, comes what a run begins with.
+            # A run puts its own hidden states here, by position or by name as the model did.
             self._given[layer] = (None, *args[1:]) if args else (), kwargs | ({} if args else {"hidden_states": None})
 
         with ExitStack() as stack:
@@ -181,21 +181,21 @@ class Replay:
             yield
 
     def run(self, hidden_RSF: Tensor) -> Tensor:
-        """What leaves the last of the layers, shape [R, S, F].
+        """The output of the last of the layers, shape [R, S, F].
 
         Args:
-            hidden_RSF: What enters the first.
+            hidden_RSF: Input of the first.
         """
         cache = self.prefix.fresh()
         for layer in self.layers:
             args, kwargs = self._given[layer]
-            own = [cache if self._is_cache(value) else value for value in args]
+            positional = [cache if self._is_cache(value) else value for value in args]
             named = {name: cache if self._is_cache(value) else value for name, value in kwargs.items()}
-            if own:
-                own[0] = hidden_RSF
+            if positional:
+                positional[0] = hidden_RSF
             else:
                 named["hidden_states"] = hidden_RSF
-            output = layer(*own, **named)
+            output = layer(*positional, **named)
             hidden_RSF = output[0] if isinstance(output, tuple) else output
         return hidden_RSF
 
@@ -205,11 +205,11 @@ class Replay:
 
 @contextmanager
 def start_at_layer(layers: Sequence[nn.Module], start: int, hidden_RSF: Tensor, tuples: bool) -> Iterator[None]:
-    """Have the passes inside begin with given hidden states at a layer, or behind the last one.
+    """Begin the passes inside with given hidden states at a layer, or after the last one.
 
     Args:
         layers: The model's first layers, or all.
-        start: Which of them the states enter; the number of layers for what comes behind the last.
+        start: Index of the layer that the states enter; the number of layers to begin after the last.
         hidden_RSF: The states.
         tuples: Whether the layers return tuples.
     """
@@ -217,7 +217,7 @@ def start_at_layer(layers: Sequence[nn.Module], start: int, hidden_RSF: Tensor, 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return ((hidden_RSF, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_RSF})
 
-    # Behind the last layer states come by passing through it.
+    # To begin after the last layer, the states pass through it.
     entered = layers[min(start, len(layers) - 1)]
     with ExitStack() as stack:
         for layer in layers[:start]:
@@ -228,7 +228,7 @@ def start_at_layer(layers: Sequence[nn.Module], start: int, hidden_RSF: Tensor, 
 
 @contextmanager
 def pass_through(layer: nn.Module, is_tuple: bool) -> Iterator[None]:
-    """Let a layer hand on what it gets."""
+    """Make a layer return its input unchanged."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -70,7 +70,7 @@ def apply_patch(model: nn.Module, sites: Sites, path: str | Path, model_fingerpr
         The manifest.
 
     Raises:
-        PatchError: If the patch was made for other weights; nothing is changed then.
+        PatchError: If the patch was made for other weights; the model is unchanged then.
     """
     deltas, manifest = load_patch(path)
     if manifest["fingerprint"] != model_fingerprint:

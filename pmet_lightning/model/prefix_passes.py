@@ -1,7 +1,7 @@
-"""Tokens before the subject's last one are run once, and their keys and values kept.
+"""Tokens before the subject's last one are run once, and their keys and values cached.
 
-A delta sits at the subject's last token, and causal attention lets no earlier token see it.
-Legend: R = rows, P = tokens kept, S = tokens run, F = model width.
+A delta is added at the subject's last token, and causal attention lets no earlier token see it.
+Legend: R = rows, P = cached tokens, T = tokens of the longest row, C = selected columns, F = model width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pmet_lightning.model.kv_prefix import Prefix
 
 log = logging.getLogger(__name__)
 
-_PAYS = 0.2  # of the tokens: a pass over contexts that saves less is not taken
+_MIN_SAVING = 0.2  # share of the tokens: a separate pass over contexts that saves less is not run
 
 
 def split_at_subject(model: nn.Module, rows: RowBatch, per_edit: int = 1) -> tuple[Prefix | None, RowBatch]:
@@ -30,17 +30,17 @@ def split_at_subject(model: nn.Module, rows: RowBatch, per_edit: int = 1) -> tup
     Args:
         model: The language model.
         rows: Padded on either side.
-        per_edit: P; every P-th row is in the same context, whose tokens are run once for all.
+        per_edit: Rows per edit; every ``per_edit``-th row has the same context, whose tokens are run once for all.
 
     Returns:
         The prefix and rows of the remaining tokens, all of which begin at the subject's last token; or ``None`` and
-        the rows as they are, where the model keeps no plain keys and values.
+        the rows unchanged, where the model caches no plain keys and values.
     """
     columns = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
     real = rows.attention_mask.bool()
     first = torch.where(real, columns, len(columns)).amin(dim=1)
     last = torch.where(real, columns, -1).amax(dim=1)
-    # One column at least, if of padding alone: then every prefix of a model is one, and two can be joined.
+    # At least one column, even if of padding alone: then no prefix is empty, and any two can be concatenated.
     most = max(int((rows.subject - first).max()), 1)
     heads = _columns(rows, first.unsqueeze(1) + columns[:most], first, rows.subject - 1)
     unique, first_of = _tokens(heads).unique(dim=0, return_inverse=True)
@@ -56,23 +56,23 @@ def split_at_subject(model: nn.Module, rows: RowBatch, per_edit: int = 1) -> tup
 
 
 def compute_prefix(model: nn.Module, head: RowBatch) -> Prefix | None:
-    """The prefix that some rows are, once and for all.
+    """Run some rows once, and keep them as a prefix.
 
     Args:
         model: The language model.
         head: Rows padded on the right; a row may be empty.
 
     Returns:
-        ``None`` where the model keeps no plain keys and values.
+        The prefix; ``None`` where the model caches no plain keys and values.
     """
-    # What stands before padding does not see it, whatever a family makes of a position that may look at nothing. But a
-    # sliding window would keep the padding and lose tokens: such rows begin with it.
+    # Tokens before padding do not attend to it, whatever a family does at a position that may attend to nothing. But a
+    # sliding window would keep the padding and drop tokens: such rows are padded on the left instead.
     cache = _plain_cache(run_rows(model.base_model, head), len(head))  # type: ignore[arg-type]
     return None if cache is None else _right_aligned(model, head, cache, head.input_ids.shape[1])
 
 
 def _compute_after_contexts(model: nn.Module, heads: RowBatch, context_R: Tensor) -> Prefix | None:
-    """As :func:`compute_prefix`, with the tokens that all rows of a context begin with run once.
+    """As :func:`compute_prefix`, but the tokens that all rows of a context begin with are run once.
 
     Args:
         model: The language model.
@@ -83,12 +83,12 @@ def _compute_after_contexts(model: nn.Module, heads: RowBatch, context_R: Tensor
     contexts, group = context_R.unique(return_inverse=True)
     first = torch.stack([(group == i).nonzero()[0, 0] for i in range(len(contexts))])
     differs = (tokens != tokens[first[group]]) | (tokens < 0)
-    # Up to where the first row of a context has a token of its own.
-    own = torch.where(differs, torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[1]).amin(dim=1)
-    shared = torch.full_like(contexts, tokens.shape[1]).scatter_reduce(0, group, own, "amin")
+    # The first column in which each row differs from the first row of its context.
+    differing = torch.where(differs, torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[1]).amin(dim=1)
+    shared = torch.full_like(contexts, tokens.shape[1]).scatter_reduce(0, group, differing, "amin")
     shared[group.bincount() == 1] = 0
     most, lengths = int(shared.max()), heads.attention_mask.sum(dim=1)
-    if (shared * (group.bincount() - 1)).sum() <= _PAYS * lengths.sum():
+    if (shared * (group.bincount() - 1)).sum() <= _MIN_SAVING * lengths.sum():
         return compute_prefix(model, heads)
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     beginnings = _columns(
@@ -108,18 +108,18 @@ def _compute_after_contexts(model: nn.Module, heads: RowBatch, context_R: Tensor
 
 
 def read_prompts(model: nn.Module, rows: RowBatch, keep: bool = True) -> tuple[Tensor, Prefix | None]:
-    """Logits at the labels of whole rows, and what stands before the labels as a prefix.
+    """Logits at the labels of whole rows, and the tokens before the labels as a prefix.
 
     Args:
         model: The language model.
         rows: Padded on the right, with labels.
-        keep: Whether the prefix is wanted.
+        keep: Whether to return the prefix.
 
     Returns:
-        Logits as of :func:`~pmet_lightning.model.forward.label_logits`, and a prefix as of :func:`compute_prefix`.
+        Logits as from :func:`~pmet_lightning.model.forward.label_logits`, and a prefix as from :func:`compute_prefix`.
     """
     with narrow_input(model.get_output_embeddings(), rows.label_positions()):  # type: ignore[operator]
-        # Nothing looks at padding on the right, and attention is faster without a mask.
+        # No token attends to padding on the right, and attention is faster without a mask.
         output = run_rows(model, rows, masked=False, keep=keep)
     cache = _plain_cache(output, len(rows)) if keep else None
     if cache is None:
@@ -131,7 +131,7 @@ def read_prompts(model: nn.Module, rows: RowBatch, keep: bool = True) -> tuple[T
 
 
 def drop_last_token(prefix: Prefix) -> Prefix | None:
-    """All but the last token; ``None`` if nothing is left, or if a window has lost what it would see then."""
+    """All but the last token; ``None`` if nothing is left, or if a sliding window has dropped what is needed then."""
     count = prefix.mask_RP.shape[1]
     cache = prefix.fresh()
     if count == 1 or any(layer.keys.shape[-2] < count for layer in cache.layers):
@@ -141,7 +141,7 @@ def drop_last_token(prefix: Prefix) -> Prefix | None:
 
 
 def _right_aligned(model: nn.Module, head: RowBatch, cache: Any, width: int) -> Prefix:
-    """The prefix that rows padded on the right are, from the cache of ``width`` columns that begin with them."""
+    """The prefix of rows padded on the right, from a cache of ``width`` columns that begins with them."""
     count = head.input_ids.shape[1]
     lengths = head.attention_mask.sum(dim=1)
     wanted = torch.arange(count, device=lengths.device) - (count - lengths).unsqueeze(1)
@@ -155,7 +155,7 @@ def _right_aligned(model: nn.Module, head: RowBatch, cache: Any, width: int) -> 
 
 
 def _tokens(rows: RowBatch) -> Tensor:
-    """The tokens of some rows, -1 for padding, shape [R, T]."""
+    """The token ids of some rows, -1 for padding, shape [R, T]."""
     return torch.where(rows.attention_mask.bool(), rows.input_ids, -1)
 
 
@@ -176,28 +176,28 @@ def _columns(rows: RowBatch, wanted_RC: Tensor, first_R: Tensor, last_R: Tensor)
 def run_rows(
     part: nn.Module, rows: RowBatch, prefix: Prefix | None = None, masked: bool = True, keep: bool = True
 ) -> Any:
-    """What a model or its body makes of some rows, with its cache if that is to be kept."""
+    """The output of a model or its body for some rows, with its cache if ``keep``."""
     return part(**model_inputs(part, rows, prefix, masked=masked, keep=keep))
 
 
 def _plain_cache(output: Any, rows: int) -> Any:
-    """The cache of some rows; ``None`` if it is of another kind."""
+    """The cache in an output; ``None`` unless it holds plain keys and values of each row."""
     cache = getattr(output, "past_key_values", None)
     layers: Sequence[Any] = getattr(cache, "layers", ())
     if layers and all(is_plain_layer(layer, rows) for layer in layers):
         return cache
-    log.info("the model keeps no plain keys and values of each token: whole rows are run at every step")
+    log.info("the model caches no plain keys and values of each token: whole rows are run at every step")
     return None
 
 
 def _crop(cache: Any, tokens: int) -> None:
-    """Take the last tokens, one at least, from a cache that has lost none."""
+    """Remove the last tokens, at least one, from a cache that has dropped none."""
     for layer in cache.layers:
         layer.crop(-tokens)
 
 
 def _right_align(cache: Any, mask_RP: Tensor, ends_R: Tensor) -> Any:
-    """Keys and values that stand before column ``ends_R`` of each row, moved to the end of P columns; 0 before them."""
+    """Keys and values before column ``ends_R`` of each row, moved to the end of P columns; 0 before them."""
     rows, count = mask_RP.shape
     column = torch.arange(count, device=mask_RP.device) - count + ends_R.unsqueeze(1)
     padding = ~mask_RP.bool()[:, None, :, None]
@@ -207,9 +207,9 @@ def _right_align(cache: Any, mask_RP: Tensor, ends_R: Tensor) -> Any:
             width = kept.shape[1]
             index = torch.arange(rows, device=column.device).unsqueeze(1) * width + column.clamp(0, width - 1)
             moved = kept.flatten(0, 1).index_select(0, index.flatten().to(kept.device)).unflatten(0, (rows, count))
-            # Of padding nothing may be left: even no weight times NaN is NaN.
+            # Nothing of the padding may remain: even a weight of zero times NaN is NaN.
             setattr(layer, name, moved.transpose(1, 2).masked_fill_(padding.to(kept.device), 0))
-        # A sliding window counts the columns it has seen, and transformers makes its mask from that count.
+        # A sliding window counts the columns it has seen, and transformers derives its mask from that count.
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = count
     return cache
@@ -218,7 +218,7 @@ def _right_align(cache: Any, mask_RP: Tensor, ends_R: Tensor) -> Any:
 def is_plain_layer(layer: Any, rows: int) -> bool:
     """Whether a layer of a cache holds nothing but keys and values [R, heads, tokens, F / heads] and their count.
 
-    By type: other layers (quantised, static, indexed, of a state-space model) are kinds of these with more to keep.
+    By exact type: other layers (quantized, static, indexed, of a state-space model) are subclasses with more state.
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 

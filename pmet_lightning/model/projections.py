@@ -1,4 +1,4 @@
-"""The output projections of one model: where they are, how their weights are laid out, adding ΔW to them."""
+"""The output projections of one model: where they are, how their weights are laid out, and adding ΔW to them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Sites:
         for site in ("attn", "ffn"):
             if isinstance(sites.norm(site, 0), nn.LayerNorm):
                 raise UnknownArchitectureError(
-                    f"the norm behind the {site} output projection is a LayerNorm; expected a root-mean-square norm, "
-                    "the only kind whose output can be traced back to the projection's"
+                    f"the norm after the {site} output projection is a LayerNorm; expected a root-mean-square norm, "
+                    "the only kind whose output can be mapped back to the projection's"
                 )
         return sites
 
@@ -55,7 +55,7 @@ class Sites:
         return self.layers[layer].get_submodule(self._path(site))
 
     def ffn_block(self, layer: int) -> nn.Module | None:
-        """The module of a layer that is its whole FFN, in families that have one which takes hidden states alone."""
+        """The module of a layer that is its whole FFN, in families that have one with hidden states as only input."""
         path, _, _ = self.architecture.ffn.rpartition(".")
         if not path or self.architecture.attn.startswith(f"{path}."):
             return None
@@ -63,7 +63,7 @@ class Sites:
         return block if len(inspect.signature(block.forward).parameters) == 1 else None
 
     def token_modules(self, layer: int) -> list[nn.Module]:
-        """Modules of a layer that map each token by itself: the FFN, and projections outside of it."""
+        """Modules of a layer that map each token independently: the FFN, and projections outside of it."""
         block = self.ffn_block(layer)
         inside = set() if block is None else set(block.modules())
         projections = [m for m in self.layers[layer].modules() if is_projection(m) and m not in inside]
@@ -86,14 +86,14 @@ class Sites:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether it is ``nn.Linear`` or the ``Conv1D`` of GPT-2."""
+    """Whether a module is ``nn.Linear`` or the ``Conv1D`` of GPT-2."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def is_transposed(projection: nn.Module) -> bool:
     """Whether the weight is stored [in, out] (``Conv1D`` of GPT-2) and not [out, in] (``nn.Linear``).
 
-    Decided by type: a square weight says nothing by its shape.
+    Decided by type: the shape of a square weight does not tell.
     """
     if is_projection(projection):
         return not isinstance(projection, nn.Linear)
@@ -119,7 +119,7 @@ def out_features(projection: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class StoredDelta:
-    """What became of a ΔW when the sum was stored in the weight's own dtype.
+    """How much of a ΔW remained when the sum was stored in the weight's own dtype.
 
     Attributes:
         kept: ⟨stored change, ΔW⟩ / ‖ΔW‖², 1 if nothing was lost.
@@ -140,29 +140,29 @@ def add_to_weight(projection: nn.Module, delta_OI: Tensor) -> StoredDelta:
         delta_OI: Shape [out, in], whole on every process.
 
     Returns:
-        How much of ΔW the stored weight has.
+        How much of ΔW the stored weight retains.
     """
     weight = projection.weight
     assert isinstance(weight, Tensor)
-    own = local_rows(weight)
+    rows = local_rows(weight)
     delta = local_part(weight, delta_OI.T if is_transposed(projection) else delta_OI)
-    before = own.to(delta.dtype, copy=True)
-    own.copy_(before + delta)
-    stored = own.to(delta.dtype) - before
+    before = rows.to(delta.dtype, copy=True)
+    rows.copy_(before + delta)
+    stored = rows.to(delta.dtype) - before
     moving = delta != 0
     sums = (stored * delta, delta.square(), (stored - delta).square(), moving, stored[moving] != 0)
-    product, square, lost, wanted, moved = sum_over_shards(
+    product, square, lost, nonzero, moved = sum_over_shards(
         weight, torch.stack([part.sum().double() for part in sums])
     ).tolist()
     square = max(square, torch.finfo(torch.float64).tiny)
-    return StoredDelta(product / square, moved / wanted if wanted else 1.0, (lost / square) ** 0.5)
+    return StoredDelta(product / square, moved / nonzero if nonzero else 1.0, (lost / square) ** 0.5)
 
 
 def keep_in_float32(projection: nn.Module) -> None:
-    """Hold a half-precision projection's weight in float32, so that edits of it are not rounded away.
+    """Hold a half-precision projection's weight in float32, so that edits to it are not rounded away.
 
-    Its inputs are converted on the way in and its outputs on the way out; the rest of the model stays as it is. A
-    projection of higher precision stays as it is, too.
+    Its inputs are converted on the way in and its outputs on the way out; the rest of the model is unchanged, and so is
+    a projection of higher precision.
     """
     if projection.weight.dtype in (torch.bfloat16, torch.float16):
         projection.float()

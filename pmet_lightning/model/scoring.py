@@ -1,6 +1,6 @@
-"""The loss of the target vectors, its stop rule and the projection (METHOD.md, step 1): pure functions.
+"""How well a target is predicted, and the KL divergence (docs/method.md, 'Targets'): pure functions.
 
-Legend: B = edits, C = contexts, K = target tokens, V = vocabulary, F = features.
+Legend: N = some tokens, K = target tokens, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def target_scores(logits_NV: Tensor, label_ids_K: Tensor, at_K: Tensor | None = 
 
     Args:
         logits_NV: Shape [N, V] or, without ``at_K``, [..., K, V]; any float dtype, computed in float32 at least.
-        label_ids_K: int64, shape [..., K], ``IGNORE`` behind the end of a shorter target.
-        at_K: int64, shape [..., K], which of the logits predict the label.
+        label_ids_K: int64, shape [..., K], ``IGNORE`` after the end of a shorter target.
+        at_K: int64, shape [..., K], index of the logits that predict each label.
 
     Returns:
-        Scores of shape [...], but for ``argmax``.
+        Scores of shape [...], except for ``argmax``.
     """
     logits = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).flatten(0, -2)
     if at_K is None:
@@ -59,7 +59,9 @@ def target_scores(logits_NV: Tensor, label_ids_K: Tensor, at_K: Tensor | None = 
 
 
 def kl_divergence(log_p_V: Tensor, log_q_V: Tensor) -> Tensor:
-    """Σ p · (log p − log q) over the vocabulary; p is the model with the deltas, q the clean one (choice 4).
+    """Σ p · (log p − log q) over the vocabulary; p is the model with the deltas, q the clean one.
+
+    For the prompt and the direction see docs/method.md, choice 4.
 
     Args:
         log_p_V: Log-probabilities that weigh the sum, shape [..., V].

@@ -1,4 +1,4 @@
-"""Cholesky factors in float64, with the smallest ridge that makes one possible.
+"""Cholesky factors in float64, with the smallest ridge that makes the matrix positive definite.
 
 Legend: I = in-features (d_k).
 """
@@ -20,11 +20,11 @@ RIDGES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)
 
 
 class Factor(NamedTuple):
-    """A Cholesky factor, and what made it possible.
+    """A Cholesky factor, and the ridge that it needed.
 
     Attributes:
         lower_II: L of A + ridge = L Lᵀ, float64, shape [I, I].
-        ridge: What was added to the diagonal of A (0 as a rule).
+        ridge: What was added to the diagonal of A (usually 0).
     """
 
     lower_II: Tensor
@@ -32,11 +32,11 @@ class Factor(NamedTuple):
 
 
 def factorize(build: Callable[[], Tensor]) -> Factor:
-    """Cholesky factor of a positive semidefinite matrix, with the smallest ridge that makes one possible.
+    """Cholesky factor of a positive semidefinite matrix, with the smallest ridge that makes it positive definite.
 
     Args:
-        build: Makes C, or λC + KKᵀ, float64, shape [I, I], its lower triangle at least. The factor takes its place,
-            so it is made anew for every ridge that is tried.
+        build: Makes C, or λC + KKᵀ, float64, shape [I, I], at least its lower triangle. The factor overwrites it,
+            so it is built again for every ridge that is tried.
 
     Raises:
         FloatingPointError: If no small ridge is enough.
@@ -47,27 +47,27 @@ def factorize(build: Callable[[], Tensor]) -> Factor:
         matrix_II.diagonal().add_(ridge)
         if factorize_in_place(matrix_II):
             if ridge:
-                log.warning("a singular system (dead key dimensions): factorized with a ridge of %.1e", ridge)
+                log.warning("the system is singular (dead key dimensions): factorized with a ridge of %.1e", ridge)
             return Factor(matrix_II, ridge)
         del matrix_II
     raise FloatingPointError(
-        f"the system is not positive definite even with a ridge of {RIDGES[-1]:g} of its mean diagonal; "
+        f"the system is not positive definite even with a ridge of {RIDGES[-1]:g} times its mean diagonal; "
         "collect the second moments over more text"
     )
 
 
 def condition_bound(lower_II: Tensor) -> float:
-    """A lower bound of the condition number of L Lᵀ, from the diagonal of L alone.
+    """A lower bound on the condition number of L Lᵀ, from the diagonal of L alone.
 
-    No pivot l² is larger than the largest eigenvalue, and none smaller than the smallest.
+    Every pivot l² lies between the smallest and the largest eigenvalue.
     """
     pivots_I = lower_II.diagonal().square()
     return float(pivots_I.max() / pivots_I.min())
 
 
 def factorize_in_place(matrix_II: Tensor) -> bool:
-    """Put the lower Cholesky factor where a matrix, or its lower triangle, was; false if not positive definite."""
-    # On a CPU it is columns that lie together in what LAPACK works on, on a GPU, to torch, rows.
+    """Overwrite a matrix, or its lower triangle, with its lower Cholesky factor; false if not positive definite."""
+    # On a CPU, LAPACK works on memory in column-major order; on a GPU, torch expects row-major order.
     view_II = matrix_II if matrix_II.is_cuda else matrix_II.T
     info = torch.empty((), dtype=torch.int32, device=matrix_II.device)
     torch.linalg.cholesky_ex(view_II, upper=not matrix_II.is_cuda, out=(view_II, info))

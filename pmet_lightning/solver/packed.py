@@ -1,4 +1,4 @@
-"""Symmetric and triangular matrices kept as one triangle.
+"""Symmetric and triangular matrices stored as one triangle.
 
 Legend: I = rows and columns.
 """
@@ -24,7 +24,7 @@ def unpack_symmetric(packed: Tensor, width: int) -> Tensor:
 
 
 def symmetrize(lower_II: Tensor) -> Tensor:
-    """Fill the upper triangle from the lower one, in place: such matrices are too large for a copy."""
+    """Fill the upper triangle from the lower one, in place: such matrices are too large to copy."""
     for start in range(0, len(lower_II), BLOCK_ROWS):
         end = start + BLOCK_ROWS
         lower_II[:start, start:end] = lower_II[start:end, :start].T
@@ -44,5 +44,5 @@ def unpack_lower(packed: Tensor, width: int) -> Tensor:
 
 
 def unpack_products(packed: Tensor, device: torch.device) -> Tensor:
-    """The symmetric matrix of :func:`pack_lower`, on a device, shape [I, I]."""
+    """The symmetric matrix of :func:`pack_lower`, unpacked on a device, shape [I, I]."""
     return unpack_symmetric(packed.to(device), (math.isqrt(8 * len(packed) + 1) - 1) // 2)

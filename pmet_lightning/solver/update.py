@@ -1,10 +1,11 @@
-"""The closed-form update of one weight (METHOD.md, step 3): pure functions, float64.
+"""The closed-form update of one weight (docs/method.md, 'The write'): pure functions in float64.
 
-An I × I matrix of 16,384 key dimensions is 2.1 GB, so there is one: the system is summed in blocks into the memory in
-which it is then factorized, keys become float64 a block at a time, and the update takes the place of the right side.
+An I × I matrix for 16,384 key dimensions takes 2.1 GB, so only one is held: the system is summed in blocks into the
+memory in which it is then factorized, keys are converted to float64 a block at a time, and the update overwrites the
+right-hand side.
 
 Legend: N = edits, I = in-features (d_k), O = out-features (d), X = any number of rows, R = directions of the
-null space, S = random signs of the check.
+null space, S = random sign vectors of the error estimate.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from pmet_lightning.solver.cholesky import Factor, condition_bound, factorize, f
 
 log = logging.getLogger(__name__)
 BLOCK = 256  # rows of an I × I matrix worked on at a time
-BLOCK_KEYS = 1024  # keys that are float64 at a time
-_SIGNS = 8  # combinations of the outputs that the check looks at
-_MUCH_ERROR = 1e-8  # of the linear system
+BLOCK_KEYS = 1024  # keys converted to float64 at a time
+_SIGNS = 8  # random combinations of the outputs in the error estimate
+_LARGE_ERROR = 1e-8  # relative, of the linear system
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Solution:
 
     Attributes:
         delta_OI: ΔW, float64, shape [O, I].
-        ridge: What was added to the diagonal to make the system positive definite (0 as a rule).
-        solve_error: ‖ΔW·A − E·Kᵀ‖ / ‖E·Kᵀ‖ of the linear system as it was solved, estimated (to about a quarter)
-            from random combinations of the outputs.
-        condition_bound: A lower bound of the condition number of what was factorized: λC + KKᵀ or, with a stored
-            factor, the worse one of C and the system of the edits.
+        ridge: What was added to the diagonal to make the system positive definite (usually 0).
+        solve_error: ‖ΔW·A − E·Kᵀ‖ / ‖E·Kᵀ‖ of the linear system as it was solved, estimated (to within about a
+            quarter) from random combinations of the outputs.
+        condition_bound: A lower bound on the condition number of the factorized matrix: λC + KKᵀ or, with a stored
+            factor, the larger of the bounds for C and for the system of the edits.
     """
 
     delta_OI: Tensor
@@ -47,9 +48,9 @@ class Solution:
 
 
 def solve_update(residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: float) -> Solution:
-    """ΔW = E Kᵀ (λ C + K Kᵀ)⁻¹ by a Cholesky factorisation in float64.
+    """ΔW = E Kᵀ (λ C + K Kᵀ)⁻¹ by a Cholesky factorization in float64.
 
-    Beside what is given this takes I² + O·I float64 numbers and blocks.
+    Beyond its inputs this takes I² + O·I float64 numbers and blocks.
 
     Args:
         residual_NO: This layer's share of the residual of each edit, shape [N, O].
@@ -68,15 +69,15 @@ def solve_update(residual_NO: Tensor, keys_NI: Tensor, moment_II: Tensor, lam: f
     _substitute(lower_II, delta_OI, transposed=True)
     preserved = partial(_preserved, moment_II=moment_II, lam=lam, ridge=ridge)
     solution = _checked(delta_OI, ridge, residual_NO, keys_NI, preserved, condition_bound(lower_II))
-    if solution.solve_error > _MUCH_ERROR:
-        log.warning("a badly conditioned system: solved to a relative error of %.1e only", solution.solve_error)
+    if solution.solve_error > _LARGE_ERROR:
+        log.warning("the system is badly conditioned: solved only to a relative error of %.1e", solution.solve_error)
     return solution
 
 
 def solve_sums(right_OI: Tensor, products_II: Tensor, moment_II: Tensor, lam: float) -> Solution:
-    """The same ΔW from E Kᵀ and K Kᵀ, which processes can sum: less to send than the keys of many edits.
+    """The same ΔW from E Kᵀ and K Kᵀ, which can be summed over processes: less to send than the keys of many edits.
 
-    Beside what is given this takes I² + O·I float64 numbers and blocks.
+    Beyond its inputs this takes I² + O·I float64 numbers and blocks.
 
     Args:
         right_OI: E Kᵀ, float64, shape [O, I].
@@ -106,18 +107,19 @@ def multiply_transposed(left_NX: Tensor, keys_NI: Tensor) -> Tensor:
 def solve_with_factor(residual_NO: Tensor, keys_NI: Tensor, factor: Factor, lam: float) -> Solution:
     """The same ΔW from a factor of C alone, which any number of edit batches and any λ can share.
 
-    With C = L Lᵀ and Y = L⁻¹ K (Woodbury): ΔW = E (λ + YᵀY)⁻¹ Yᵀ L⁻¹. That is one N × N system and a triangular solve
-    for N columns and one for N or O, whichever are fewer: less work than :func:`solve_update` where N is well below I.
+    With C = L Lᵀ and Y = L⁻¹ K (Woodbury): ΔW = E (λ + YᵀY)⁻¹ Yᵀ L⁻¹. That is one N × N system, a triangular solve
+    for N columns, and another for N or O columns, whichever is fewer: less work than :func:`solve_update` where N is
+    well below I.
 
     Args:
         residual_NO: This layer's share of the residual of each edit, shape [N, O].
         keys_NI: Keys, shape [N, I].
-        factor: Of the second moment.
+        factor: Cholesky factor of the second moment.
         lam: λ, in units of preserved keys.
 
     Raises:
-        FloatingPointError: If an input or the result is not finite, or C too singular for this way (edits with keys
-            where C is zero); :func:`solve_update` then serves.
+        FloatingPointError: If an input or the result is not finite, or C is too singular for this method (edits with
+            keys where C is zero); :func:`solve_update` works then.
     """
     _refuse_nan({"residual": residual_NO, "keys": keys_NI})
     lower_II, residual = factor.lower_II, residual_NO.to(torch.float64)
@@ -138,7 +140,7 @@ def solve_with_factor(residual_NO: Tensor, keys_NI: Tensor, factor: Factor, lam:
         _substitute(lower_II, delta_OI, transposed=True)
     ridge, bound = lam * factor.ridge, max(condition_bound(lower_II), condition_bound(small_NN))
     solution = _checked(delta_OI, ridge, residual, keys_NI, lambda x_SI: lam * (x_SI @ lower_II @ lower_II.T), bound)
-    if solution.solve_error > _MUCH_ERROR:
+    if solution.solve_error > _LARGE_ERROR:
         raise FloatingPointError(
             f"the second moment is too singular for a solve with its factor (error {solution.solve_error:.1e})"
         )
@@ -146,7 +148,7 @@ def solve_with_factor(residual_NO: Tensor, keys_NI: Tensor, factor: Factor, lam:
 
 
 def normal_matrix(keys_NI: Tensor, moment_II: Tensor, lam: float) -> Tensor:
-    """λ C + K Kᵀ, float64, shape [I, I]; the lower triangle only, which is half the work."""
+    """λ C + K Kᵀ, float64, shape [I, I]; only the lower triangle, which is half the work."""
     system_II = moment_II.to(torch.float64, copy=True).mul_(lam)
     for keys in _in_float64(keys_NI):
         _add_products(system_II, keys, keys, lower_only=True)
@@ -164,8 +166,8 @@ def _right_side(residual_NO: Tensor, keys_NI: Tensor) -> Tensor:
 def _add_products(sum_XI: Tensor, left_NX: Tensor, keys_NI: Tensor, lower_only: bool = False) -> None:
     """Add leftᵀ keys, a block of rows at a time.
 
-    Not by ``addmm_``: it goes on from the sum, key by key, where a product by itself is rounded at its own size. For
-    10,000 keys that is a tenth of the error.
+    ``addmm_`` would accumulate into the sum key by key, whereas a separate product is rounded at its own magnitude. For
+    10,000 keys that has a tenth of the error.
     """
     for start in range(0, len(sum_XI), BLOCK):
         end = start + BLOCK
@@ -178,7 +180,7 @@ def _in_float64(rows_NX: Tensor) -> Iterator[Tensor]:
 
 
 def _substitute(lower_II: Tensor, rows_XI: Tensor, transposed: bool = False) -> None:
-    """Turn every row x into L⁻¹ x, or L⁻ᵀ x, in place."""
+    """Replace every row x by L⁻¹ x, or L⁻ᵀ x, in place."""
     matrix_II, columns_IX = lower_II.T if transposed else lower_II, rows_XI.T
     torch.linalg.solve_triangular(matrix_II, columns_IX, upper=transposed, out=columns_IX)
 
@@ -191,38 +193,38 @@ def _checked(
     preserved: Callable[[Tensor], Tensor],
     bound: float,
 ) -> Solution:
-    """The solution with its error, from the keys and C themselves and not from the system that was factorized.
+    """The solution with its error, computed from the keys and C themselves, not from the system that was factorized.
 
     Args:
         delta_OI: ΔW.
         ridge: As in :class:`Solution`.
         residual_NO: E.
         keys_NI: K.
-        preserved: The product of rows with λ C + ridge.
+        preserved: Multiplies rows by λ C + ridge.
         bound: As in :class:`Solution`.
     """
     signs_SO = _signs(delta_OI)
     x_SI = signs_SO @ delta_OI
     error_SI, right_SI = preserved(x_SI), torch.zeros_like(x_SI)
     for residual, keys in zip(_in_float64(residual_NO), _in_float64(keys_NI), strict=True):
-        wanted_SN = signs_SO @ residual.T
-        error_SI += (x_SI @ keys.T - wanted_SN) @ keys
-        right_SI += wanted_SN @ keys
+        residual_SN = signs_SO @ residual.T
+        error_SI += (x_SI @ keys.T - residual_SN) @ keys
+        right_SI += residual_SN @ keys
     return _with_error(delta_OI, ridge, error_SI, right_SI, bound)
 
 
 def _signs(delta_OI: Tensor) -> Tensor:
     """Random combinations of the outputs, shape [S, O], always the same.
 
-    ‖S (ΔW A − E Kᵀ)‖² over random signs S is in the mean the number of signs times ‖ΔW A − E Kᵀ‖²; all O outputs
-    would cost more than the solve.
+    The mean of ‖S (ΔW A − E Kᵀ)‖² over random signs is the number of combinations times ‖ΔW A − E Kᵀ‖²; checking all
+    O outputs would cost more than the solve.
     """
     generator = torch.Generator().manual_seed(0)
     return torch.randint(2, (_SIGNS, len(delta_OI)), generator=generator).to(delta_OI) * 2 - 1
 
 
 def _preserved(x_SI: Tensor, moment_II: Tensor, lam: float, ridge: float) -> Tensor:
-    """The product of rows with λ C + ridge, shape [S, I]."""
+    """The rows multiplied by λ C + ridge, shape [S, I]."""
     product_SI = ridge * x_SI
     for rows_XI, columns_SX in zip(moment_II.split(BLOCK), product_SI.split(BLOCK, 1), strict=True):
         columns_SX += lam * (x_SI @ rows_XI.to(torch.float64).T)
@@ -230,7 +232,7 @@ def _preserved(x_SI: Tensor, moment_II: Tensor, lam: float, ridge: float) -> Ten
 
 
 def _with_error(delta_OI: Tensor, ridge: float, error_SI: Tensor, right_SI: Tensor, bound: float) -> Solution:
-    """The solution, if it is finite, with ‖error‖ / ‖right side‖ of the combinations."""
+    """The solution, if it is finite, with ‖error‖ / ‖right-hand side‖ of the combinations."""
     error = float(error_SI.norm() / right_SI.norm().clamp_min(1e-300))
     if not math.isfinite(error) or not _finite(delta_OI):
         raise FloatingPointError("the update of the solve is not finite")
@@ -244,5 +246,5 @@ def _refuse_nan(inputs: dict[str, Tensor]) -> None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether all entries are; ``isfinite`` would make copies as large as the tensor."""
+    """Whether all entries are finite; ``isfinite`` would make copies as large as the tensor."""
     return all(bool(end.isfinite()) for end in tensor.aminmax())

@@ -1,1 +1,1 @@
-"""What every other folder may use: files, resources, processes, progress, memory."""
+"""Utilities that every other folder may use: files, resources, processes, progress, memory."""

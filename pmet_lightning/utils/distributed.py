@@ -1,9 +1,9 @@
-"""Work dealt out to the processes of a run, and what they found put together again.
+"""Work distributed over the processes of a run, and their results gathered.
 
-Item i of the work belongs to process i modulo their number, so that no process has more than one place more.
+Item i of the work belongs to process i modulo the number of processes, so that no two differ by more than one item.
 
-Where the model is sharded, a pass takes all processes, so that all of them do all of the work, in step: they are then
-one member of the processes.
+Where the model is sharded, a forward pass involves all processes, so that all of them do all of the work in lockstep:
+they then count as a single member of the group.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Item = TypeVar("Item")
 
 
 def sums_are_less(count: int, keys_nI: Tensor, wanted_nO: Tensor) -> bool:
-    """Whether K Kᵀ and E Kᵀ, in float64, are fewer bytes to put together than the keys and residuals of all edits.
+    """Whether K Kᵀ and E Kᵀ, in float64, are fewer bytes to send than the keys and residuals of all edits.
 
     Args:
         count: N, the edits of all processes.
-        keys_nI: Keys of one process, for their width and precision.
-        wanted_nO: Its residuals, likewise.
+        keys_nI: Keys of one process; only their width and dtype matter.
+        wanted_nO: Residuals of one process; likewise.
     """
     return travelling_bytes(count, keys_nI, wanted_nO, sums=True) < travelling_bytes(count, keys_nI, wanted_nO, False)
 
@@ -38,7 +38,7 @@ def travelling_bytes(count: int, keys_nI: Tensor, wanted_nO: Tensor, sums: bool)
         count: N.
         keys_nI: As for :func:`sums_are_less`.
         wanted_nO: As for :func:`sums_are_less`.
-        sums: Which of the two.
+        sums: Whether the sums are sent, or the keys and residuals.
     """
     in_width, out_width = keys_nI.shape[1], wanted_nO.shape[1]
     if sums:
@@ -48,13 +48,14 @@ def travelling_bytes(count: int, keys_nI: Tensor, wanted_nO: Tensor, sums: bool)
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a run, as one of them sees it.
+    """The processes of a run, as one of them sees them.
 
     Attributes:
-        strategy: Lightning's, which talks to the others.
-        rank: Number of this process, or of the member of the processes that it is part of.
-        size: How many there are.
-        sharded: Whether all processes are one member, which must not come to different decisions.
+        strategy: Lightning's strategy, which communicates with the other processes.
+        rank: Rank of this process, or of the member of the group that it is part of.
+        size: Number of members.
+        sharded: Whether all processes are one member (of a sharded model), so that they must not take different
+            decisions.
     """
 
     strategy: Strategy
@@ -64,48 +65,48 @@ class ProcessGroup:
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> ProcessGroup:
-        """The processes of a trainer."""
+        """The process group of a trainer."""
         if isinstance(trainer.strategy, ModelParallelStrategy):
             return cls(trainer.strategy, 0, 1, sharded=True)
         return cls(trainer.strategy, trainer.global_rank, trainer.world_size)
 
     @property
     def is_writer(self) -> bool:
-        """Whether this process stores what its member of the processes has found."""
+        """Whether this process stores the results of its member of the group."""
         return not self.sharded or self.strategy.is_global_zero
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this process makes what :meth:`compute_on_rank_zero` hands to all."""
+        """Whether this process computes what :meth:`compute_on_rank_zero` gives to all."""
         return self.strategy.is_global_zero
 
     def broadcast_if_sharded(self, own: Item) -> Item:
-        """What this process has found, or, where all are in step, what the first one has."""
+        """The value of this process or, where all run in lockstep, that of rank zero."""
         return self.strategy.broadcast(own) if self.sharded else own
 
     def all_reduce_min(self, own: int) -> int:
-        """The smallest of the numbers that the processes have found, on every process."""
+        """The minimum over the processes, on every process."""
         number = torch.tensor(own, device=self.strategy.root_device)
         return int(self.strategy.reduce(number, reduce_op="min"))  # type: ignore[arg-type]
 
     def shard(self, work: Sequence[Item]) -> list[Item]:
-        """What of the work is this process'."""
+        """The items of the work that belong to this process."""
         return list(work[self.rank :: self.size])
 
     def all_gather(self, own: Tensor, count: int) -> Tensor:
-        """The rows of all ``count`` places in order, from those of each process' own; on every process."""
+        """The rows of all ``count`` items in order, gathered from the rows of each process; on every process."""
         if self.size == 1:
             return own
         most = -(-count // self.size)
         padded = own.new_zeros(most, *own.shape[1:])
         padded[: len(own)] = own
-        everyone = self.strategy.all_gather(padded.contiguous())
-        return everyone.transpose(0, 1).flatten(0, 1)[:count].contiguous()
+        gathered = self.strategy.all_gather(padded.contiguous())
+        return gathered.transpose(0, 1).flatten(0, 1)[:count].contiguous()
 
     def all_gather_objects(self, own: Sequence[Item], count: int) -> list[Item]:
-        """As :meth:`all_gather`, for what is no tensor."""
+        """As :meth:`all_gather`, for objects that are not tensors."""
         parts = [self.strategy.broadcast(list(own), src=rank) for rank in range(self.size)]
-        return [parts[place % self.size][place // self.size] for place in range(count)]
+        return [parts[index % self.size][index // self.size] for index in range(count)]
 
     def all_reduce_sum(self, own: Tensor) -> Tensor:
         """The sum over the processes, on every process; a new tensor."""
@@ -115,14 +116,14 @@ class ProcessGroup:
         return summed
 
     def compute_on_rank_zero(self, make: Callable[[], tuple[Tensor, Item]], empty: Tensor) -> tuple[Tensor, Item]:
-        """What the first process makes, bit by bit, on every process.
+        """What rank zero computes, bit for bit, on every process.
 
         Args:
-            make: Gives a tensor and something else; only the first process calls it.
+            make: Returns a tensor and any other object; called on rank zero only.
             empty: A tensor of the same shape, dtype and device.
 
         Raises:
-            Exception: What ``make`` raised, on every process: none is left waiting for the others.
+            Exception: What ``make`` raised, on every process, so that none is left waiting.
         """
         kept: list[Tensor] = []
 
@@ -132,12 +133,12 @@ class ProcessGroup:
             return rest
 
         rest = self.compute_object_on_rank_zero(make_and_keep)
-        # What is zero everywhere else arrives as it is.
+        # The sum with the zeros of every other process is the tensor itself.
         tensor = kept[0] if kept else torch.zeros_like(empty)
         return self.strategy.reduce(tensor, reduce_op="sum"), rest  # type: ignore[return-value]
 
     def compute_object_on_rank_zero(self, make: Callable[[], Item]) -> Item:
-        """As :meth:`compute_on_rank_zero`, for what is no tensor."""
+        """As :meth:`compute_on_rank_zero`, for an object that is not a tensor."""
         made: Item | None = None
         error: Exception | None = None
         if self.is_rank_zero:

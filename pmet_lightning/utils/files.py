@@ -1,4 +1,4 @@
-"""Files that are either old or new, never half."""
+"""Files that are replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without an exception."""
+    """A temporary path beside ``path`` that replaces it when the block ends without an exception."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # some writers make private files
+        temporary.chmod(0o666 & ~_umask())  # some writers create files that only their owner can read
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -29,14 +29,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | Path, option: str) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``path`` when the block ends without an exception.
+    """A temporary folder that becomes ``path`` when the block ends without an exception.
 
     Args:
-        path: The folder; must not exist, or be empty.
-        option: What names it on the command line, for the error.
+        path: The folder; must not exist, or must be empty.
+        option: Its option on the command line, for the error.
 
     Raises:
-        FileExistsError: If it holds something.
+        FileExistsError: If it is a file or a folder that is not empty.
     """
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -61,12 +61,12 @@ def _umask() -> int:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file atomically."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)  # never all of it as one text
+        json.dump(value, file, indent=1, ensure_ascii=False)  # streamed, never one text in memory
         file.write("\n")
 
 
 def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the named columns of some rows as a table, atomically; NaN and what a row lacks become empty cells."""
+    """Write the named columns of some rows as a table, atomically; NaN and missing values become empty cells."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

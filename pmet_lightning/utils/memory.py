@@ -1,11 +1,11 @@
-"""How much memory a device has, and whether an error says that it was not enough."""
+"""How much memory a device has free, and whether an error means that it ran out."""
 
 from __future__ import annotations
 
 import psutil
 import torch
 
-# What a failed allocation says where it is no OutOfMemoryError: on a CPU, in the CUDA driver, in cuBLAS.
+# Messages of failed allocations that are not an OutOfMemoryError: on a CPU, in the CUDA driver, in cuBLAS.
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA out of memory",
@@ -15,13 +15,13 @@ _OUT_OF_MEMORY = (
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, those that torch keeps there for its next tensors among them."""
+    """Bytes that are free on a device, including those that torch's allocator has cached."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     return int(psutil.virtual_memory().available)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed, on any device."""
-    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _OUT_OF_MEMORY)
+    """Whether the error is a failed allocation, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in _OUT_OF_MEMORY)

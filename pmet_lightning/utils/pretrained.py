@@ -1,4 +1,4 @@
-"""Loading by a shipped name, a local folder or a hub name, with one error for all that can be missing."""
+"""Loading by a shipped name, a local folder or a hub name, with one error for whatever is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pmet_lightning.utils.resources import locate
 
 
 def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
-    """Load from a shipped folder, a local folder or the hub, with one error for all that can be missing."""
+    """Load from a shipped folder, a local folder or the hub, with one error for whatever is missing."""
     path = locate(name)
     try:
         return auto_class.from_pretrained(path, **kwargs)

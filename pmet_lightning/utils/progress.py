@@ -1,4 +1,4 @@
-"""Progress bars: edits instead of batches, and one for layers, statistics and evaluation."""
+"""Progress bars: edits instead of batches, and separate bars for layers, statistics and evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 class EditProgressBar(TQDMProgressBar):
-    """Lightning's bar, counting edits while targets are optimized; names what each evaluation is."""
+    """Lightning's bar, which counts edits while targets are optimized and names each evaluation."""
 
     @property
     def sanity_check_description(self) -> str:
@@ -43,18 +43,18 @@ class EditProgressBar(TQDMProgressBar):
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def track(self, items: Sequence[Item], description: str) -> Iterable[Item]:
-        """A bar of its own over some items."""
+        """A separate bar over some items."""
         return Tqdm(items, desc=description, leave=False, disable=self.is_disabled)  # type: ignore[no-any-return]
 
 
 def track(trainer: L.Trainer, items: Sequence[Item], description: str) -> Iterable[Item]:
-    """The items, behind a progress bar if the trainer shows any."""
+    """The items, with a progress bar if the trainer shows any."""
     bar = trainer.progress_bar_callback
     return bar.track(items, description) if isinstance(bar, EditProgressBar) else items
 
 
 def counter(trainer: L.Trainer, total: int | None, description: str, unit: str) -> Any:
-    """A progress bar to be advanced by ``update(n)``, as a context manager; silent if the trainer shows none."""
+    """A progress bar to advance with ``update(n)``, as a context manager; silent if the trainer shows none."""
     bar = trainer.progress_bar_callback
     disable = bar.is_disabled if isinstance(bar, EditProgressBar) else True
     return Tqdm(total=total, desc=description, unit=unit, unit_scale=True, leave=False, disable=disable)

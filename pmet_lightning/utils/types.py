@@ -1,6 +1,4 @@
-"""Bounded numbers of the command line: their bounds are checked where settings are parsed, and a type checker sees
-plain numbers.
-"""
+"""Bounded numbers for settings: bounds are checked when settings are parsed; a type checker sees plain numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions of the packages that have a part in the numbers."""
+"""Versions of the packages that affect the numbers."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ _PACKAGES = ("pmet-lightning", "torch", "lightning", "transformers", "torchmetri
 
 
 def versions() -> dict[str, str]:
-    """Versions of what has a part in the numbers."""
+    """Versions of the packages that affect the numbers, and of Python."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
