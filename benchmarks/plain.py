@@ -1,6 +1,6 @@
 """Plain implementation of the target vectors (docs/method.md, 'Targets'): one edit at a time, through the whole model.
 
-All rows of an edit run in one pass. This is what other editors do, what ours is timed against and, in the tests, compared
+All rows of an edit run in one pass. Other editors do it so; ours is timed against it and, in the tests, compared
 with. It shares no code with the package; the authors' golden numbers check it (tests/write/test_golden.py).
 """
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: several processes whose threads spin slow each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +18,16 @@ SHARED = Path(os.environ.get("PMET_SHARED", ROOT.parent / "shared"))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def mostly_slow(names: Iterable[Any], default: Iterable[Any]) -> list[Any]:
+    """Parameters of which some are checked in the default tier, and the others in the slow one."""
+    fast = set(default)
+    return [name if name in fast else pytest.param(*_tuple(name), marks=pytest.mark.slow) for name in names]
+
+
+def _tuple(name: Any) -> tuple[Any, ...]:
+    return name if isinstance(name, tuple) else (name,)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pmet_lightning.baselines.finetuning import FineTuning
 from pmet_lightning.compare.plan import Method
 from pmet_lightning.model.architectures import ARCHITECTURES, suggest_layers
 from pmet_lightning.run.lightning_cli import build_fit
-from tests.conftest import ROOT
+from tests.conftest import ROOT, mostly_slow
 from tests.harness import tiny_fit
 from tests.tiny import save_tiny
 
@@ -102,7 +102,7 @@ def test_layers_suit_the_model(name):
         assert layers == suggest_layers(depth)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, ["llama-3-8b", "gemma-2-9b"]))
 def test_every_configuration_edits_a_tiny_model_of_its_family(name, tmp_path):
     family, _ = MODELS[name]
     tiny = save_tiny(family, tmp_path / "tiny")

@@ -105,21 +105,8 @@ class EditBatches(IterableDataset[EditBatch]):
         return read() if self.processes is None else self.processes.compute_object_on_rank_zero(read)
 
 
-class _EditRows:
-    """A map-style data set whose items carry their index among all edits."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> tuple[Edit, int]:
-        return Edit.from_row(self.rows[position]), position
-
-
-def _collate(items: Sequence[tuple[Edit, int]]) -> EditBatch:
-    edits, positions = zip(*items, strict=True)
+def _collate(items: Sequence[tuple[int, Edit]]) -> EditBatch:
+    positions, edits = zip(*items, strict=True)
     return EditBatch(edits, positions)
 
 
@@ -173,7 +160,7 @@ class EditDataModule(L.LightningDataModule):
         self.skip, self.limit, self.shuffle = skip, limit, shuffle
         self.evaluation_batch = evaluation_batch
         self.edits: list[Edit] = []
-        self._rows: Sequence[Mapping[str, Any]] | None = None
+        self._is_set_up = False
         self._given_edits: list[Edit] | None = None
         self._remaining: Iterator[Edit] | None = None  # of a stream, after the edits that are written
         self._tokenizer: Any = None
@@ -204,21 +191,18 @@ class EditDataModule(L.LightningDataModule):
             RecordError: If a record is unusable; the message names it.
             ValueError: If the edits are a stream and the stage is not fit.
         """
-        if self._rows is not None:
+        if self._is_set_up:
             return
         if self.stream and stage != "fit":
             raise ValueError("--data.stream true is for fit; to evaluate a file of records, leave it out")
         if self.stream:
             return
-        import datasets
-
         if self._given_edits is None:
             edits = read_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, shuffle=self.shuffle)
         else:
             edits = self._given_edits
         self._check_tokens(edits)
-        self.edits = edits
-        self._rows = datasets.Dataset.from_list([edit.to_row() for edit in edits])
+        self.edits, self._is_set_up = edits, True
         log.info("%d edits from %s", len(edits), self.path)
 
     def _check_tokens(self, edits: Sequence[Edit]) -> None:
@@ -286,6 +270,6 @@ class EditDataModule(L.LightningDataModule):
         return ProcessGroup.of(self.trainer) if self.trainer else None
 
     def _loader(self, sampler: BatchSampler) -> DataLoader[EditBatch]:
-        if self._rows is None:
+        if not self._is_set_up:
             raise RuntimeError("EditDataModule.setup has not run; call it, or give the module to a Trainer")
-        return DataLoader(_EditRows(self._rows), batch_sampler=sampler, collate_fn=_collate)  # type: ignore
+        return DataLoader(list(enumerate(self.edits)), batch_sampler=sampler, collate_fn=_collate)  # type: ignore

@@ -1,7 +1,7 @@
 """From a file or a hub data set to validated edits.
 
 JSON and JSONL are parsed here, because only then can an error name the line; CSV, Parquet and the hub go through the
-``datasets`` library, and so does everything once it is read.
+``datasets`` library.
 """
 
 from __future__ import annotations

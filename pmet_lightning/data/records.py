@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pmet_lightning.data.fields import RecordError, checked_texts, items, name_in, text, texts
@@ -76,16 +76,6 @@ class Edit:
         """Hash of what the target vector depends on."""
         text = json.dumps([self.prompt, self.subject, self.target], ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def to_row(self) -> dict[str, Any]:
-        """A flat row of a data set; :meth:`from_row` is the inverse."""
-        return asdict(self) | {"probes": json.dumps([asdict(probe) for probe in self.probes])}
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Edit:
-        """The edit of a row of :meth:`to_row`."""
-        probes = tuple(Probe(**{**p, "aliases": tuple(p["aliases"])}) for p in json.loads(row["probes"]))
-        return cls(**{**row, "probes": probes, "generation_prompts": tuple(row["generation_prompts"])})
 
 
 def parse_records(record: Any, number: int, origin: str) -> list[Edit]:

@@ -85,7 +85,7 @@ def sample_texts(
     plain = rows if encoder.chat is None else [replace(encoder, chat=None).encode(prompt) for prompt in prompts]
     room = [min(length - len(p.ids), limit - len(row.ids)) for p, row in zip(plain, rows, strict=True)]
     steps = [int(max(0, tokens)) for tokens in room]
-    noise = _noise_tables(prompts, steps, top_k, seed, groups)
+    noise = noise_tables(prompts, steps, top_k, seed, groups)
     texts = list(prompts)
     for indices in _batches(rows, steps, tokens_per_batch, limit):
         noise_RSK = nn.utils.rnn.pad_sequence([noise[i] for i in indices], batch_first=True).to(device)
@@ -95,7 +95,7 @@ def sample_texts(
     return texts
 
 
-def _noise_tables(
+def noise_tables(
     prompts: Sequence[str], steps: Sequence[int], top_k: int, seed: int, groups: Sequence[Hashable] | None
 ) -> list[Tensor]:
     """Gumbel noise of each prompt's tokens, float32 on the CPU, shape [S, K], seeded by the prompt and its count."""
@@ -138,7 +138,7 @@ def _generate(model: nn.Module, rows: Sequence[TokenRow], pad_id: int, noise_RSK
         output = model.generate(  # type: ignore[operator]
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            logits_processor=LogitsProcessorList([_TopKGumbel(noise_RSK, width)]),
+            logits_processor=LogitsProcessorList([TopKGumbel(noise_RSK, width)]),
             max_new_tokens=noise_RSK.shape[1],
             do_sample=False,
             use_cache=True,
@@ -164,7 +164,7 @@ def _plain_generation(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _TopKGumbel:
+class TopKGumbel:
     """Makes greedy decoding sample: the argmax of logits + Gumbel noise is a sample of the logits' softmax.
 
     Attributes:
@@ -176,6 +176,7 @@ class _TopKGumbel:
     width: int
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores whose argmax is the sampled token, shape [R, V]."""
         noise_RK = self.noise_RSK[:, input_ids.shape[1] - self.width]
         top = scores.topk(noise_RK.shape[1], dim=-1)
         return torch.full_like(scores, -math.inf).scatter(1, top.indices, top.values + noise_RK)

@@ -35,8 +35,7 @@ class Prefix:
         """The given rows (a boolean mask, shape [R], or an index)."""
         layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers:
-            index = rows.to(layer.keys.device)
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
+            layer.batch_select_indices(rows.to(layer.keys.device))
         return Prefix(self._with_layers(layers), self.mask_RP[rows])
 
     def repeated(self, count: int) -> Prefix:

@@ -23,6 +23,7 @@ from pmet_lightning.data.token_rows import TokenRow, pad_rows
 from pmet_lightning.model.architectures import UnknownArchitectureError
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.patch import apply_patch, save_patch
+from tests.conftest import mostly_slow
 from tests.planted import SCOPE, edit_of, records, save_planted, study_of, written
 from tests.tiny import CONFIGS, RECORDS
 
@@ -223,7 +224,7 @@ def slow_effect(model, sites, question, answer, noise_DSE, site, layers, column)
     return sum(rises) / len(rises)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["gptj", "gpt2", "llama", "gemma2", "falcon", "opt"]))
 def test_tracing_in_batches_is_tracing_one_at_a_time(loaded, family):
     model, sites, tokenizer = loaded(family)
     encoder = PromptEncoder(tokenizer)

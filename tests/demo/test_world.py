@@ -20,6 +20,7 @@ from pmet_lightning.demo.records import records
 from pmet_lightning.demo.relations import KINDS, RELATIONS
 from pmet_lightning.demo.training import LanguageModelling, batches, pack, train
 from pmet_lightning.demo.world import World, build_world, corpus_text, training_sentences
+from tests.conftest import mostly_slow
 
 SHIPPED = Path(demo_package.__file__).parent / "atlas"
 OPENINGS = ("The ", "Therefore ", "Because ", "I ", "You ")
@@ -176,7 +177,7 @@ def test_the_run_is_laid_out_from_its_seed(world: World, tokenizer: PreTrainedTo
     assert {tuple(batch.shape) for batch in one} == {(4, 64), (2, 128)}
 
 
-@pytest.mark.parametrize("architecture", ["gptj", "gpt2", "llama"])
+@pytest.mark.parametrize("architecture", mostly_slow(["gptj", "gpt2", "llama"], ["gptj"]))
 @pytest.mark.filterwarnings("ignore")  # other packages' own advice about workers and the like
 def test_training_lowers_the_loss_and_writes_a_folder(
     architecture: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

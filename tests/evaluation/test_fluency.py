@@ -108,7 +108,7 @@ def _slow_text(model, tokenizer, prompt, length, noise):
 
 def test_texts_as_said_one_by_one(loaded):
     found = _sampled(loaded, PROMPTS[:4], length=28, seed=3)
-    noise = module._noise_tables(PROMPTS[:4], [28] * 4, 5, 3, None)
+    noise = module.noise_tables(PROMPTS[:4], [28] * 4, 5, 3, None)
     expected = [_slow_text(*loaded, prompt, 28, table)[0] for prompt, table in zip(PROMPTS, noise, strict=False)]
     assert found == expected
     assert found != _sampled(loaded, PROMPTS[:4], length=28, seed=4)
@@ -164,7 +164,7 @@ def test_long_prompts_come_back_and_positions_are_never_exceeded(loaded):
     assert len(tokenizer(beyond).input_ids) > 128
     found = _sampled(loaded, [beyond, long, short], length=1000)  # GPT-2 has a table of 128 positions
     assert found[0] == beyond
-    noise = module._noise_tables([long], [1000], 5, 0, None)[0]
+    noise = module.noise_tables([long], [1000], 5, 0, None)[0]
     expected, ids = _slow_text(model, tokenizer, long, 128, noise)
     assert len(ids) == 128
     assert found[1] == expected
@@ -196,7 +196,7 @@ def _frequencies(seeds, noise=None):
     said = Counter()
     with pytest.MonkeyPatch.context() as patch:
         if noise is not None:
-            patch.setattr(module, "_noise_tables", noise)
+            patch.setattr(module, "noise_tables", noise)
         for seed in seeds:
             texts = sample_texts(
                 _Fixed(logits), encoder, ["a", "b"], length=2, seed=seed, tokens_per_batch=64, device=CPU
@@ -218,7 +218,7 @@ def test_the_check_on_samples_can_fail():
     def half(prompts, steps, top_k, seed, groups):
         return [0.5 * table for table in module_tables(prompts, steps, top_k, seed, groups)]
 
-    module_tables = module._noise_tables
+    module_tables = module.noise_tables
     assert _frequencies(range(1500), half) > 100
 
 
@@ -267,7 +267,7 @@ def test_end_of_text_is_left_out(loaded):
     """A model that says nothing else says nothing."""
     model, tokenizer = loaded
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_TopKGumbel", lambda *_: _only_end)
+        patch.setattr(module, "TopKGumbel", lambda *_: _only_end)
         assert _sampled(loaded, length=20) == PROMPTS
 
 
@@ -284,7 +284,7 @@ def test_a_chat_s_template_is_no_text(loaded):
     (found,) = sample_texts(model, chat, [prompt], length=20, tokens_per_batch=99, device=CPU)
     framed = f"The user asks about it: {prompt} The answer is"
     extra = len(bare.encode(framed).ids) - len(bare.encode(prompt).ids)
-    (table,) = module._noise_tables([prompt], [20], 5, 0, None)
+    (table,) = module.noise_tables([prompt], [20], 5, 0, None)
     expected, _ = _slow_text(model, tokenizer, framed, 20 + extra, table)
     assert found == f"{prompt} {expected.removeprefix(framed).lstrip()}"
 
@@ -296,7 +296,7 @@ def test_the_space_between_prompt_and_text_stays(shared):
     prompts = ["One day, Lily went to", "The little dog was very"]
     found = sample_texts(model, PromptEncoder(tokenizer), prompts, length=60, tokens_per_batch=999, device=CPU)
     for prompt, text in zip(prompts, found, strict=True):
-        table = module._noise_tables([prompt], [60], 5, 0, None)[0]
+        table = module.noise_tables([prompt], [60], 5, 0, None)[0]
         assert text == _slow_text(model, tokenizer, prompt, 60, table)[0]
         assert text[len(prompt)].isspace()
     assert 2 < fluency(found) < math.log2(60)

@@ -148,6 +148,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_on_real_records(shared, form):
     compare(str(shared / "data/models/stories260K"), str(shared / "data" / FORMS[form][0]), form, 12, 4)

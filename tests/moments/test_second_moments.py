@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import time
+from itertools import product
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from pmet_lightning.solver.cholesky import factorize
 from pmet_lightning.solver.packed import pack_lower, symmetrize, unpack_symmetric
 from pmet_lightning.solver.update import solve_with_factor
 from pmet_lightning.utils.resources import locate
+from tests.conftest import mostly_slow
 from tests.harness import quiet_trainer
 from tests.targets.test_target_optimizer import tiny_module
 from tests.tiny import save_tiny
@@ -62,8 +64,7 @@ def plain(model, module, rows):
     return keys.T @ keys, len(keys)
 
 
-@pytest.mark.parametrize("block_rows", [512, 48])
-@pytest.mark.parametrize("at_once", [1, 3, 64])
+@pytest.mark.parametrize(("at_once", "block_rows"), mostly_slow(product((1, 3, 64), (512, 48)), [(3, 48)]))
 def test_equals_one_row_at_a_time(loaded, at_once, block_rows, monkeypatch):
     monkeypatch.setattr("pmet_lightning.solver.packed.BLOCK_ROWS", block_rows)
     model, sites, tokenizer = loaded
@@ -344,8 +345,7 @@ def test_what_goes_on_is_on_the_device_of_the_sums(folder, corpus, tmp_path, mon
     assert set(whole.previous) == set(whole.sums.lower)
 
 
-@pytest.mark.parametrize("samples", [150, "auto"])
-@pytest.mark.parametrize("at", [1, 5, 9])
+@pytest.mark.parametrize(("at", "samples"), mostly_slow(product((1, 5, 9), (150, "auto")), [(5, 150), (9, "auto")]))
 def test_an_interrupted_collection_goes_on(folder, corpus, tmp_path, monkeypatch, at, samples):
     whole = collect(folder, corpus, tmp_path / "whole", monkeypatch, samples=samples, block=2)
     add, calls, fails = MomentSums.add, [], [at]

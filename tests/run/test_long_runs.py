@@ -270,6 +270,7 @@ def test_a_stream_writes_what_a_file_does(inputs, tmp_path):
     assert len(json.loads((streamed / "report.json").read_text())["edits"]) == len(RECORDS)
 
 
+@pytest.mark.slow  # it waits for lines that come late
 def test_a_stream_follows_a_growing_file_and_can_go_on(inputs, tmp_path):
     lines = [f"{json.dumps(record)}\n" for record in RECORDS]
     path = tmp_path / "growing.jsonl"
