@@ -18,6 +18,8 @@ SHARED = Path(os.environ.get("PMET_SHARED", ROOT.parent / "shared"))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Lightning 2.6 calls what jsonargparse 4.49 has deprecated; this is the switch that jsonargparse has for it.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 
 def mostly_slow(names: Iterable[Any], default: Iterable[Any]) -> list[Any]:

@@ -208,7 +208,7 @@ class TargetLoop:
     @torch.enable_grad()
     def iterate(self, active: ActiveBatch, leaves: dict[SiteName, Tensor]) -> Tensor:
         """Forward pass, losses and stop rules; returns the sum of the losses of the edits that do not stop."""
-        logits_NV, at_APK, outputs = self._forward(active.facts, leaves)
+        logits_NV, at_APK, outputs = self.forward(active.facts, leaves)
         started = active.started
         _record_clean_outputs(active, outputs)
         labels = active.facts.rows.label_ids.unflatten(0, (len(active.edit_ids), -1))
@@ -216,7 +216,7 @@ class TargetLoop:
         nll, p = scores.nll.mean(dim=1), (-scores.nll).exp()
         kl = torch.zeros_like(nll)
         if active.meanings is not None:
-            meaning_NV, at_A11, _ = self._forward(active.meanings, leaves)
+            meaning_NV, at_A11, _ = self.forward(active.meanings, leaves)
             log_p = meaning_NV[at_A11[:, 0, 0]].to(nll.dtype).log_softmax(dim=-1)
             active.clean_kl = _append_rows(active.clean_kl, log_p.detach()[started:])
             kl = self.rules.kl * kl_divergence(log_p, active.clean_kl)
@@ -236,9 +236,7 @@ class TargetLoop:
             self.apply_stop_rules(active, loss, kl, scores.all_argmax.all(dim=1))
         return torch.where(active.running, loss, 0.0).sum()
 
-    def _forward(
-        self, rows: RowSet, leaves: Mapping[SiteName, Tensor]
-    ) -> tuple[Tensor, Tensor, dict[SiteName, Tensor]]:
+    def forward(self, rows: RowSet, leaves: Mapping[SiteName, Tensor]) -> tuple[Tensor, Tensor, dict[SiteName, Tensor]]:
         """As :meth:`RowSet.run`, with the outputs in the deltas' precision."""
         logits, at, outputs = rows.run(self.model, self.modules, leaves, self.partial_forward)
         return logits, at, {site: output.to(leaves[site]) for site, output in outputs.items()}

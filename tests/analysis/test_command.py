@@ -155,12 +155,12 @@ def test_the_command_on_atlas(tmp_path, caplog):
     assert re.search("layers proposed .*: too few facts to say", caplog.text)
     assert "too few facts to say" in (out / "lens.svg").read_text()
     assert {found["verdict"] for found in (*known["claims"], known["proposals"]["before"])} == {TOO_FEW}
-    layers = list(csv.DictReader((out / "layers.csv").open()))
+    layers = list(csv.DictReader((out / "layers.csv").read_text().splitlines()))
     lens = [row for row in layers if row["measure"] == "lens" and row["token"] == "last" and row["answer"] == "true"]
     assert [int(row["layer"]) for row in lens] == list(range(8))
-    facts = list(csv.DictReader((out / "facts.csv").open()))
+    facts = list(csv.DictReader((out / "facts.csv").read_text().splitlines()))
     assert float(lens[-1]["mean"]) == pytest.approx(sum(float(f["p_true"]) for f in facts) / 3, rel=1e-4)
-    traced = list(csv.DictReader((out / "tracing.csv").open()))
+    traced = list(csv.DictReader((out / "tracing.csv").read_text().splitlines()))
     assert {row["place"] for row in traced} <= set(POSITIONS)
     assert all(math.isfinite(float(row["mean"])) for row in traced)
     for name in FIGURES:
@@ -219,7 +219,7 @@ def test_the_command_before_and_after_an_edit(tmp_path):
     assert (known["facts"]["read"], known["facts"]["used"]) == (3, 1)
     assert list(known["measures"]) == list(known["proposals"]) == ["before", "after"]
     assert drawn_events(tmp_path / "out") == {f"analysis/{name}": 1 for name in FIGURES}  # both phases in one
-    rows = list(csv.DictReader((tmp_path / "out" / "facts.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "facts.csv").read_text().splitlines()))
     assert [(row["case_id"], row["phase"], row["followed"]) for row in rows] == [
         ("1", "before", "true"),
         ("1", "after", "new"),

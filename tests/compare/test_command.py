@@ -103,7 +103,7 @@ def test_a_comparison_pools_the_records_of_its_runs(comparison):
             assert row["count"] == len(values)
             assert row[metric] == pytest.approx(sum(values) / len(values))
         assert list(row["score_by_seed"]) == ["0", "1"]
-    rows = list(csv.DictReader((out / "comparison.csv").open()))
+    rows = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
     assert [float(row["efficacy"]) for row in rows] == pytest.approx([row["efficacy"] for row in results])
     page = (out / "comparison.html").read_text()
     assert "fine-tuning" in page

@@ -89,7 +89,7 @@ def test_scores_before_and_after(run):
     assert scores["before"]["efficacy"] <= 10
     assert scores["after"]["efficacy"] >= 90
     assert scores["after"]["score_low"] <= scores["after"]["score"] <= scores["after"]["score_high"]
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     logged = [float(row["1_scores/score"]) for row in rows if row.get("1_scores/score")]
     assert logged == pytest.approx([scores[phase]["score"] for phase in ("before", "after")])
 

@@ -234,7 +234,7 @@ def test_scores_are_those_of_the_run(run, events):
         assert values(events, f"3_edit_batches/at_once_{name}") == pytest.approx(at_once)
     assert values(events, "1_scores/kl") == pytest.approx([scores["after"]["kl"]])
     assert values(events, "9_details/count") == [7, 7]
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     written = [float(row["1_scores/score"]) for row in rows if row.get("1_scores/score")]
     assert written == pytest.approx(values(events, "1_scores/score"))
 
@@ -417,7 +417,7 @@ class Watcher(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 1:
             self.events = events_of(trainer.run_dir)
-            self.rows = list(csv.DictReader((trainer.run_dir / "metrics.csv").open()))
+            self.rows = list(csv.DictReader((trainer.run_dir / "metrics.csv").read_text().splitlines()))
 
 
 def test_a_run_can_be_watched_while_it_goes_on(inputs, tmp_path):

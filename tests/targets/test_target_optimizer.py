@@ -308,7 +308,7 @@ def test_places_are_taken_again_as_edits_stop(family, micro_batch, folder_of, tm
 def test_a_lack_of_memory_halves_the_edits_in_flight(folder_of, tmp_path_factory, monkeypatch, caplog):
     folder = folder_of("gpt2")
     values, _, _ = run(folder, tmp_path_factory.mktemp("a"))
-    sizes, forward = [], TargetLoop._forward
+    sizes, forward = [], TargetLoop.forward
 
     def limited(self, rows, leaves):
         sizes.append(len(rows.rows) // rows.per_edit)
@@ -316,7 +316,7 @@ def test_a_lack_of_memory_halves_the_edits_in_flight(folder_of, tmp_path_factory
             raise torch.OutOfMemoryError("of the test")
         return forward(self, rows, leaves)
 
-    monkeypatch.setattr(TargetLoop, "_forward", limited)
+    monkeypatch.setattr(TargetLoop, "forward", limited)
     most = 3
     found, _, _ = run(folder, tmp_path_factory.mktemp("b"), micro_batch=64)
     assert (sizes[0], max(sizes[1:])) == (len(RECORDS), 3)
