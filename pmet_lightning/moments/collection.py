@@ -107,7 +107,7 @@ class Collection:
         Raises:
             CorpusError: If the corpus has no text.
         """
-        self._resume()
+        self.resume()
         self._pass()
         self.previous.clear()
         tokens = self._tokens()
@@ -212,7 +212,7 @@ class Collection:
             if block != self.blocks_done:
                 path.unlink(missing_ok=True)
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         """Resume after the last block that all processes have saved."""
         complete = [b for b in self._own_files() if all(self._path(b, r).is_file() for r in range(self.processes.size))]
         newest = self.trainer.strategy.broadcast(max(complete, default=0))

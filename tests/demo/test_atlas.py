@@ -34,7 +34,7 @@ def test_two_hundred_edits_are_an_honest_load():
     assert 200 / load_config(locate("atlas")).n_inner >= 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.rebuild
 def test_a_sequential_model_is_edited_nearly_as_well(run, tmp_path):
     """Rebuilds the world's model with Llama's architecture, which takes ten minutes."""
     main(["demo", "--architecture", "llama", "--out", str(tmp_path / "llama")])

@@ -264,7 +264,7 @@ def test_recall_is_not_always_true(world: World, tokenizer: PreTrainedTokenizerF
     assert measure_recall(model, tokenizer, mixed, batch_size=7)[1::2] == [False] * len(wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.rebuild
 @pytest.mark.filterwarnings("ignore")
 def test_demo_rebuilds_what_ships(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):

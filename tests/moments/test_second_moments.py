@@ -326,13 +326,13 @@ def test_the_callback_stores_what_a_plain_sum_gives(folder, corpus, tmp_path, lo
 def test_what_goes_on_is_on_the_device_of_the_sums(folder, corpus, tmp_path, monkeypatch):
     """Sums and last moments; the device is torch's meta, which has no numbers."""
     kept = []
-    resume = collection.Collection._resume
+    resume = collection.Collection.resume
 
     def keep(self):
         kept.append(self)
         resume(self)
 
-    monkeypatch.setattr(collection.Collection, "_resume", keep)
+    monkeypatch.setattr(collection.Collection, "resume", keep)
     collect(folder, corpus, tmp_path / "out", monkeypatch)
     (whole,) = kept
     whole.previous = {place: torch.eye(128) for place in whole.sums.lower}
