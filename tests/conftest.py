@@ -1,4 +1,4 @@
-"""Shared fixtures: where the optional real inputs lie, tiny models, and what every test leaves behind."""
+"""Shared fixtures: where the optional real inputs lie, tiny models, and what every test leaves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def loaded(tmp_path_factory):
     """Gives a tiny model of a family, its sites and its tokenizer; nobody changes its weights."""
-    # Imported behind the settings above.
+    # Imported after the settings above.
     from pmet_lightning.data.encoder import load_tokenizer
     from pmet_lightning.model.architectures import architecture_of
     from pmet_lightning.model.loading import load_config, load_model

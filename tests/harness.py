@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from pmet_lightning import EditDataModule, SecondMoments, TargetOptimizer, WeightSpread
-from pmet_lightning.cli.dispatch import main
 from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.loading import load_model
 from pmet_lightning.moments.store import MomentKey, MomentStore
+from pmet_lightning.run.lightning_cli import run_fit
 from pmet_lightning.targets.store import PARTS
 from pmet_lightning.write import weight_spread as spread_module
 from pmet_lightning.write.keys import measure_keys
@@ -194,19 +194,42 @@ def as_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return {name.removeprefix("--"): yaml.safe_load(value) for name, value in pairs}
 
 
-def tiny_fit(folder: Path, model: str, *arguments: str, config: str = "pmet.yaml") -> list[dict[str, Any]]:
-    """Edit two records of a tiny model from the command line, with statistics of forty short texts.
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """The same the other way about."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return [part for name, text in texts.items() for part in (f"--{name}", text)]
 
-    Returns:
-        The ledger of the run in ``folder / "run"``.
-    """
+
+def tiny_settings(folder: Path, model: str) -> dict[str, Any]:
+    """Settings of a fit of two records, with second moments of forty short texts; writes both files."""
     records, corpus = folder / "records.json", folder / "corpus.txt"
     records.write_text(json.dumps(RECORDS[:2]))
     corpus.write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
-    main([
-        "fit", "--config", config, "--trainer.run_dir", str(folder / "run"), "--trainer.accelerator", "cpu",
-        "--trainer.enable_progress_bar", "false", "--model.model_name", model, "--model.steps", "4",
-        "--data.path", str(records), "--moments.corpus", str(corpus), "--moments.corpus_subset", "null",
-        "--moments.folder", str(folder / "moments"), *arguments,
-    ])  # fmt: skip
-    return [json.loads(line) for line in (folder / "run" / "ledger.jsonl").read_text().splitlines()]
+    return {
+        "trainer.run_dir": str(folder / "run"),
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": False,
+        "model.model_name": model,
+        "model.steps": 4,
+        "data.path": str(records),
+        "moments.corpus": str(corpus),
+        "moments.corpus_subset": None,
+        "moments.folder": str(folder / "moments"),
+    }
+
+
+def tiny_fit(folder: Path, model: str, *arguments: str, config: str = "pmet.yaml") -> list[dict[str, Any]]:
+    """Edit two records of a tiny model.
+
+    Args:
+        folder: Where the run folder ``run`` goes.
+        model: The model's folder.
+        arguments: What else differs from the configuration, as on the command line.
+        config: The configuration.
+
+    Returns:
+        The ledger of the run.
+    """
+    folder.mkdir(exist_ok=True)
+    run = run_fit(config, tiny_settings(folder, model) | as_overrides(arguments))
+    return [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]

@@ -50,7 +50,7 @@ def turned(norm, p, change):
 def plain_spread(model, tokenizer, projections, edits, targets, contexts, moments, lam, norms=None):
     """Write the edits into the model; returns ΔW [out, in] of each layer, lowest first.
 
-    ``norms``: what stands between each projection and the residual stream, in families that have it.
+    ``norms``: what is between each projection and the residual stream, in families that have it.
     """
     updates = []
     for i, projection in enumerate(projections):

@@ -21,7 +21,7 @@ from pmet_lightning.model.projections import Sites
 from pmet_lightning.utils.resources import locate
 from tests.tiny import CONFIGS
 
-WIDTH, MEANING = 32, 24  # the dimensions behind MEANING hold the answers' directions
+WIDTH, MEANING = 32, 24  # the dimensions after MEANING hold the answers' directions
 SCOPE = Scope(top=50, least=0.1, noise=3.0, draws=4, seed=0, window=1, tokens_per_batch=2048)
 FACTS = [
     {"prompt": "The mother tongue of {} is", "subject": "Danila Morvane", "ground_truth": "Basque"},

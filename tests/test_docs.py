@@ -54,7 +54,7 @@ def settings_in(text: str) -> set[str]:
 
 
 def commands(page: str) -> list[tuple[str, str]]:
-    """Commands and what stands behind them: in lines of code, and in words set as code that begin with a command."""
+    """Commands and what follows them: in lines of code, and in words set as code that begin with a command."""
     text, commands = page.replace("\\\n", " "), "|".join(COMMANDS)
     blocks = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
     rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)

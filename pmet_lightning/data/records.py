@@ -302,7 +302,7 @@ def skip_written(edits: Iterator[Edit], written: Iterable[Mapping[str, Any]], na
         edit = next(edits, None)
         if edit is None:
             raise RecordError(
-                f"{name}: ends behind {count - 1} edits, but the run to resume has written more, the next for "
+                f"{name}: ends after {count - 1} edits, but the run to resume has written more, the next for "
                 f"{_fact(line)}; give the data that it was started with, or another --trainer.run_dir"
             )
         if _fact(vars(edit)) != _fact(line):

@@ -146,7 +146,7 @@ def _given_vectorizer(idf_path: Path, vocabulary_path: Path) -> Any:
     except (ValueError, TypeError, AttributeError, EOFError) as error:
         raise CorpusError(
             f"{idf_path} and {vocabulary_path.name}: unusable ({error}); expected an array of numbers and a JSON "
-            "object that gives each word its index there. Download both anew, or remove both to fit on the snippets."
+            "object that gives each word its index there. Download both again, or remove both to fit on the snippets."
         ) from error
     return vectorizer
 

@@ -265,7 +265,7 @@ def test_components_are_what_plain_hooks_see(loaded, family):
     with torch.no_grad():
         for n, question in enumerate(questions):
             seen = model(torch.tensor([question.ids]), output_hidden_states=True, use_cache=False)
-            streams = [states[0] for states in seen.hidden_states]  # the last one is behind the final norm
+            streams = [states[0] for states in seen.hidden_states]  # the last one is after the final norm
             outputs = {}
             handles = [
                 (sites.norm(site, i) or sites.module(site, i)).register_forward_hook(

@@ -98,11 +98,11 @@ def test_padding_keeps_every_index_at_its_token(encoder, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_selecting_rows_is_padding_them_anew(encoder, side):
+def test_selecting_rows_is_padding_them_again(encoder, side):
     rows = [encoder.encode("x " * n + "{} is", "Vera", target="Rome") for n in (1, 9, 3)]
     chosen = pad_rows(rows, 0, side).select(torch.tensor([0, 2]))
-    anew = pad_rows([rows[0], rows[2]], 0, side)
-    for name, value in vars(anew).items():
+    again = pad_rows([rows[0], rows[2]], 0, side)
+    for name, value in vars(again).items():
         assert torch.equal(getattr(chosen, name), value), name
 
 

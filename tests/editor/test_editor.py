@@ -30,7 +30,7 @@ from pmet_lightning.moments.store import MomentError
 from pmet_lightning.run import ledger as ledger_module
 from pmet_lightning.run.lightning_cli import build_fit, run_command
 from pmet_lightning.utils.files import write_json
-from tests.harness import tiny_fit
+from tests.harness import as_arguments, tiny_settings
 from tests.tiny import CONFIGS, RECORDS, save_tiny
 
 FACTS = RECORDS[:4]
@@ -78,10 +78,12 @@ def test_it_is_the_command_line(base, tmp_path, family):
     """Patch, ledger, scores and what is edited: by a configuration from the shell, and by one call."""
     path = tmp_path / "facts.json"
     path.write_text(json.dumps(FACTS))
-    ledger = tiny_fit(
-        tmp_path, str(base / family), "--model.layers", "[1, 2]", "--data.path", str(path), "--data.edit_batch", "2",
-        "--model.free_tokens", "2", "--moments.samples", "40", "--moments.folder", str(base / "moments"),
-    )  # fmt: skip
+    settings = tiny_settings(tmp_path, str(base / family)) | {
+        "model.layers": [1, 2], "data.path": str(path), "data.edit_batch": 2, "model.free_tokens": 2,
+        "moments.samples": 40, "moments.folder": str(base / "moments"),
+    }  # fmt: skip
+    main(["fit", "--config", "pmet.yaml", *as_arguments(settings)])
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     deltas, manifest = load_patch(tmp_path / "run" / "patch.safetensors")
 
     model = AutoModelForCausalLM.from_pretrained(base / family)

@@ -1,4 +1,4 @@
-"""All that is asked behind a prompt, in batches and with shared keys and values, against one row at a time."""
+"""All that is asked after a prompt, in batches and with shared keys and values, against one row at a time."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _sampled(loaded, prompts=PROMPTS, budget=4096, **kw):
 
 
 def _slow_text(model, tokenizer, prompt, length, noise):
-    """The whole text anew for every token, one prompt at a time, without generate."""
+    """The whole text again for every token, one prompt at a time, without generate."""
     ids = tokenizer(prompt).input_ids
     start = len(ids)
     while len(ids) < length:
@@ -460,7 +460,7 @@ def test_a_malformed_vocabulary_says_where(tmp_path, idf, vocabulary):
     (tmp_path / "idf.npy").write_bytes(b"")
     if idf is not None:
         np.save(tmp_path / "idf.npy", np.array(idf))
-    with pytest.raises(CorpusError, match=r"idf\.npy and tfidf_vocab\.json: unusable .*Download both anew"):
+    with pytest.raises(CorpusError, match=r"idf\.npy and tfidf_vocab\.json: unusable .*Download both again"):
         References.of(str(tmp_path))
 
 

@@ -56,7 +56,7 @@ def test_batches_say_what_each_prompt_alone_does(loaded, budget):
     found = greedy_texts(model, PromptEncoder(tokenizer), prompts, tokens_per_batch=budget, device=CPU, new_tokens=6)
     for prompt, text in zip(prompts, found, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        for _ in range(6):  # the slow twin: the whole text anew for every token
+        for _ in range(6):  # the slow twin: the whole text again for every token
             with torch.no_grad():
                 ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
         expected = ids[0, len(tokenizer(prompt).input_ids) :].tolist()

@@ -87,7 +87,7 @@ def test_the_same_weights(family, whole, sharded):
 
 @pytest.mark.slow
 def test_the_documented_strategy_is_the_one_that_ran(sharded):
-    """As it stands in multi-gpu.yaml, without a size; the callback of the run sees that no weight stays whole."""
+    """As in multi-gpu.yaml, without a size; the callback of the run sees that no weight stays whole."""
     strategy = yaml.safe_load((sharded / "gpt2" / "config.yaml").read_text())["trainer"]["strategy"]
     assert strategy["class_path"] == "lightning.pytorch.strategies.ModelParallelStrategy"
     assert set(strategy["init_args"].values()) & {2, 3} == set()

@@ -82,7 +82,7 @@ def test_layers_that_get_no_cache_are_not_called_directly(loaded):
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2", pytest.param("opt", marks=OLD_OPT), "bloom"])
 def test_the_host_waits_for_no_step(family, tmp_path, monkeypatch):
-    """Between two looks, once the same edits have been in flight for a step."""
+    """Between two synchronizations, once the same edits have been active for a step."""
     monkeypatch.setitem(module_of_targets.SYNC_EVERY, "cpu", 4)
     counts: list[int] = []
     iterate = TargetLoop.iterate

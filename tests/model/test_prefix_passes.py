@@ -36,7 +36,7 @@ def rows_of(tokenizer, side: str, contexts=(CONTEXTS[0], LONG)):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_same_logits_with_a_delta(family, side, loaded):
-    """The whole rows, and the tails from layer 1 on behind a cache, at all of their tokens or where they change."""
+    """The whole rows, and the tails from layer 1 on after a cache, at all of their tokens or where they change."""
     model, sites, tokenizer = loaded(family)
     rows = rows_of(tokenizer, side)
     layer = sites.module("ffn", 1)
@@ -152,7 +152,7 @@ def test_windows_shorter_and_longer_than_the_rows(family, window, loaded):
 @pytest.mark.parametrize("window", [12, 40, 512])
 @pytest.mark.parametrize("family", WINDOWED)
 def test_prompts_that_were_read_are_counted(family, window, loaded):
-    """What stands before the labels of rows of several lengths, and the same without its last token."""
+    """What precedes the labels of rows of several lengths, and the same without its last token."""
     model, _, tokenizer = loaded(family, window)
     rows, _ = random_rows(tokenizer, 3)
     logits, prefix = read_prompts(model, rows)

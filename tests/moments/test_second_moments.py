@@ -364,7 +364,7 @@ def test_an_interrupted_collection_goes_on(folder, corpus, tmp_path, monkeypatch
     assert torch.equal(everything(whole), everything(resumed))
     interrupted = len(calls)
     collect(folder, corpus, tmp_path / "again", samples=samples)
-    assert interrupted == len(calls) - interrupted + 1, "only the block that failed was summed anew"
+    assert interrupted == len(calls) - interrupted + 1, "only the block that failed was summed again"
 
 
 def collect_slowly(folder, corpus, out, is_ready):

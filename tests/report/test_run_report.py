@@ -269,7 +269,7 @@ def test_the_numbers_are_kept_as_json(tmp_path, undrawn):
 
 def test_the_worst_twenty_edits(tmp_path, undrawn):
     data = full_data()
-    for i in range(0, 60, 7):  # judged in part, or not at all
+    for i in range(0, 60, 7):  # evaluated in part, or not at all
         data["edits"][i]["after"]["generalisation"] = None if i % 2 else math.nan
     data["edits"][3]["after"] = None
     data["edits"][5]["residual_left"] = None

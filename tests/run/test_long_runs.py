@@ -117,14 +117,14 @@ def test_going_on_with_other_settings_is_refused(inputs, whole):
     assert (whole / "patch.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("when", ["before the patch", "behind the patch"])
+@pytest.mark.parametrize("when", ["before the patch", "after the patch"])
 def test_a_kill_beside_the_patch_harms_nothing(inputs, whole, tmp_path, monkeypatch, when):
-    """The protected keys are those of the patch, whichever of the two files the kill came behind."""
+    """The protected keys are those of the patch, whichever of the two files the kill came after."""
     seen, save = [], patch_file.save_patch
 
     def dying(*arguments):
         seen.append(1)
-        if len(seen) == 2 and when == "behind the patch":
+        if len(seen) == 2 and when == "after the patch":
             save(*arguments)
         if len(seen) == 2:
             raise KeyboardInterrupt
@@ -172,7 +172,7 @@ def test_going_on_with_other_records_is_refused(inputs, whole, tmp_path, stream)
     with pytest.raises(RecordError, match=expected):
         fit(inputs, whole, *arguments, records=other)
     other.write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS[:5]))
-    with pytest.raises(RecordError, match=r"other.jsonl: ends behind 5 edits, but the run .* has written more"):
+    with pytest.raises(RecordError, match=r"other.jsonl: ends after 5 edits, but the run .* has written more"):
         fit(inputs, whole, *arguments, records=other)
     assert {name: (whole / name).read_bytes() for name in before} == before
 
@@ -217,7 +217,7 @@ def corrected() -> dict:
 
 
 def test_a_correction_of_an_earlier_batch_is_written_and_a_contradiction_in_one_is_not(inputs, tmp_path):
-    """Also where a run goes on behind an edit batch that was not full."""
+    """Also where a run goes on after an edit batch that was not full."""
     path = tmp_path / "growing.jsonl"
     lines = [f"{json.dumps(record)}\n" for record in (*RECORDS[:5], corrected())]
     arguments = ("--data.stream", "true", "--trainer.resume", "true", "--data.edit_batch", "4")
@@ -226,7 +226,7 @@ def test_a_correction_of_an_earlier_batch_is_written_and_a_contradiction_in_one_
     path.write_text("".join([*lines[:2], lines[5]]))  # in the first four lines of the file, but not of a batch
     fit(inputs, folder, *arguments, records=path)
     assert [line["target"] for line in ledger(folder)][2].strip() == "nothing of the kind"
-    with path.open("a") as file:  # one batch behind the three, and no four lines of the file
+    with path.open("a") as file:  # one batch after the three, and no four lines of the file
         file.writelines([lines[2], json.dumps(RECORDS[2] | {"target_new": "nothing of the kind"}) + "\n"])
     with pytest.raises(RecordError, match=r"record 4 \(line 5\) contradicts .*record 3 \(line 4\)"):
         fit(inputs, folder, *arguments, records=path)

@@ -25,7 +25,7 @@ from pmet_lightning.model.loading import load_model
 from pmet_lightning.model.patch import PatchError, apply_patch, load_patch
 from pmet_lightning.utils.resources import locate
 from tests.conftest import ROOT
-from tests.harness import tiny_fit
+from tests.harness import as_arguments, tiny_fit, tiny_settings
 from tests.tiny import save_tiny
 
 SMALL = [
@@ -95,7 +95,7 @@ def test_scores_before_and_after(run):
 
 
 def test_scores_of_each_edit_batch_and_what_is_forgotten(run):
-    """The first of two batches is judged before the second is written."""
+    """The first of two batches is evaluated before the second is written."""
     scores = json.loads((run / "scores.json").read_text())
     first, second = scores["edit_batches"]
     assert [batch["at_once"]["count"] for batch in (first, second)] == [8, 4]
@@ -353,4 +353,6 @@ def test_an_unlisted_family_is_described_in_five_lines(tmp_path):
     with pytest.raises((SystemExit, UnknownArchitectureError)):
         tiny_fit(tmp_path, str(model))
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    assert len(tiny_fit(tmp_path, str(model), "--model.layers", "auto", "--config", str(described))) == 2
+    command = ["fit", "--config", "pmet.yaml", "--config", str(described)]
+    main([*command, *as_arguments(tiny_settings(tmp_path, str(model)) | {"model.layers": "auto"})])
+    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 2

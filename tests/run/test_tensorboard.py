@@ -65,7 +65,7 @@ def inputs(tmp_path_factory):
 
 
 def options(inputs, folder: Path, *arguments: str, records: str = "records.json", command: str = "fit") -> list[str]:
-    """What comes behind the command."""
+    """What follows the command."""
     model, base = inputs
     config = "pmet.yaml" if command == "fit" else "finetune.yaml"
     moments = ["--moments.corpus", str(base / "corpus.txt"), "--moments.folder", str(base / "moments")]
@@ -502,17 +502,17 @@ def test_overshoot_and_residual_by_whole_passes(family, write, optimize, tmp_pat
         start = state("hidden")
         lacking = {site: goal(site) - state(value_sites[site]) for site in written}
         wanted = sum(lacking.values())
-        behind = []
+        after_writes = []
         for layer in report.layers:
             name = sites.weight_name(layer.site, layer.layer)
             add_to_weight(sites.module(layer.site, layer.layer), spread.edited.deltas[name])
             moved = ((state("hidden") - start) * wanted).sum(-1) / (wanted * wanted).sum(-1)
             assert layer.overshoot == pytest.approx(float((moved - 1).mean()), rel=1e-4, abs=1e-5)
             left = {s: (goal(s) - state(value_sites[s])).norm(dim=-1) / lacking[s].norm(dim=-1) for s in written}
-            behind.append({site: float(values.mean()) for site, values in left.items()})
-    # Where both sites are written, a site is measured again behind the other's next write.
+            after_writes.append({site: float(values.mean()) for site, values in left.items()})
+    # Where both sites are written, a site is measured again after the other's next write.
     for i, layer in enumerate(report.layers):
-        seen = behind[min(i + len(written) - 1, len(behind) - 1)][layer.site]
+        seen = after_writes[min(i + len(written) - 1, len(after_writes) - 1)][layer.site]
         assert layer.residual_after == pytest.approx(seen, rel=1e-4)
     assert report.layers[-1].overshoot > report.layers[0].overshoot
 

@@ -142,8 +142,8 @@ def test_an_edit_raises_the_target(family, folder_of, tmp_path):
 
 VARIANTS = {
     "one by one": {"micro_batch": 1},
-    "seven in flight": {"micro_batch": 7},
-    "three in flight": {"micro_batch": 3},
+    "seven at a time": {"micro_batch": 7},
+    "three at a time": {"micro_batch": 3},
     "as many as fit": {"micro_batch": "auto"},
     # no eager: its masks overflow in some float64 families where a row begins with padding
     "left padding": {"padding_side": "left", "attn_implementation": None},
@@ -176,7 +176,7 @@ def test_batching_is_exact(family, variant, folder_of, tmp_path_factory, monkeyp
         assert float((other_deltas[name] - delta).norm() / delta.norm()) < tolerance
 
 
-@pytest.mark.parametrize("change", [{"suffix_only": False}, {"micro_batch": 3}], ids=["whole model", "three in flight"])
+@pytest.mark.parametrize("change", [{"suffix_only": False}, {"micro_batch": 3}], ids=["whole model", "three at a time"])
 @pytest.mark.parametrize("family", ["gpt_neox", "phi", "opt"])
 def test_batching_is_exact_to_1e_8_in_float64(family, change, folder_of, tmp_path_factory):
     """Two parallel blocks, in which the FFN above L is kept, and a sequential one; all of them float64 throughout."""
@@ -305,7 +305,7 @@ def test_places_are_taken_again_as_edits_stop(family, micro_batch, folder_of, tm
     assert len({t.record["steps"] for t in alone[0].targets}) > 1
 
 
-def test_a_lack_of_memory_halves_the_edits_in_flight(folder_of, tmp_path_factory, monkeypatch, caplog):
+def test_a_lack_of_memory_halves_the_active_edits(folder_of, tmp_path_factory, monkeypatch, caplog):
     folder = folder_of("gpt2")
     values, _, _ = run(folder, tmp_path_factory.mktemp("a"))
     sizes, forward = [], TargetLoop.forward
