@@ -10,6 +10,7 @@ import torch
 from pmet_lightning.data.encoder import load_tokenizer
 from pmet_lightning.model.architectures import Architecture, architecture_of
 from pmet_lightning.model.fingerprint import fingerprint
+from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.loading import DtypeName, load_config, load_model
 from pmet_lightning.model.patch import apply_patch, load_patch
 from pmet_lightning.model.projections import Sites
@@ -49,6 +50,6 @@ def export(
         if dtype != "auto":
             model = model.to(getattr(torch, dtype))
         apply_patch(model, sites, patch, base_fingerprint)
-        model.save_pretrained(unfinished)  # type: ignore[operator]
+        save_model(model, unfinished)
         load_tokenizer(name).save_pretrained(unfinished)
     log.info("the edited model is in %s", out)

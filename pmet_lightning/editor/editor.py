@@ -24,6 +24,7 @@ from pmet_lightning.editor.loading import LOADING, check_model, load, load_token
 from pmet_lightning.editor.settings import EditorSettings, ModelSettings
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.fingerprint import checksum
+from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.patch import save_patch
 from pmet_lightning.run.ledger import EditLedger
 from pmet_lightning.run.manifest import manifest_of, moments_of
@@ -268,7 +269,7 @@ class Editor:
             FileExistsError: If the folder is not empty.
         """
         with new_folder(folder, "Editor.save:") as unfinished:
-            self.model.save_pretrained(unfinished)
+            save_model(self.model, unfinished)
             self.tokenizer.save_pretrained(unfinished)
 
     def save_patch(self, path: str | Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from pmet_lightning.model.loading import fuse_gelu
+from pmet_lightning.model.loading import fuse_gelu, plain_outputs
 from pmet_lightning.run.trainer import ignore_expected_warnings
 
 _VERBOSE_LOGGERS = ("lightning.pytorch", "lightning.fabric")  # they report the devices, and how a fit ended
@@ -39,6 +39,7 @@ def preserve_caller_state(model: nn.Module, device: torch.device) -> Iterator[No
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())
+        stack.enter_context(plain_outputs(model))
         stack.enter_context(_fused(model))
         stack.enter_context(_frozen(model))
         yield

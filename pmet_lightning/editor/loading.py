@@ -12,6 +12,8 @@ from pmet_lightning.data.encoder import load_tokenizer
 from pmet_lightning.model.loading import load_model
 from pmet_lightning.utils.resources import check_device
 
+# Classes whose ``module`` is the model.
+_WRAPPERS = ("_FabricModule", "DistributedDataParallel", "DataParallel")
 # Settings of the section 'model' that say how to load a model.
 LOADING = ("dtype", "attn_implementation", "device_map")
 
@@ -41,16 +43,18 @@ def load(name: str, settings: Mapping[str, Any], device: str | torch.device | No
 
 
 def check_model(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-    """Check that a model object can be edited, and return it.
+    """Check that a model object can be edited, and return it without what is wrapped around it.
 
     Args:
-        model: The object.
+        model: The object; one that torch.compile, Fabric or a data-parallel wrapper has made is unwrapped.
         settings: The settings of the section 'model'.
 
     Raises:
         TypeError: If it is not a causal language model with its vocabulary head.
-        ValueError: If its weights are quantized or have no data, or a setting says how to load it.
+        ValueError: If it has an adapter, its weights are quantized or have no data, or a setting says how to load it.
     """
+    model = _unwrap(model)
+    _refuse_adapters(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if head is None or not hasattr(model, "config"):
         raise TypeError(
@@ -65,6 +69,33 @@ def check_model(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
             found = "on the meta device" if parameter.is_meta else f"quantised ({parameter.dtype})"
             raise ValueError(f"Editor: {name} is {found}; expected a model whose weights can be written")
     return model
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, Fabric's and data-parallel wrappers, which share its weights."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif type(model).__name__ in _WRAPPERS:
+            model = model.module  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """A LoRA adapter is not in the weights: what is edited and saved would lack it, or lose the edit.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    inside = next(
+        (type(module).__name__ for module in model.modules() if type(module).__module__.startswith("peft.")), ""
+    )
+    if inside:
+        raise ValueError(
+            f"Editor: the model has a PEFT adapter ({inside}), expected the model itself: merge the adapter first with "
+            "merge_and_unload() of a PeftModel, and edit what it returns; or remove it with delete_adapter()"
+        )
 
 
 def load_tokenizer_for(name: str, tokenizer: Any) -> Any:

@@ -26,7 +26,7 @@ from pmet_lightning.evaluation.scores import EditScores, table_of
 from pmet_lightning.model.architectures import Architecture, architecture_of, depth_of, suggest_layers, written_sites
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.fsdp import load_in_turn, shard
-from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load_model
+from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load_model, set_plain_outputs
 from pmet_lightning.model.patch import apply_patch
 from pmet_lightning.model.projections import Sites, keep_in_float32
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
@@ -199,6 +199,7 @@ class EditableModel(L.LightningModule):
             )
         with load_in_turn(self):
             model = load_model(self.model_name, self.dtype_name, self.attn_implementation, self.device_map)
+            set_plain_outputs(model)
             if self.device_mesh is not None:
                 shard(model, self._architecture.layers, self.device_mesh)
         return model

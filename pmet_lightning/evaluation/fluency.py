@@ -10,8 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.token_rows import TokenRow, pad_rows
+from pmet_lightning.model.generation_config import own_generation_config
 
 LENGTH = 100  # tokens of a text, prompt included
 _WORDS = re.compile(r"\w+|[^\w\s]")
@@ -134,7 +134,8 @@ def _generate(model: nn.Module, rows: Sequence[TokenRow], pad_id: int, noise_RSK
 
     batch = pad_rows(rows, pad_id, "left").to(noise_RSK.device)
     width = batch.input_ids.shape[1]
-    with _plain_generation(model):
+    # An end-of-text token ends nothing here.
+    with own_generation_config(model, stop_at_end=False):
         output = model.generate(  # type: ignore[operator]
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -145,22 +146,6 @@ def _generate(model: nn.Module, rows: Sequence[TokenRow], pad_id: int, noise_RSK
             pad_token_id=pad_id,
         )
     return output[:, width:].tolist()  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _plain_generation(model: nn.Module) -> Iterator[None]:
-    """Without what the model's own settings add, such as an end-of-text token or a repetition penalty.
-
-    They are replaced rather than overridden: transformers fills in what a call leaves at ``None``.
-    """
-    from transformers import GenerationConfig
-
-    original = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = original
 
 
 @dataclass(frozen=True)

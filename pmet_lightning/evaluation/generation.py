@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
+from pmet_lightning.model.generation_config import own_generation_config
 from pmet_lightning.model.kv_prefix import Prefix
 from pmet_lightning.model.prefix_passes import drop_last_token
 
@@ -58,7 +58,7 @@ def greedy_ids(
     new_tokens: int,
     prefix: Prefix | None = None,
 ) -> list[list[int]]:
-    """Token ids of the greedy continuation of each row, under the model's own generation settings.
+    """Token ids of the greedy continuation of each row; of the model's own generation settings only its end counts.
 
     Args:
         model: The language model.
@@ -68,20 +68,18 @@ def greedy_ids(
         new_tokens: Maximum number of tokens to generate.
         prefix: Keys and values of the rows, if they have already been run.
     """
-    settings: Any = model.generation_config
-    shortened = None
-    # Beams are not rows, and a cache of another implementation cannot be combined with this one.
-    if prefix is not None and settings.num_beams in (None, 1) and settings.cache_implementation is None:
-        shortened = drop_last_token(prefix)  # its logits are not kept: generate begins with the last token
+    # The logits of a prefix' last token are not kept: generate begins with that token.
+    shortened = None if prefix is None else drop_last_token(prefix)
     batch = pad_rows(rows, pad_id, "left").to(device)
-    output = model.generate(  # type: ignore[operator]
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=pad_id,
-        **({} if shortened is None else {"past_key_values": shortened.fresh(), "use_cache": True}),
-    )
+    with own_generation_config(model):
+        output = model.generate(  # type: ignore[operator]
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=pad_id,
+            **({} if shortened is None else {"past_key_values": shortened.fresh(), "use_cache": True}),
+        )
     return output[:, batch.input_ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 

@@ -65,5 +65,16 @@ def model_inputs(
     if prefix is not None:
         mask = torch.cat([prefix.mask_RP, rows.attention_mask], dim=1)
         inputs |= {"attention_mask": mask, "use_cache": True, "past_key_values": prefix.fresh()}
-    accepted = inspect.signature(model.forward).parameters
+    accepted = _accepted(model)
     return {name: value for name, value in inputs.items() if name in accepted}
+
+
+def _accepted(model: nn.Module) -> set[str]:
+    """Names of the inputs of a model; of a ``forward`` that hands all on, those of the class it comes from."""
+    forwards = [model.forward, *(vars(kind).get("forward") for kind in type(model).__mro__)]
+    for forward in filter(None, forwards):
+        parameters = inspect.signature(forward).parameters.values()
+        names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - {"self"}
+        if names:
+            return names
+    return set()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -76,3 +78,31 @@ def fuse_gelu(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     for module, name, _ in replaced:
         setattr(module, name, nn.GELU(approximate="tanh"))
     return replaced
+
+
+def set_plain_outputs(model: nn.Module) -> list[tuple[Any, str, Any]]:
+    """Have layers return hidden states only, whatever the model's configuration asks them to return besides.
+
+    Returns:
+        What was changed: a configuration, its flag, and the value that it had.
+    """
+    config: Any = model.config
+    changed = []
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for flag, value in (("output_attentions", False), ("output_hidden_states", False), ("return_dict", True)):
+            original = getattr(part, flag, value)
+            if original != value:
+                changed.append((part, flag, original))
+                setattr(part, flag, value)
+    return changed
+
+
+@contextmanager
+def plain_outputs(model: nn.Module) -> Iterator[None]:
+    """As :func:`set_plain_outputs`; afterwards the configuration is what it was."""
+    changed = set_plain_outputs(model)
+    try:
+        yield
+    finally:
+        for part, flag, original in changed:
+            setattr(part, flag, original)

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from pmet_lightning.model.generation_config import own_generation_config
 from pmet_lightning.utils.files import write_json
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -42,14 +43,15 @@ def sample_contexts(
         torch.manual_seed(seed)
         for number in range(count):
             encoded = tokenizer(OPENINGS[number % len(OPENINGS)], return_tensors="pt").to(device)
-            output = model.generate(  # type: ignore[operator]
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
-                max_new_tokens=length,
-                do_sample=True,
-                top_k=5,
-                pad_token_id=tokenizer.eos_token_id,
-            )
+            with own_generation_config(model):
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=encoded["input_ids"],
+                    attention_mask=encoded["attention_mask"],
+                    max_new_tokens=length,
+                    do_sample=True,
+                    top_k=5,
+                    pad_token_id=tokenizer.eos_token_id,
+                )
             contexts.append(as_context(tokenizer.decode(output[0], skip_special_tokens=True)))
     return contexts
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPTJForCausalLM
 
 from pmet_lightning import Editor, TargetOptimizer, read_edits
 from pmet_lightning.cli.dispatch import main
@@ -53,8 +53,8 @@ def base(tmp_path_factory):
 def make(base):
     """Makes an editor of a tiny model that is loaded as a program would, and gives both."""
 
-    def made(family="gptj", **settings):
-        model = AutoModelForCausalLM.from_pretrained(base / family)
+    def made(family="gptj", model=None, **settings):
+        model = AutoModelForCausalLM.from_pretrained(base / family) if model is None else model
         tokenizer = AutoTokenizer.from_pretrained(base / family)
         options = {
             "corpus": str(base / "corpus.txt"), "lam": 50, "lr": 0.5,
@@ -463,6 +463,34 @@ def test_a_model_that_something_else_has_changed(make):
             call()
     model.load_state_dict(changed)
     editor.revert()
+
+
+class HandsOn(GPTJForCausalLM):
+    """A forward that hands everything on, as people write it."""
+
+    def forward(self, *given, **named):
+        return super().forward(*given, **named)
+
+
+@pytest.mark.parametrize("how", ["compiled", "own forward", "output_attentions", "output_hidden_states"])
+def test_what_is_around_a_model_changes_nothing(base, make, how):
+    kind = HandsOn if how == "own forward" else GPTJForCausalLM
+    flags = {how: True} if how.startswith("output") else {}
+    expected, model = (k.from_pretrained(base / "gptj", attn_implementation="eager", **f)
+                       for k, f in ((GPTJForCausalLM, {}), (kind, flags)))  # fmt: skip
+    make(model=expected)[0].edit(FACTS, evaluate=False)
+    editor, _ = make(model=torch.compile(model, backend="eager") if how == "compiled" else model)
+    editor.edit(FACTS, evaluate=False)
+    assert same(bits(model), bits(expected))
+    assert not flags or getattr(model.config, how) is True, "the configuration is the caller's"
+
+
+def test_an_adapter_is_refused(base):
+    """Without the library: by where its modules come from."""
+    model = AutoModelForCausalLM.from_pretrained(base / "gptj")
+    model.add_module("adapter", type("LoraLayer", (torch.nn.Linear,), {"__module__": "peft.tuners.lora.layer"})(2, 2))
+    with pytest.raises(ValueError, match=r"PEFT adapter \(LoraLayer\).*merge_and_unload"):
+        Editor(model, AutoTokenizer.from_pretrained(base / "gptj"))
 
 
 def test_the_typed_settings_are_those_of_the_classes():

@@ -1,0 +1,94 @@
+"""Generation settings: those of our own calls, and the model's own when it is saved.
+
+A model's ``generation_config`` describes how it is served. Stop strings, beams, several sequences or a dictionary as
+the output would break what is measured here, or change it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+# Settings that have no meaning without sampling, or without beams; transformers ignores them and refuses to save them.
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "num_return_sequences")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+@contextmanager
+def own_generation_config(model: nn.Module, *, stop_at_end: bool = True) -> Iterator[None]:
+    """Have calls of ``model.generate`` inside use nothing of the model's own settings but its end-of-text tokens.
+
+    The settings are replaced rather than overridden: transformers fills in what a call leaves at ``None``.
+
+    Args:
+        model: The language model.
+        stop_at_end: Whether the end-of-text tokens end a text.
+    """
+    from transformers import GenerationConfig
+
+    original: Any = model.generation_config
+    ends = getattr(original, "eos_token_id", None) if stop_at_end else None
+    model.generation_config = GenerationConfig(eos_token_id=ends)
+    try:
+        yield
+    finally:
+        model.generation_config = original
+
+
+def save_model(model: nn.Module, folder: Any) -> None:
+    """``model.save_pretrained``, also where the model's generation settings are such that transformers refuses to.
+
+    What has no effect in such settings is left out of the saved ones, and this is logged; the model keeps its own.
+
+    Args:
+        model: The language model.
+        folder: An existing folder.
+    """
+    original: Any = getattr(model, "generation_config", None)
+    repaired = None if original is None else _repaired(original)
+    if repaired is not None:
+        model.generation_config = repaired
+    try:
+        model.save_pretrained(folder)  # type: ignore[operator]
+    finally:
+        if repaired is not None:
+            model.generation_config = original
+
+
+def _repaired(config: Any) -> Any | None:
+    """The settings as transformers saves them; ``None`` if it saves them as they are."""
+    if _is_valid(config):
+        return None
+    changed = copy.deepcopy(config)
+    dropped = [*(() if changed.do_sample else _OF_SAMPLING), *(() if (changed.num_beams or 1) > 1 else _OF_BEAMS)]
+    dropped = [name for name in dropped if getattr(changed, name, None) is not None]
+    defaults = type(config)()
+    for name in dropped:
+        setattr(changed, name, getattr(defaults, name, None))
+    if not _is_valid(changed):
+        changed = type(config)(**{name: getattr(config, name, None) for name in _TOKENS})
+        dropped = ["all but token ids"]
+    log.warning(
+        "the model's generation settings are none that transformers saves; left out of the saved ones, since they have "
+        "no effect: %s", ", ".join(dropped),
+    )  # fmt: skip
+    return changed
+
+
+def _is_valid(config: Any) -> bool:
+    """Whether transformers saves the settings (4.57 and 5 differ in the argument)."""
+    try:
+        config.validate(strict=True)
+    except TypeError:
+        config.validate()
+    except ValueError:
+        return False
+    return True
