@@ -1,4 +1,4 @@
-"""Fields of a record, each validated: a text, several texts, a name; and field names that are probably misspelled."""
+"""Fields of a record, each validated: a text, several texts, a name; and oddities that a warning names."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _FLAT = (
     "case_id", "prompt", "subject", "target_new", "target", "ground_truth", "rephrase_prompt", "rephrase", "relation",
     "locality_prompt", "locality_ground_truth", "portability", "locality",
 )  # fmt: skip
+_NEW, _OLD = ("target_new", "target"), ("target_true", "ground_truth")
 _CLOSE = 0.8  # difflib's ratio: 'rephrase_prompts' is so close to 'rephrase_prompt', 'target_true' not to 'target_new'
 
 
@@ -115,6 +116,45 @@ def find_misspelled(record: Any) -> dict[str, str]:
             found |= _close_names(rewrite, _REWRITE) if isinstance(rewrite, Mapping) else {}
         return found
     return _close_names(record, _ZSRE if "src" in record else _FLAT)
+
+
+def with_outer_space(record: Any) -> list[str]:
+    """Names of the fields of a fact whose text begins or ends with white space (one space may begin an object).
+
+    Args:
+        record: A record of any format.
+    """
+    found: dict[str, int] = {}  # in order, each once
+    for fields in _facts(record):
+        for names, allowed in ((("prompt", "src", "subject"), ""), (_NEW + _OLD, " ")):
+            values = {name: _as_stored(fields, name) for name in names}
+            found |= {name: 0 for name, value in values.items() if value.strip() != value.removeprefix(allowed)}
+    return list(found)
+
+
+def has_same_objects(record: Any) -> str:
+    """The new object of a fact where it is also the old one, else an empty text.
+
+    Args:
+        record: A record of any format.
+    """
+    for fields in _facts(record):
+        new = next(filter(None, (_as_stored(fields, name).strip() for name in _NEW)), "")
+        if new and new in (_as_stored(fields, name).strip() for name in _OLD):
+            return repr(new)
+    return ""
+
+
+def _facts(record: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(record, Mapping):
+        return []
+    return [rewrite for rewrite in items(record.get("requested_rewrite")) if isinstance(rewrite, Mapping)] or [record]
+
+
+def _as_stored(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    value = value.get("str") if isinstance(value, Mapping) else value
+    return value if isinstance(value, str) else ""
 
 
 def _close_names(fields: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, str]:

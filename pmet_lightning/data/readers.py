@@ -1,11 +1,12 @@
 """From a file or a hub data set to validated edits.
 
-JSON and JSONL are parsed here, because only then can an error name the line; CSV, Parquet and the hub go through the
-``datasets`` library.
+JSON and JSONL are parsed here, because only then can an error name the line; CSV goes through the standard library,
+because every cell is text there; Parquet and the hub go through the ``datasets`` library.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import logging
@@ -18,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.data.fields import RecordError, find_misspelled
+from pmet_lightning.data.fields import RecordError, find_misspelled, has_same_objects, with_outer_space
 from pmet_lightning.data.records import Edit, check_no_contradictions, parse_records
 from pmet_lightning.utils.resources import locate
 
@@ -54,10 +55,10 @@ def read_edits(
         FileNotFoundError: If there is no such file or data set.
         RecordError: If the file is empty or broken, or a record taken from it is unusable.
     """
-    edits, warned = [], set[str]()
+    edits, warned = [], set[tuple[str, str]]()
     for number, origin, record in read_records(path, split=split, skip=skip, limit=limit, shuffle=shuffle):
         edits += parse_records(record, number, origin)
-        _warn_of_misspelled_names(record, origin, warned)
+        _warn_of_oddities(record, origin, warned)
     check_no_contradictions(edits)
     _warn_of_generation_prompts(edits, path if isinstance(path, str) else ", ".join(path))
     return edits
@@ -114,14 +115,14 @@ def as_edits(facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts") -> 
     Raises:
         RecordError: If there are none, or one is unusable.
     """
-    edits, warned = [], set[str]()
+    edits, warned = [], set[tuple[str, str]]()
     for number, fact in enumerate(facts):
         origin = f"{name}[{number}]"
         if isinstance(fact, Edit):
             edits.append(replace(fact, origin=f"{origin} ({fact.origin})" if fact.origin else origin))
         else:
             edits += parse_records(fact, number, origin)
-            _warn_of_misspelled_names(fact, origin, warned)
+            _warn_of_oddities(fact, origin, warned)
     if not edits:
         raise RecordError(f"{name}: nothing to edit, expected at least one record")
     check_no_contradictions(edits)
@@ -149,10 +150,10 @@ def stream_edits(
     records = chain.from_iterable(
         _streamed_records(locate(name), name, split, wait if name == paths[-1] else 0.0) for name in paths
     )
-    warned = set[str]()
+    warned = set[tuple[str, str]]()
     for number, (origin, record) in islice(enumerate(records), skip, None if limit is None else skip + limit):
         edits = parse_records(record, number, origin)
-        _warn_of_misspelled_names(record, origin, warned)
+        _warn_of_oddities(record, origin, warned)
         yield from edits
 
 
@@ -179,22 +180,26 @@ def _growing_lines(path: Path, wait: float) -> Iterator[bytes]:
             yield line
 
 
-def _warn_of_misspelled_names(record: Any, origin: str, warned: set[str]) -> None:
-    """Warn once per file that a field is ignored whose name is close to a known one.
+def _warn_of_oddities(record: Any, origin: str, warned: set[tuple[str, str]]) -> None:
+    """Warn, once per file and kind, of what a usable record probably does not mean.
 
     Args:
         record: A record of the file.
         origin: File and record, for the message.
-        warned: Files with a warning already.
+        warned: Pairs of file and kind with a warning already.
     """
     file = re.split(r", record \d|\[\d", origin)[0]
-    names = {} if file in warned else find_misspelled(record)
-    if names:
-        warned.add(file)
-        log.warning(
-            "%s: ignored: %s; rename, if that is meant", origin,
-            ", ".join(f"the field {name!r} (there is {close!r})" for name, close in names.items()),
-        )  # fmt: skip
+    misspelled = [f"the field {name!r} (there is {close!r})" for name, close in find_misspelled(record).items()]
+    spaced = [repr(name) for name in with_outer_space(record)]
+    oddities = {
+        "ignored: %s; rename, if that is meant": ", ".join(misspelled),
+        "white space around %s is left out; an object follows its prompt after a space by itself": ", ".join(spaced),
+        "the new object %s is also the old one, so that nothing changes; check 'target_new'": has_same_objects(record),
+    }  # fmt: skip
+    for message, found in oddities.items():
+        if found and (file, message) not in warned:
+            warned.add((file, message))
+            log.warning(f"%s: {message}", origin, found)
 
 
 def _warn_of_generation_prompts(edits: Sequence[Edit], path: str) -> None:
@@ -228,7 +233,7 @@ def _records(found: str, name: str, split: str) -> Iterator[tuple[str, Any]]:
     elif suffix in (".json", ".jsonl"):
         yield from _json_records(found, name)
     elif suffix in (".csv", ".parquet"):
-        yield from _numbered(_table_rows(found, suffix[1:], name), name)
+        yield from _numbered(_csv_rows(found, name) if suffix == ".csv" else _parquet_rows(found, name), name)
     else:
         raise RecordError(f"{name}: unknown ending {suffix!r}; expected .json, .jsonl, .csv or .parquet")
 
@@ -287,16 +292,38 @@ def _broken_json(name: str, line: int, error: json.JSONDecodeError) -> RecordErr
     )
 
 
-def _table_rows(found: str, kind: str, name: str) -> Any:
+def _csv_rows(found: str, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file: cells are text, empty ones are left out, and JSON lists and objects are those."""
+    reader = csv.reader(io.StringIO(_as_text(Path(found).read_bytes(), name), newline=""), strict=True)
+    try:
+        header = [column.strip() for column in next(reader, [])]
+        for cells in filter(None, reader):
+            if len(cells) > len(header):
+                raise RecordError(
+                    f"{name}, line {reader.line_num}: {len(cells)} cells, expected at most {len(header)} as in the "
+                    "header; put texts with a comma between double quotes"
+                )
+            yield {column: _cell(cell) for column, cell in zip(header, cells, strict=False) if cell}
+    except csv.Error as error:
+        raise RecordError(f"{name}, line {reader.line_num}: cannot be read as csv: {error}") from error
+
+
+def _cell(cell: str) -> Any:
+    if not cell.lstrip().startswith(("[", "{")):
+        return cell
+    try:
+        return json.loads(cell) or cell  # "{}" is a prompt that is nothing but its subject
+    except json.JSONDecodeError:
+        return cell
+
+
+def _parquet_rows(found: str, name: str) -> Any:
     import datasets
 
-    if kind == "csv":
-        _as_text(Path(found).read_bytes(), name)
     try:
-        reader = datasets.Dataset.from_csv if kind == "csv" else datasets.Dataset.from_parquet
-        return reader(found)
-    except Exception as error:  # pyarrow and pandas raise many types; all mean that the file is not such a table
-        raise RecordError(f"{name}: cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+        return datasets.Dataset.from_parquet(found)
+    except Exception as error:  # pyarrow raises many types; all mean that the file is not such a table
+        raise RecordError(f"{name}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
 
 
 def _hub_rows(name: str, split: str) -> Any:

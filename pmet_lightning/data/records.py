@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pmet_lightning.data.fields import RecordError, checked_texts, items, name_in, text, texts
 
+# Scripts without spaces between words (Thai, Lao, Burmese, Khmer, kana, Han); and Hangul, where particles follow.
+_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 ProbeKind = Literal["efficacy", "generalisation", "specificity", "portability", "multihop"]
 
 
@@ -136,15 +140,16 @@ def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Ed
     rewrite = fields["requested_rewrite"]
     if not isinstance(rewrite, Mapping):
         raise RecordError(f"{origin}: 'requested_rewrite' is {type(rewrite).__name__}, expected an object")
-    target = text(rewrite, "target_new", origin)
-    old = text(rewrite, "target_true", origin) if rewrite.get("target_true") else None
-    subject = text(rewrite, "subject", origin)
-    prompt = template_of(text(rewrite, "prompt", origin), subject, origin)
+    target = text(rewrite, "target_new", origin).strip()
+    old = text(rewrite, "target_true", origin).strip() if rewrite.get("target_true") else None
+    subject = text(rewrite, "subject", origin).strip()
+    prompt = template_of(text(rewrite, "prompt", origin).strip(), subject, origin)
     probes = _rewrite_probes(prompt, subject, target, old, texts(fields, "paraphrase_prompts", origin))
-    neighbors = texts(fields, "neighborhood_prompts", origin)
+    neighbors = [_finished(q, "neighborhood_prompts", origin) for q in texts(fields, "neighborhood_prompts", origin)]
     if neighbors and old is None:
         raise _unanswered("neighborhood_prompts", len(neighbors), "target_true", 0, origin)
-    probes += [Probe("specificity", question, str(old), target) for question in neighbors]
+    rival = None if old == target else target
+    probes += [Probe("specificity", question, str(old), rival) for question in neighbors]
     return Edit(
         name_in(fields, "case_id", origin) or str(number),
         prompt,
@@ -163,9 +168,9 @@ def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
     answers = fields.get("answers")
     if not isinstance(answers, list) or not answers:
         raise RecordError(f"{origin}: 'answers' is {answers!r}, expected a list whose first entry is the target")
-    target = text({"answers[0]": answers[0]}, "answers[0]", origin)
-    subject = text(fields, "subject", origin)
-    prompt = template_of(text(fields, "src", origin), subject, origin)
+    target = text({"answers[0]": answers[0]}, "answers[0]", origin).strip()
+    subject = text(fields, "subject", origin).strip()
+    prompt = template_of(text(fields, "src", origin).strip(), subject, origin)
     probes = _rewrite_probes(prompt, subject, target, None, texts(fields, "rephrase", origin))
     for question, answer in _answered(fields, "loc", "loc_ans", origin):
         probes.append(Probe("specificity", question if question.endswith("?") else question + "?", answer))
@@ -174,13 +179,14 @@ def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
 
 
 def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
-    subject = text(fields, "subject", origin)
-    prompt = template_of(text(fields, "prompt", origin), subject, origin)
-    target = text(fields, "target_new" if "target_new" in fields else "target", origin)
-    old = text(fields, "ground_truth", origin) if fields.get("ground_truth") else None
-    probes = _rewrite_probes(prompt, subject, target, old, texts(fields, "rephrase_prompt", origin))
+    subject = text(fields, "subject", origin).strip()
+    prompt = template_of(text(fields, "prompt", origin).strip(), subject, origin)
+    target = text(fields, "target_new" if "target_new" in fields else "target", origin).strip()
+    old = text(fields, "ground_truth", origin).strip() if fields.get("ground_truth") not in (None, "") else None
+    paraphrases = [*texts(fields, "rephrase_prompt", origin), *texts(fields, "rephrase", origin)]
+    probes = _rewrite_probes(prompt, subject, target, old, list(dict.fromkeys(paraphrases)))
     for question, answer in _answered(fields, "locality_prompt", "locality_ground_truth", origin):
-        probes.append(Probe("specificity", question, answer, target if answer == old else None))
+        probes.append(Probe("specificity", question, answer, target if answer == old != target else None))
     probes += _knowedit_probes("portability", fields, "portability", origin)
     probes += _knowedit_probes("specificity", fields, "locality", origin)
     relation = name_in(fields, "relation", origin) or None
@@ -200,8 +206,17 @@ def _answered(fields: Mapping[str, Any], asked: str, given: str, origin: str) ->
     found = []
     for question, answer in zip(questions, answers, strict=False):
         both = [*checked_texts([question], repr(asked), origin), *checked_texts([answer], repr(given), origin)]
-        found += [(both[0], both[1])] if len(both) == 2 else []
+        found += [(_finished(both[0], asked, origin), both[1])] if len(both) == 2 else []
     return found
+
+
+def _finished(question: str, name: str, origin: str) -> str:
+    if "{}" in question:
+        raise RecordError(
+            f"{origin}: the field {name!r} holds {question!r}, expected a finished text without '{{}}': it asks about "
+            "another subject; write that subject in its place"
+        )
+    return question
 
 
 def _unanswered(asked: str, questions: int, given: str, answers: int, origin: str) -> RecordError:
@@ -228,7 +243,7 @@ def _knowedit_probes(kind: ProbeKind, fields: Mapping[str, Any], name: str, orig
             forms = [form for answer in answers for form in checked_texts(answer, f"'{path}' (ground_truth)", origin)]
             asked = checked_texts(question["prompt"], f"'{path}' (prompt)", origin)
             if forms and asked:
-                probes.append(Probe(kind, asked[0], forms[0], aliases=tuple(forms[1:])))
+                probes.append(Probe(kind, _finished(asked[0], path, origin), forms[0], aliases=tuple(forms[1:])))
     return probes
 
 
@@ -240,8 +255,10 @@ def _no_groups(name: str, found: Any, origin: str) -> RecordError:
 
 
 def _rewrite_probes(prompt: str, subject: str, target: str, old: str | None, paraphrases: Sequence[str]) -> list[Probe]:
-    probes = [Probe("efficacy", prompt.replace("{}", subject, 1), target, old)]
-    return probes + [Probe("generalisation", paraphrase, target, old) for paraphrase in paraphrases]
+    rival = None if old == target else old  # an answer cannot be more probable than itself
+    questions = [paraphrase.replace("{}", subject) for paraphrase in paraphrases]
+    probes = [Probe("efficacy", prompt.replace("{}", subject, 1), target, rival)]
+    return probes + [Probe("generalisation", question, target, rival) for question in questions]
 
 
 def template_of(prompt: str, subject: str, origin: str) -> str:
@@ -257,14 +274,25 @@ def template_of(prompt: str, subject: str, origin: str) -> str:
         return prompt
     if count > 1:
         raise RecordError(f"{origin}: the prompt {prompt!r} has {count} '{{}}', expected exactly one")
-    whole_words = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt))
-    start = whole_words[-1].start() if whole_words else prompt.rfind(subject)
-    if start < 0:
-        raise RecordError(
-            f"{origin}: the prompt {prompt!r} has no '{{}}' and does not contain the subject {subject!r}; "
-            "write '{}' where the subject belongs"
-        )
-    return prompt[:start] + "{}" + prompt[start + len(subject) :]
+    # One text in two normal forms is one text: the prompt's own form is kept where the subject's is the same.
+    normal = [(unicodedata.normalize(form, prompt), unicodedata.normalize(form, subject)) for form in _FORMS]
+    for form, name in [(prompt, subject), *normal]:
+        mentions = list(re.finditer(_whole_words(name), form))
+        if mentions:
+            start = mentions[-1].start()
+            return form[:start] + "{}" + form[start + len(name) :]
+    inside = " as a word of its own (it is a part of another one)" if subject in prompt else ""
+    raise RecordError(
+        f"{origin}: the prompt {prompt!r} has no '{{}}' and does not contain the subject {subject!r}{inside}; "
+        "write '{}' where the subject belongs"
+    )
+
+
+def _whole_words(subject: str) -> str:
+    """A pattern of the subject where no letter of a script with spaces touches it."""
+    before = "" if re.match(f"[{_SPACELESS}]", subject) else rf"(?<![^\W{_SPACELESS}])"
+    after = "" if re.match(f"[{_SPACELESS}]", subject[-1:]) else rf"(?![^\W{_SPACELESS}])"
+    return before + re.escape(subject) + after
 
 
 def check_no_contradictions(edits: Iterable[Edit]) -> None:

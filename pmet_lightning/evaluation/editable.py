@@ -229,6 +229,12 @@ class EditableModel(L.LightningModule):
         return Sites.of(self.model, self._architecture)
 
     @property
+    def described_modules(self) -> str:
+        """Paths of the projections, if they are described by hand; empty where the family is known."""
+        given = self.architecture_override
+        return "" if given is None else f"{given.layers} {given.attn} {given.ffn}"
+
+    @property
     def width(self) -> int:
         """F, the width of the residual stream."""
         return self.sites.width

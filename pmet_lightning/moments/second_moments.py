@@ -166,4 +166,5 @@ class SecondMoments(HyperparametersMixin, L.Callback):
             length=settings.length,
             dtype=str(next(module.model.parameters()).dtype).removeprefix("torch."),
             seed=settings.seed,
+            modules=module.described_modules,
         )

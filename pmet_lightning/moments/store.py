@@ -47,6 +47,8 @@ class MomentKey:
         length: Tokens in a row.
         dtype: Precision of the model.
         seed: Seed of the order of the texts.
+        modules: Paths of the projections, where they are described by hand and not known by the family: keys of two
+            modules of one width are not each other's.
     """
 
     model: str
@@ -56,10 +58,12 @@ class MomentKey:
     length: int
     dtype: str
     seed: int
+    modules: str = ""
 
     def folder(self) -> str:
         """Name of the folder that holds the moments of all layers."""
-        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:24]
+        described = {name: value for name, value in vars(self).items() if name != "modules" or value}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
 
 
 class MomentStore:

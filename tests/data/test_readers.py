@@ -87,11 +87,97 @@ def test_skip_and_limit(tmp_path):
         ("Who leads Rome?", "Rome", "Who leads {}?"),
         ("In Romeville, Rome is", "Rome", "In Romeville, {} is"),
         ("Rome, they say, and Rome again", "Rome", "Rome, they say, and {} again"),
-        ("the ROM is", "RO", "the {}M is"),
+        ("São Tomé's capital is", "São Tomé", "{}'s capital is"),
+        ("東京タワーは東京にある", "東京", "東京タワーは{}にある"),
+        ("서울은 어디에 있나", "서울", "{}은 어디에 있나"),
+        ("iPhoneの会社は", "iPhone", "{}の会社は"),
+        ("Sa\u0303o Tome\u0301 is", "S\u00e3o Tom\u00e9", "{} is"),
+        ("S\u00e3o Tom\u00e9 is", "Sa\u0303o Tome\u0301", "{} is"),
     ],
 )
 def test_a_subject_in_the_text_becomes_a_place_holder(prompt, subject, expected):
     assert template_of(prompt, subject, "") == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"), [("Pineapples grow in", "apple"), ("the ROM is", "RO"), ("1990s", "990")]
+)
+def test_a_subject_inside_another_word_is_none(prompt, subject):
+    with pytest.raises(RecordError, match="does not contain the subject .* as a word of its own"):
+        template_of(prompt, subject, "")
+
+
+ROWS = """case_id,prompt , subject,target_new,ground_truth,rephrase
+01,The code of {} is,Freedonia,1.10,,"[""Its code is"", ""The code, of {}, is""]"
+2,The code of {} is,Ruritania,NA,1990,
+3,{},Zenda,true,"a, b",Zenda
+"""
+
+
+def test_cells_of_a_csv_file_are_text(tmp_path):
+    edits = read_edits(write(tmp_path, "a.csv", "\ufeff" + ROWS))
+    assert [(e.case_id, e.prompt, e.target, e.old) for e in edits] == [
+        ("01", "The code of {} is", "1.10", None),
+        ("2", "The code of {} is", "NA", "1990"),
+        ("3", "{}", "true", "a, b"),
+    ]
+    asked = [[p.prompt for p in e.probes if p.kind == "generalisation"] for e in edits]
+    assert asked == [["Its code is", "The code, of Freedonia, is"], [], ["Zenda"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [('1,"a', "line 2: cannot be read as csv"), ("1,a,b,c,d,e,f", "line 2: 7 cells, expected at most 6")],
+)
+def test_broken_csv(tmp_path, row, message):
+    with pytest.raises(RecordError, match=message):
+        read_edits(write(tmp_path, "a.csv", f"{ROWS.splitlines()[0]}\n{row}\n"))
+
+
+SPACED = [
+    (FLAT, {"prompt": "The capital of {} is \n"}, "'prompt'"),
+    (FLAT, {"subject": " Freedonia", "target_new": "Sylvania City "}, "'subject', 'target_new'"),
+    (FLAT, {"target_new": " Sylvania City"}, ""),  # as GPT's tokens are often written
+    (COUNTERFACT["requested_rewrite"], {"target_new": {"str": "Sylvania City\t"}}, "'target_new'"),
+    (ZSRE, {"src": " What is the capital of Freedonia?"}, "'src'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "change", "names"), SPACED)
+def test_outer_white_space_is_left_out_and_told_once(fields, change, names, caplog):
+    wrapped = (lambda f: {"requested_rewrite": f}) if "target_true" in fields else dict
+    spaced = as_edits([wrapped({**fields, **change})] * 2)
+    assert len(caplog.messages) == bool(names)
+    assert not names or f"facts[0]: white space around {names} is left out" in caplog.text
+    plain = as_edits([wrapped(fields)])[0]
+    assert (spaced[0].prompt, spaced[0].subject, spaced[0].target) == (plain.prompt, plain.subject, plain.target)
+    assert [p.prompt for p in spaced[0].probes] == [p.prompt for p in plain.probes]
+
+
+def test_a_new_object_that_is_the_old_one_has_no_rival(caplog):
+    fact = {
+        **FLAT,
+        "ground_truth": "Sylvania City",
+        "rephrase": "Freedonia's capital is",
+        "target_new": " Sylvania City",
+    }
+    edit = as_edits([{**fact, "locality_prompt": "Ruritania's is", "locality_ground_truth": "Sylvania City"}])[0]
+    assert [probe.rival for probe in edit.probes] == [None] * 3
+    assert "facts[0]: the new object 'Sylvania City' is also the old one" in caplog.text
+
+
+def test_place_holders_outside_the_prompt():
+    edit = as_edits([{**FLAT, "rephrase_prompt": ["{}'s capital, says {}, is"], "rephrase": ["{}'s is"]}])[0]
+    assert [p.prompt for p in edit.probes][1:] == ["Freedonia's capital, says Freedonia, is", "Freedonia's is"]
+    hop = [{"prompt": "In {} is", "ground_truth": "x"}]
+    for record, name in (
+        ({**FLAT, "locality_prompt": ["In {} is"], "locality_ground_truth": ["x"]}, "locality_prompt"),
+        ({**FLAT, "portability": {"Reasoning": hop}}, "portability.Reasoning"),
+        ({**COUNTERFACT, "neighborhood_prompts": ["In {} is"]}, "neighborhood_prompts"),
+        ({**ZSRE, "loc": "In {} is"}, "loc"),
+    ):
+        with pytest.raises(RecordError, match=rf"facts\[0\]: the field '{name}' holds 'In {{}} is'"):
+            as_edits([record])
 
 
 BAD = {

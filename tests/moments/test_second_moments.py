@@ -209,6 +209,7 @@ def test_a_broken_or_missing_file_is_said(tmp_path):
 
 def test_the_key_depends_on_everything():
     others = {"model": "x", "tokenizer": "x", "corpus": "x", "samples": "11", "length": 21, "dtype": "x", "seed": 1}
+    others["modules"] = "model.layers self_attn.o_proj mlp.up_proj"
     assert set(others) == set(vars(KEY))
     keys = [KEY, *(MomentKey(**{**vars(KEY), name: value}) for name, value in others.items())]
     assert len({key.folder() for key in keys}) == len(keys)
