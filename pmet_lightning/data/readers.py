@@ -26,6 +26,7 @@ from pmet_lightning.utils.resources import locate
 log = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds between two reads at the end of a growing file
+_SHOWN_FAULTS = 20
 # Phrasings of COUNTERFACT's generation prompts that name no relation of a fact.
 _OPENINGS = re.compile(
     r"twin city|is known for$|greatest (strength|accomplishment|artistic work)|surroundings include$|is my favorite"
@@ -55,10 +56,7 @@ def read_edits(
         FileNotFoundError: If there is no such file or data set.
         RecordError: If the file is empty or broken, or a record taken from it is unusable.
     """
-    edits, warned = [], set[tuple[str, str]]()
-    for number, origin, record in read_records(path, split=split, skip=skip, limit=limit, shuffle=shuffle):
-        edits += parse_records(record, number, origin)
-        _warn_of_oddities(record, origin, warned)
+    edits = _parse_all(read_records(path, split=split, skip=skip, limit=limit, shuffle=shuffle))
     check_no_contradictions(edits)
     _warn_of_generation_prompts(edits, path if isinstance(path, str) else ", ".join(path))
     return edits
@@ -115,18 +113,38 @@ def as_edits(facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts") -> 
     Raises:
         RecordError: If there are none, or one is unusable.
     """
-    edits, warned = [], set[tuple[str, str]]()
-    for number, fact in enumerate(facts):
-        origin = f"{name}[{number}]"
-        if isinstance(fact, Edit):
-            edits.append(replace(fact, origin=f"{origin} ({fact.origin})" if fact.origin else origin))
-        else:
-            edits += parse_records(fact, number, origin)
-            _warn_of_oddities(fact, origin, warned)
+    edits = _parse_all((number, f"{name}[{number}]", fact) for number, fact in enumerate(facts))
     if not edits:
         raise RecordError(f"{name}: nothing to edit, expected at least one record")
     check_no_contradictions(edits)
     _warn_of_generation_prompts(edits, name)
+    return edits
+
+
+def _parse_all(records: Iterable[tuple[int, str, Any]]) -> list[Edit]:
+    """Edits of records with their numbers and origins; edits among them stay, with that origin before their own.
+
+    Raises:
+        RecordError: If some are unusable; it names all of them, so that a file is mended in one go.
+    """
+    edits: list[Edit] = []
+    faults: list[str] = []
+    warned = set[tuple[str, str]]()
+    for number, origin, record in records:
+        if isinstance(record, Edit):
+            edits.append(replace(record, origin=f"{origin} ({record.origin})" if record.origin else origin))
+            continue
+        try:
+            edits += parse_records(record, number, origin)
+        except RecordError as error:
+            faults.append(str(error))
+        else:
+            _warn_of_oddities(record, origin, warned)
+    if len(faults) > 1:
+        more = [f"and {len(faults) - _SHOWN_FAULTS} more"] * (len(faults) > _SHOWN_FAULTS)
+        raise RecordError("\n".join([f"{len(faults)} records are unusable:", *faults[:_SHOWN_FAULTS], *more]))
+    if faults:
+        raise RecordError(faults[0])
     return edits
 
 

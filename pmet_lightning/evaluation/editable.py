@@ -99,7 +99,8 @@ class EditableModel(L.LightningModule):
         device_map: DeviceMap | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # a subclass's too; the run logs them itself
+        # A subclass's too; the run logs them itself. Lightning could not pickle an optimizer that is a lambda.
+        self.save_hyperparameters(ignore=["optimizer"], logger=False)
         self.strict_loading = False  # the language model is no part of a checkpoint
         self.model_name = model_name
         self.layers_wanted: list[int] | None = None if layers == "auto" else sorted(map(int, layers))

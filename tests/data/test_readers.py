@@ -116,7 +116,7 @@ ROWS = """case_id,prompt , subject,target_new,ground_truth,rephrase
 
 def test_cells_of_a_csv_file_are_text(tmp_path):
     edits = read_edits(write(tmp_path, "a.csv", "\ufeff" + ROWS))
-    assert [(e.case_id, e.prompt, e.target, e.old) for e in edits] == [
+    assert [(e.case_id, e.prompt, e.target, e.target_true) for e in edits] == [
         ("01", "The code of {} is", "1.10", None),
         ("2", "The code of {} is", "NA", "1990"),
         ("3", "{}", "true", "a, b"),
@@ -132,6 +132,19 @@ def test_cells_of_a_csv_file_are_text(tmp_path):
 def test_broken_csv(tmp_path, row, message):
     with pytest.raises(RecordError, match=message):
         read_edits(write(tmp_path, "a.csv", f"{ROWS.splitlines()[0]}\n{row}\n"))
+
+
+def test_all_unusable_records_are_told_at_once(tmp_path):
+    records = [{**FLAT, "prompt": "Nowhere" if i % 2 else "In {}"} for i in range(50)]
+    with pytest.raises(RecordError) as told:
+        as_edits(records[:8])
+    assert str(told.value).startswith("4 records are unusable:\nfacts[1]: ")
+    assert [line.split(":")[0] for line in str(told.value).splitlines()[1:]] == [f"facts[{i}]" for i in (1, 3, 5, 7)]
+    with pytest.raises(RecordError) as told:
+        read_edits(write(tmp_path, "a.json", records))
+    lines = str(told.value).splitlines()
+    assert (len(lines), lines[-1]) == (22, "and 5 more")
+    assert "a.json, record 1: " in lines[1]
 
 
 SPACED = [
