@@ -20,7 +20,7 @@ _FLAT = (
     "case_id", "prompt", "subject", "target_new", "target", "ground_truth", "rephrase_prompt", "rephrase", "relation",
     "locality_prompt", "locality_ground_truth", "portability", "locality",
 )  # fmt: skip
-_NEW, _OLD = ("target_new", "target"), ("target_true", "ground_truth")
+_CONTEXT, _OBJECTS = ("prompt", "src", "subject"), ("target_new", "target", "target_true", "ground_truth")
 _CLOSE = 0.8  # difflib's ratio: 'rephrase_prompts' is so close to 'rephrase_prompt', 'target_true' not to 'target_new'
 
 
@@ -66,7 +66,7 @@ def checked_texts(value: Any, name: str, origin: str) -> list[str]:
 
 
 def text(fields: Mapping[str, Any], name: str, origin: str) -> str:
-    """A text field that must be present and not blank; ``{"str": …}`` counts as text.
+    """A text field that must be present and not blank, without white space around it; ``{"str": …}`` counts as text.
 
     Raises:
         RecordError: If it is missing, blank or not a text.
@@ -82,7 +82,7 @@ def text(fields: Mapping[str, Any], name: str, origin: str) -> str:
     value = _plain(value.get("str") if isinstance(value, Mapping) else value)
     if not isinstance(value, str) or not value.strip():
         raise RecordError(f"{origin}: the field {name!r} is {value!r}, expected a text that is not empty")
-    return value
+    return value.strip()
 
 
 def name_in(fields: Any, name: str, origin: str) -> str | None:
@@ -124,31 +124,15 @@ def with_outer_space(record: Any) -> list[str]:
     Args:
         record: A record of any format.
     """
-    found: dict[str, int] = {}  # in order, each once
-    for fields in _facts(record):
-        for names, allowed in ((("prompt", "src", "subject"), ""), (_NEW + _OLD, " ")):
-            values = {name: _as_stored(fields, name) for name in names}
-            found |= {name: 0 for name, value in values.items() if value.strip() != value.removeprefix(allowed)}
-    return list(found)
-
-
-def has_same_objects(record: Any) -> str:
-    """The new object of a fact where it is also the old one, else an empty text.
-
-    Args:
-        record: A record of any format.
-    """
-    for fields in _facts(record):
-        new = next(filter(None, (_as_stored(fields, name).strip() for name in _NEW)), "")
-        if new and new in (_as_stored(fields, name).strip() for name in _OLD):
-            return repr(new)
-    return ""
-
-
-def _facts(record: Any) -> list[Mapping[str, Any]]:
     if not isinstance(record, Mapping):
         return []
-    return [rewrite for rewrite in items(record.get("requested_rewrite")) if isinstance(rewrite, Mapping)] or [record]
+    rewrites = [rewrite for rewrite in items(record.get("requested_rewrite")) if isinstance(rewrite, Mapping)]
+    found = []
+    for fields in rewrites or [record]:
+        for name in (*_CONTEXT, *_OBJECTS):
+            value = _as_stored(fields, name)
+            found += [name] if value.strip() != value.removeprefix(" " * (name in _OBJECTS)) else []
+    return list(dict.fromkeys(found))
 
 
 def _as_stored(fields: Mapping[str, Any], name: str) -> str:
@@ -167,5 +151,5 @@ def _close_names(fields: Mapping[str, Any], known: tuple[str, ...]) -> dict[str,
 
 
 def _plain(value: Any) -> Any:
-    """A number as text: a CSV column of years is read as numbers."""
+    """A number as text: years are often written without quotes."""
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value

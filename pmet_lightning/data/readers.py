@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.data.fields import RecordError, find_misspelled, has_same_objects, with_outer_space
+from pmet_lightning.data.fields import RecordError, find_misspelled, with_outer_space
 from pmet_lightning.data.records import Edit, check_no_contradictions, parse_records
 from pmet_lightning.utils.resources import locate
 
@@ -135,11 +135,12 @@ def _parse_all(records: Iterable[tuple[int, str, Any]]) -> list[Edit]:
             edits.append(replace(record, origin=f"{origin} ({record.origin})" if record.origin else origin))
             continue
         try:
-            edits += parse_records(record, number, origin)
+            parsed = parse_records(record, number, origin)
         except RecordError as error:
             faults.append(str(error))
         else:
-            _warn_of_oddities(record, origin, warned)
+            _warn_of_oddities(record, parsed, origin, warned)
+            edits += parsed
     if len(faults) > 1:
         more = [f"and {len(faults) - _SHOWN_FAULTS} more"] * (len(faults) > _SHOWN_FAULTS)
         raise RecordError("\n".join([f"{len(faults)} records are unusable:", *faults[:_SHOWN_FAULTS], *more]))
@@ -171,7 +172,7 @@ def stream_edits(
     warned = set[tuple[str, str]]()
     for number, (origin, record) in islice(enumerate(records), skip, None if limit is None else skip + limit):
         edits = parse_records(record, number, origin)
-        _warn_of_oddities(record, origin, warned)
+        _warn_of_oddities(record, edits, origin, warned)
         yield from edits
 
 
@@ -198,21 +199,23 @@ def _growing_lines(path: Path, wait: float) -> Iterator[bytes]:
             yield line
 
 
-def _warn_of_oddities(record: Any, origin: str, warned: set[tuple[str, str]]) -> None:
+def _warn_of_oddities(record: Any, edits: Sequence[Edit], origin: str, warned: set[tuple[str, str]]) -> None:
     """Warn, once per file and kind, of what a usable record probably does not mean.
 
     Args:
         record: A record of the file.
+        edits: What it was read as.
         origin: File and record, for the message.
         warned: Pairs of file and kind with a warning already.
     """
     file = re.split(r", record \d|\[\d", origin)[0]
     misspelled = [f"the field {name!r} (there is {close!r})" for name, close in find_misspelled(record).items()]
+    unchanged = [repr(edit.target) for edit in edits if edit.target == edit.target_true]
     spaced = [repr(name) for name in with_outer_space(record)]
     oddities = {
         "ignored: %s; rename, if that is meant": ", ".join(misspelled),
         "white space around %s is left out; an object follows its prompt after a space by itself": ", ".join(spaced),
-        "the new object %s is also the old one, so that nothing changes; check 'target_new'": has_same_objects(record),
+        "the new object %s is also the old one, so that nothing changes; check 'target_new'": ", ".join(unchanged),
     }  # fmt: skip
     for message, found in oddities.items():
         if found and (file, message) not in warned:

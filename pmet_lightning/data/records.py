@@ -140,10 +140,10 @@ def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Ed
     rewrite = fields["requested_rewrite"]
     if not isinstance(rewrite, Mapping):
         raise RecordError(f"{origin}: 'requested_rewrite' is {type(rewrite).__name__}, expected an object")
-    target = text(rewrite, "target_new", origin).strip()
-    old = text(rewrite, "target_true", origin).strip() if rewrite.get("target_true") else None
-    subject = text(rewrite, "subject", origin).strip()
-    prompt = template_of(text(rewrite, "prompt", origin).strip(), subject, origin)
+    target = text(rewrite, "target_new", origin)
+    old = text(rewrite, "target_true", origin) if rewrite.get("target_true") else None
+    subject = text(rewrite, "subject", origin)
+    prompt = template_of(text(rewrite, "prompt", origin), subject, origin)
     probes = _rewrite_probes(prompt, subject, target, old, texts(fields, "paraphrase_prompts", origin))
     neighbors = [_finished(q, "neighborhood_prompts", origin) for q in texts(fields, "neighborhood_prompts", origin)]
     if neighbors and old is None:
@@ -168,9 +168,9 @@ def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
     answers = fields.get("answers")
     if not isinstance(answers, list) or not answers:
         raise RecordError(f"{origin}: 'answers' is {answers!r}, expected a list whose first entry is the target")
-    target = text({"answers[0]": answers[0]}, "answers[0]", origin).strip()
-    subject = text(fields, "subject", origin).strip()
-    prompt = template_of(text(fields, "src", origin).strip(), subject, origin)
+    target = text({"answers[0]": answers[0]}, "answers[0]", origin)
+    subject = text(fields, "subject", origin)
+    prompt = template_of(text(fields, "src", origin), subject, origin)
     probes = _rewrite_probes(prompt, subject, target, None, texts(fields, "rephrase", origin))
     for question, answer in _answered(fields, "loc", "loc_ans", origin):
         probes.append(Probe("specificity", question if question.endswith("?") else question + "?", answer))
@@ -179,10 +179,10 @@ def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
 
 
 def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
-    subject = text(fields, "subject", origin).strip()
-    prompt = template_of(text(fields, "prompt", origin).strip(), subject, origin)
-    target = text(fields, "target_new" if "target_new" in fields else "target", origin).strip()
-    old = text(fields, "ground_truth", origin).strip() if fields.get("ground_truth") not in (None, "") else None
+    subject = text(fields, "subject", origin)
+    prompt = template_of(text(fields, "prompt", origin), subject, origin)
+    target = text(fields, "target_new" if "target_new" in fields else "target", origin)
+    old = text(fields, "ground_truth", origin) if fields.get("ground_truth") not in (None, "") else None
     paraphrases = [*texts(fields, "rephrase_prompt", origin), *texts(fields, "rephrase", origin)]
     probes = _rewrite_probes(prompt, subject, target, old, list(dict.fromkeys(paraphrases)))
     for question, answer in _answered(fields, "locality_prompt", "locality_ground_truth", origin):

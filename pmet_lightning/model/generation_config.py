@@ -34,13 +34,9 @@ def own_generation_config(model: nn.Module, *, stop_at_end: bool = True) -> Iter
     """
     from transformers import GenerationConfig
 
-    original: Any = model.generation_config
-    ends = getattr(original, "eos_token_id", None) if stop_at_end else None
-    model.generation_config = GenerationConfig(eos_token_id=ends)
-    try:
+    ends = getattr(model.generation_config, "eos_token_id", None) if stop_at_end else None
+    with _replaced(model, GenerationConfig(eos_token_id=ends)):
         yield
-    finally:
-        model.generation_config = original
 
 
 def save_model(model: nn.Module, folder: Any) -> None:
@@ -52,21 +48,26 @@ def save_model(model: nn.Module, folder: Any) -> None:
         model: The language model.
         folder: An existing folder.
     """
-    original: Any = getattr(model, "generation_config", None)
-    repaired = None if original is None else _repaired(original)
-    if repaired is not None:
-        model.generation_config = repaired
-    try:
+    with _replaced(model, _repaired(getattr(model, "generation_config", None))):
         model.save_pretrained(folder)  # type: ignore[operator]
+
+
+@contextmanager
+def _replaced(model: nn.Module, config: Any) -> Iterator[None]:
+    original: Any = getattr(model, "generation_config", None)
+    if config is not original:
+        model.generation_config = config
+    try:
+        yield
     finally:
-        if repaired is not None:
+        if config is not original:
             model.generation_config = original
 
 
-def _repaired(config: Any) -> Any | None:
-    """The settings as transformers saves them; ``None`` if it saves them as they are."""
-    if _is_valid(config):
-        return None
+def _repaired(config: Any) -> Any:
+    """The settings as transformers saves them: the same object if it saves them as they are."""
+    if config is None or _is_valid(config):
+        return config
     changed = copy.deepcopy(config)
     dropped = [*(() if changed.do_sample else _OF_SAMPLING), *(() if (changed.num_beams or 1) > 1 else _OF_BEAMS)]
     dropped = [name for name in dropped if getattr(changed, name, None) is not None]
@@ -84,11 +85,9 @@ def _repaired(config: Any) -> Any | None:
 
 
 def _is_valid(config: Any) -> bool:
-    """Whether transformers saves the settings (4.57 and 5 differ in the argument)."""
+    """Whether transformers saves the settings."""
     try:
         config.validate(strict=True)
-    except TypeError:
-        config.validate()
     except ValueError:
         return False
     return True

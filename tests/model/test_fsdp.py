@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from pmet_lightning import TargetOptimizer
 from pmet_lightning.model.fsdp import prepare_strategy
 from tests.harness import edit
+from tests.processes import ROOT, standalone, started
 from tests.sharded_runs import FAMILIES, fit
 from tests.tiny import CONTEXTS, RECORDS, save_tiny
 
-ROOT = Path(__file__).parents[2]
 # GPT-J computes its attention in float32 whatever the model's precision.
 TOLERANCE = {"gpt2": 1e-8, "gptj": 1e-5}
 
@@ -68,10 +64,7 @@ def whole(inputs, tmp_path_factory):
 def sharded(request, inputs, tmp_path_factory):
     """The same with the model on several processes; three of them have unequal parts."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--standalone"]
-    command += ["-m", "tests.sharded_runs", str(folder), str(inputs), str(request.param)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = started(standalone(request.param, "tests.sharded_runs", folder, inputs, request.param))
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

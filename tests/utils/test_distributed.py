@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -19,9 +17,8 @@ from safetensors.torch import load_file
 
 from pmet_lightning.utils.distributed import ProcessGroup, sums_are_less, travelling_bytes
 from tests.parallel_runs import SHAPES, fit, fit_all
+from tests.processes import launcher, standalone, started
 from tests.tiny import RECORDS, save_tiny
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +41,9 @@ def alone(inputs, tmp_path_factory):
 def together(request, inputs, tmp_path_factory):
     """The same runs on several processes, in one process group."""
     folder = tmp_path_factory.mktemp(f"processes{request.param}")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--standalone"]
-    done = started([*command, "-m", "tests.parallel_runs", str(request.param), str(folder), *map(str, inputs)])
+    done = started(standalone(request.param, "tests.parallel_runs", request.param, folder, *inputs))
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
-
-
-def started(command: list[str], timeout: float = 500) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 def lines(folder: Path) -> list[dict]:
@@ -120,8 +109,7 @@ def test_one_of_each_file(alone, together):
 @pytest.mark.slow
 def test_devices_of_unequal_memory_make_the_same_passes(inputs, alone, tmp_path):
     """The one with the least room says how many; else sums of different layers would be added up."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = started([*command, "-m", "tests.parallel_runs", "stats", str(tmp_path), *map(str, inputs)], timeout=120)
+    done = started(standalone(2, "tests.parallel_runs", "stats", tmp_path, *inputs), timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "2 passes over the corpus" in done.stderr + done.stdout
     for layer in (1, 2):
@@ -137,9 +125,8 @@ def test_two_nodes(inputs, alone, tmp_path):
         port = probe.getsockname()[1]
     meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
     run = ["-m", "tests.parallel_runs", "nodes", str(tmp_path / "run"), *map(str, inputs)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", *meeting]
     with ThreadPoolExecutor(2) as pool:
-        nodes = list(pool.map(started, ([*launcher, f"--node_rank={node}", *run] for node in (0, 1))))
+        nodes = list(pool.map(started, ([*launcher(*meeting, f"--node_rank={node}"), *run] for node in (0, 1))))
     assert [node.returncode for node in nodes] == [0, 0], nodes[0].stderr[-4000:] + nodes[1].stderr[-4000:]
     assert len(lines(tmp_path / "run")) == 7
     one, several = (load_file(folder / "patch.safetensors") for folder in (alone / "batches", tmp_path / "run"))
