@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.loading import DtypeName, load_config, load_model
 from pmet_lightning.model.patch import apply_patch, load_patch
 from pmet_lightning.model.projections import Sites
+from pmet_lightning.report.model_card import write_card
 from pmet_lightning.utils.files import new_folder
 
 log = logging.getLogger(__name__)
@@ -52,4 +55,10 @@ def export(
         apply_patch(model, sites, patch, base_fingerprint)
         save_model(model, unfinished)
         load_tokenizer(name).save_pretrained(unfinished)
+        write_card(unfinished, {**manifest, "model": name}, _scores(patch.parent / "scores.json"))
     log.info("the edited model is in %s", out)
+
+
+def _scores(path: Path) -> dict[str, Any] | None:
+    """The scores of a run; a patch alone has none."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

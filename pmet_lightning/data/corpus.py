@@ -95,7 +95,7 @@ def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tok
     Raises:
         CorpusError: If the length leaves no room for text.
     """
-    start = _prefix(tokenizer)
+    start = prefix_of(tokenizer)
     stream: list[int] = []
     room = length - len(start)
     if room < 1:
@@ -117,7 +117,7 @@ def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tok
         yield TokenRow([*start, *stream])
 
 
-def _prefix(tokenizer: Any) -> list[int]:
+def prefix_of(tokenizer: Any) -> list[int]:
     """Special tokens that the tokenizer puts before a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     leading = itertools.takewhile(bool, encoded["special_tokens_mask"])

@@ -26,6 +26,7 @@ from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.patch import save_patch
+from pmet_lightning.report.model_card import write_card
 from pmet_lightning.run.ledger import EditLedger
 from pmet_lightning.run.manifest import manifest_of, moments_of
 from pmet_lightning.run.settings import make_objects, read_sections
@@ -271,6 +272,8 @@ class Editor:
         with new_folder(folder, "Editor.save:") as unfinished:
             save_model(self.model, unfinished)
             self.tokenizer.save_pretrained(unfinished)
+            if self._spread.edited.deltas:
+                write_card(unfinished, self._manifest(), weights=self._spread.edited.deltas)
 
     def save_patch(self, path: str | Path) -> None:
         """Write ΔW of all edits so far and its manifest, in the format of --model.patch and ``export``.
@@ -283,10 +286,13 @@ class Editor:
         """
         if not self._spread.edited.deltas:
             raise ValueError("Editor.save_patch: nothing has been edited, so there is no patch")
+        save_patch(path, self._spread.edited.deltas, self._manifest())
+
+    def _manifest(self) -> dict[str, Any]:
+        """The description of all edits so far."""
         module = self._module
         moments = moments_of(module, self._moments)
-        manifest = manifest_of(module, self._spread, moments, module.batches_done, module.edits_done)
-        save_patch(path, self._spread.edited.deltas, manifest)
+        return manifest_of(module, self._spread, moments, module.batches_done, module.edits_done)
 
     @property
     def _device(self) -> torch.device:

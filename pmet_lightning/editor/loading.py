@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pmet_lightning.data.encoder import load_tokenizer
-from pmet_lightning.model.loading import load_model
+from pmet_lightning.model.loading import forget_gguf, load_model
 from pmet_lightning.utils.resources import check_device
 
 # Classes whose ``module`` is the model.
@@ -68,6 +68,7 @@ def check_model(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
         if parameter.is_meta or not parameter.is_floating_point():
             found = "on the meta device" if parameter.is_meta else f"quantised ({parameter.dtype})"
             raise ValueError(f"Editor: {name} is {found}; expected a model whose weights can be written")
+    forget_gguf(model)  # its weights are dense: what is left is that it could not be saved
     return model
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pmet_lightning.utils.pretrained import load_pretrained
+from pmet_lightning.utils.pretrained import is_gguf, load_pretrained
+from pmet_lightning.utils.resources import locate
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,11 @@ def load_model(
 ) -> nn.Module:
     """The causal language model, frozen and in eval mode.
 
+    The weights of a GGUF file are unpacked to dense ones, in float32 unless another precision is given.
+
     Raises:
         FileNotFoundError: As :func:`load_config`.
-        ImportError: If there is a device map, and accelerate is not installed.
+        ImportError: If there is a device map or a GGUF file, and a package that it needs is not installed.
         ValueError: If the devices of the map have no room for the whole model.
     """
     from transformers import AutoModelForCausalLM
@@ -49,7 +52,10 @@ def load_model(
     requested = "auto" if dtype == "auto" else getattr(torch, dtype)
     # Converting to float64 after loading keeps buffers (rotary tables) as computed in the file's own precision.
     loaded = "auto" if dtype in ("auto", "float64") else requested
+    if is_gguf(locate(name)):
+        given |= _unpacked()
     model = load_pretrained(AutoModelForCausalLM, name, dtype=loaded, **given)
+    forget_gguf(model)
     if dtype == "float64":
         model = model.double()
     offloaded = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.is_meta]
@@ -61,6 +67,33 @@ def load_model(
     fuse_gelu(model)
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _unpacked() -> dict[str, Any]:
+    """The argument that has transformers unpack a GGUF file; older versions do nothing else."""
+    import transformers
+
+    return (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
+
+
+def forget_gguf(model: nn.Module) -> None:
+    """Take from a model with unpacked weights the mark of a quantized one, with which transformers refuses to save it.
+
+    Args:
+        model: Any model; one that does not come from a GGUF file stays as it is.
+    """
+    config: Any = model.config
+    quantization = getattr(config, "quantization_config", None)
+    method = getattr(quantization, "quant_method", None) or (quantization or {}).get("quant_method")
+    if str(getattr(method, "value", method)) != "gguf":
+        return
+    del config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            setattr(model, name, None)
+    model.__dict__.pop("is_quantized", None)
 
 
 def fuse_gelu(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pmet_lightning.data.corpus import CorpusError, corpus_texts, pack_rows
+from pmet_lightning.data.corpus import CorpusError, pack_rows
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget
 from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.evaluation.sampled_corpus import general_texts
 from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.moments.store import MomentError, MomentKey, MomentStore
 from pmet_lightning.moments.sums import MomentSums
@@ -148,7 +149,7 @@ class Collection:
 
     def _blocks(self) -> Iterator[list[TokenRow]]:
         settings = self.settings
-        texts = self._counted(corpus_texts(settings.corpus, settings.subset, settings.seed))
+        texts = self._counted(general_texts(self.module, settings.corpus, settings.subset, settings.seed))
         rows = pack_rows(itertools.islice(texts, settings.samples), self.module.tokenizer, settings.length)
         if settings.samples is None:
             rows = itertools.islice(rows, math.ceil(self.most / settings.length))

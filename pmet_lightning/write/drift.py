@@ -16,10 +16,11 @@ from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from pmet_lightning.data.corpus import corpus_texts, pack_rows
+from pmet_lightning.data.corpus import pack_rows
 from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
 from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.evaluation.sampled_corpus import general_texts
 from pmet_lightning.model.forward import label_logits
 from pmet_lightning.model.scoring import kl_divergence, target_scores
 from pmet_lightning.utils.callbacks import find_callback
@@ -139,7 +140,7 @@ class Drift(HyperparametersMixin, L.Callback):
         """This process's rows of text."""
         if self._rows is None:
             assert self.text is not None
-            texts = corpus_texts(self.text, self.text_subset, self.seed)
+            texts = general_texts(module, self.text, self.text_subset, self.seed)
             packed = itertools.islice(pack_rows(texts, module.tokenizer, self.length), self.rows)
             # Every token but the first is predicted from those before it.
             rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]

@@ -1,0 +1,62 @@
+"""General text that needs no file: sampled from the model itself.
+
+What a model writes without a prompt is distributed as the text that it was trained on, as far as the model knows it. Its
+keys are those that an edit should leave alone, so it serves where no corpus is at hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from pmet_lightning.data.corpus import corpus_texts, prefix_of
+from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.model.generation_config import own_generation_config
+
+NAME = "sampled-corpus"
+_TEXTS, _LENGTH = 32, 128  # texts sampled together; tokens of each
+_OPENING = "The"  # for tokenizers that put nothing before a text
+
+
+def general_texts(module: EditableModel, name: str, subset: str | None = None, seed: int = 0) -> Iterator[str]:
+    """Texts of a corpus, or of the model as it is now.
+
+    Args:
+        module: The language model.
+        name: ``sampled-corpus``, or as for :func:`~pmet_lightning.data.corpus.corpus_texts`.
+        subset: Subset of a hub data set.
+        seed: Seed of the order, or of the sampling.
+
+    Raises:
+        FileNotFoundError: If there is no such corpus.
+        CorpusError: If it has no column 'text'.
+    """
+    return sampled_texts(module, seed) if name == NAME else corpus_texts(name, subset, seed)
+
+
+def sampled_texts(module: EditableModel, seed: int) -> Iterator[str]:
+    """Texts without end, sampled at temperature 1; two calls with one seed give the same ones on the same model.
+
+    Args:
+        module: The language model.
+        seed: The seed; the global random generators are left alone.
+    """
+    tokenizer = module.tokenizer
+    start = prefix_of(tokenizer) or tokenizer(_OPENING, add_special_tokens=False)["input_ids"]
+    ids_RT = torch.tensor([start] * _TEXTS, device=module.device)
+    for number in itertools.count():
+        with isolate_rng(), torch.no_grad(), own_generation_config(module.model):
+            torch.manual_seed(seed * 2**20 + number)
+            output_RT = module.model.generate(  # type: ignore[operator]
+                input_ids=ids_RT,
+                attention_mask=torch.ones_like(ids_RT),
+                max_new_tokens=_LENGTH,
+                do_sample=True,
+                top_k=0,
+                pad_token_id=module.encoder.pad_id,
+            )
+        texts = (module.encoder.decode(row).strip() for row in output_RT.tolist())
+        yield from filter(None, texts)
