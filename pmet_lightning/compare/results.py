@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pmet_lightning.compare.plan import Method, Run, read_report
-from pmet_lightning.evaluation.scores import METRICS, NAMES, score_difference, table_of
+from pmet_lightning.evaluation.scores import METRICS, NAMES, SCALES, score_difference, table_of
 from pmet_lightning.report.html import STYLE, panels, svg, write_page
 from pmet_lightning.report.tables import score_cell
 from pmet_lightning.utils.files import write_csv, write_json
@@ -69,8 +69,9 @@ def _collect(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
 def edit_rows(reports: Sequence[Mapping[str, Any]], phase: str) -> Tensor:
     """The score rows of all records of some runs, shape [records, 1 + NAMES]: index and fractions, NaN if not asked."""
     tables = [edit[phase] for report in reports for edit in report["edits"]]
-    values = [[float(i), *(row.get(name, math.nan) / 100 for name in NAMES)] for i, row in enumerate(tables)]
-    return torch.tensor(values, dtype=torch.float64)
+    values = [[row.get(name, math.nan) for name in NAMES] for row in tables]
+    rows = torch.tensor(values, dtype=torch.float64).reshape(len(tables), len(NAMES)) / SCALES
+    return torch.cat([torch.arange(len(tables), dtype=torch.float64).unsqueeze(1), rows], dim=1)
 
 
 def _result(

@@ -5,7 +5,7 @@ Legend: R = rows of a batch, Q = prompts of a group, K = tokens of an answer, V 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pmet_lightning.data.token_rows import IGNORE, RowBatch, TokenRow, by_token_budget, pad_rows
 from pmet_lightning.evaluation.generation import greedy_ids
+from pmet_lightning.evaluation.next_tokens import NextTokens
 from pmet_lightning.model.forward import label_logits
 from pmet_lightning.model.kv_prefix import Prefix, gather_rows
 from pmet_lightning.model.prefix_passes import read_prompts
@@ -24,11 +25,19 @@ CPU_TOKENS = 1024  # larger batches exceed a CPU's caches, and pad more (benchma
 
 @dataclass(frozen=True)
 class RowScore:
-    """One answer to one question: its NLL, the share of its tokens that are the argmax, and the argmax tokens."""
+    """One answer to one question.
+
+    Attributes:
+        nll: Its mean negative log-likelihood per token.
+        accuracy: Share of its tokens that are the argmax.
+        tokens: The argmax at the position of every token.
+        next_tokens: The distribution after the prompt, if it was asked for.
+    """
 
     nll: float
     accuracy: float
     tokens: tuple[int, ...]
+    next_tokens: NextTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ def score_answers(
     tokens_per_batch: int,
     device: torch.device,
     new_tokens: int = 0,
+    next_tokens: Mapping[int, NextTokens | None] | None = None,
 ) -> tuple[dict[int, RowScore], dict[int, list[int]]]:
     """Score the labels of rows that have some, and generate answers for those that have none.
 
@@ -71,12 +81,14 @@ def score_answers(
             kept.
         device: Device of the model.
         new_tokens: Maximum number of tokens of a generated answer.
+        next_tokens: Rows with labels whose distribution after the prompt is wanted, each with one that it will be
+            compared with, or ``None``.
 
     Returns:
         Scores, and token ids of generated answers, by row.
     """
     limit = min(tokens_per_batch, CPU_TOKENS) if device.type == "cpu" else tokens_per_batch
-    scorer = _AnswerScorer(model, rows, pad_id, limit, device)
+    scorer = _AnswerScorer(model, rows, pad_id, limit, device, next_tokens or {})
     scores: dict[int, RowScore] = {}
     generated: dict[int, list[int]] = {}
     for group in _groups(rows, tokens_per_batch, new_tokens):
@@ -136,6 +148,7 @@ class _AnswerScorer:
     pad_id: int
     limit: int
     device: torch.device
+    next_tokens: Mapping[int, NextTokens | None]
 
     def run_prompts(self, group: Sequence[PromptGroup], scores: dict[int, RowScore]) -> _PromptStates:
         """Run each prompt with its longest tail, and score that."""
@@ -195,7 +208,12 @@ class _AnswerScorer:
         number = self._index(number for number, rows in enumerate(members) for _ in rows)
         scores = target_scores(logits_RKV[number, : labels_RK.shape[1]], labels_RK)
         columns = zip(indices, scores.nll.tolist(), scores.token_accuracy.tolist(), scores.argmax.tolist(), strict=True)
-        return {i: RowScore(nll, hits, tuple(ids[: len(self.rows[i].labels)])) for i, nll, hits, ids in columns}
+        found = {i: RowScore(nll, hits, tuple(ids[: len(self.rows[i].labels)])) for i, nll, hits, ids in columns}
+        for i, number_of_row in zip(indices, number.tolist(), strict=True):
+            if i in self.next_tokens:
+                read = NextTokens.of(logits_RKV[number_of_row, 0], self.next_tokens[i])
+                found[i] = replace(found[i], next_tokens=read)
+        return found
 
     def _index(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), device=self.device)

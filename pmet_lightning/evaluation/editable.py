@@ -279,13 +279,17 @@ class EditableModel(L.LightningModule):
             positions: Their indices among all edits.
         """
         probes = [edit.probes for edit in edits]
-        found = score_probes(self.model, self.encoder, probes, self.tokens_per_batch, self.device, self.free_tokens)
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        clean = [self._before.get(position) for position in positions] if fitting else None
+        found = score_probes(
+            self.model, self.encoder, probes, self.tokens_per_batch, self.device, self.free_tokens, clean
+        )
         texts = self._text_scores(edits, positions)
         results = []
         for position, record, text in zip(positions, found, texts, strict=True):
-            clean = self._before.get(position)
-            kept = tuple(record) if clean is None else compare_with_clean(record, clean)
-            results.append(RecordResult(position, kept, *text))
+            before = self._before.get(position)
+            compared = tuple(record) if before is None else compare_with_clean(record, before)
+            results.append(RecordResult(position, compared, *text))
         return results
 
     def _text_scores(self, edits: Sequence[Edit], positions: Sequence[int]) -> list[tuple[float | None, float | None]]:

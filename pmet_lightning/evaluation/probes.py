@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.records import Probe, ProbeKind
 from pmet_lightning.evaluation.answer_scores import RowScore, score_answers
 from pmet_lightning.evaluation.generation import contains, is_exact
+from pmet_lightning.evaluation.next_tokens import OVERLAPS, NextTokens, kl_from, overlap
 
 FREE_KINDS: tuple[ProbeKind, ...] = ("efficacy", "generalisation", "portability", "multihop")
 
@@ -30,7 +32,12 @@ class ProbeResult:
         contains: 1 or 0: whether the answer occurs in the text that the model generates.
         accuracy: 1 or 0: whether every token of a form of the answer is the argmax.
         tokens: The argmax at the position of every token of the answer.
+        next_tokens: The distribution after the question, where it is compared with that of the unedited model.
         kept: Share of ``tokens`` that equal those of the unedited model; ``None`` if that was not asked.
+        kl: KL divergence of the next token from the unedited model to this one, in nats.
+        top1: Whether the likeliest next token is that of the unedited model.
+        top5: Overlap of the five likeliest next tokens.
+        top10: Overlap of the ten likeliest next tokens.
     """
 
     kind: ProbeKind
@@ -40,7 +47,12 @@ class ProbeResult:
     contains: float | None = None
     accuracy: float = 0.0
     tokens: tuple[int, ...] = ()
+    next_tokens: NextTokens | None = None
     kept: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    top10: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,19 @@ class RecordResult:
 
 
 def compare_with_clean(after: Sequence[ProbeResult], before: Sequence[ProbeResult]) -> tuple[ProbeResult, ...]:
-    """Results with ``kept``, from those of the unedited model (KnowEdit's locality is that of the neighbors)."""
-    pairs = zip(after, before, strict=True)
-    return tuple(replace(a, kept=sum(map(int.__eq__, a.tokens, b.tokens)) / len(a.tokens)) for a, b in pairs)
+    """Results with what the edits have changed, from those of the unedited model.
+
+    ``kept`` is KnowEdit's locality, where the questions are those about the neighbors.
+    """
+    return tuple(replace(a, **_changes(a, b)) for a, b in zip(after, before, strict=True))
+
+
+def _changes(after: ProbeResult, before: ProbeResult) -> dict[str, Any]:
+    kept = sum(map(int.__eq__, after.tokens, before.tokens)) / len(after.tokens)
+    if after.next_tokens is None or before.next_tokens is None:
+        return {"kept": kept}
+    overlaps = {f"top{count}": overlap(before.next_tokens, after.next_tokens, count) for count in OVERLAPS}
+    return {"kept": kept, "kl": kl_from(before.next_tokens, after.next_tokens), **overlaps}
 
 
 def score_probes(
@@ -73,6 +95,7 @@ def score_probes(
     tokens_per_batch: int,
     device: torch.device,
     free_tokens: int = 0,
+    clean: Sequence[Sequence[ProbeResult] | None] | None = None,
 ) -> list[list[ProbeResult]]:
     """Score the questions of some records, teacher-forced and, for what was edited, in free generation.
 
@@ -83,6 +106,8 @@ def score_probes(
         tokens_per_batch: Maximum number of padded tokens in one forward pass.
         device: Device of the model.
         free_tokens: Maximum number of tokens of a generated answer; 0 generates none.
+        clean: Results of the unedited model for each record, or ``None`` for a record of which there are none yet: the
+            distributions after questions about neighbors are kept for the comparison. Without it, they are not.
 
     Returns:
         Results, nested as ``probes``.
@@ -94,7 +119,8 @@ def score_probes(
     asked = [i for i, probe in enumerate(flat) if free_tokens and probe.kind in FREE_KINDS]
     wanted = [*forms, *rivals, *((i, None) for i in asked)]
     rows = encoder.encode_all([flat[i].prompt for i, _ in wanted], [text for _, text in wanted])
-    scores, generated = score_answers(model, rows, encoder.pad_id, tokens_per_batch, device, free_tokens)
+    compared = {} if clean is None else _compared(forms, probes, clean)
+    scores, generated = score_answers(model, rows, encoder.pad_id, tokens_per_batch, device, free_tokens, compared)
     of_forms: dict[int, list[RowScore]] = {}
     for row, (i, _) in enumerate(forms):
         of_forms.setdefault(i, []).append(scores[row])
@@ -109,12 +135,32 @@ def score_probes(
     return [[next(results) for _ in record] for record in probes]
 
 
+def _compared(
+    forms: Sequence[tuple[int, str]],
+    probes: Sequence[Sequence[Probe]],
+    clean: Sequence[Sequence[ProbeResult] | None],
+) -> dict[int, NextTokens | None]:
+    """The rows of questions about neighbors, each with the distribution of the unedited model if that is known."""
+    flat = [
+        (probe.kind, None if results is None else results[i].next_tokens)
+        for record, results in zip(probes, clean, strict=True)
+        for i, probe in enumerate(record)
+    ]
+    first_rows: dict[int, int] = {}
+    for row, (i, _) in enumerate(forms):
+        first_rows.setdefault(i, row)
+    return {first_rows[i]: reference for i, (kind, reference) in enumerate(flat) if kind == "specificity"}
+
+
 def _result(probe: Probe, forms: Sequence[RowScore], rival_nll: float | None) -> ProbeResult:
     """The best form counts, separately for each measure."""
     nll, accuracy = min(form.nll for form in forms), max(form.accuracy for form in forms)
     success = accuracy if rival_nll is None else float(nll < rival_nll)
     magnitude = math.exp(-nll) - (0.0 if rival_nll is None else math.exp(-rival_nll))
-    return ProbeResult(probe.kind, success, magnitude, accuracy=float(accuracy == 1), tokens=forms[0].tokens)
+    exact = float(accuracy == 1)
+    return ProbeResult(
+        probe.kind, success, magnitude, accuracy=exact, tokens=forms[0].tokens, next_tokens=forms[0].next_tokens
+    )
 
 
 def harmonic_mean(values: Tensor) -> Tensor:

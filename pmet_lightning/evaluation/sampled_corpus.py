@@ -1,7 +1,7 @@
 """General text that needs no file: sampled from the model itself.
 
-What a model writes without a prompt is distributed as the text that it was trained on, as far as the model knows it. Its
-keys are those that an edit should leave alone, so it serves where no corpus is at hand.
+What a model writes without a prompt is distributed as the text that it was trained on, as far as it knows that text.
+Its keys are those that an edit should leave alone, so it serves where no corpus is at hand.
 """
 
 from __future__ import annotations

@@ -27,8 +27,10 @@ _SUFFIXES = {
 }
 _COLUMNS: dict[str, tuple[ProbeKind, str]] = {
     f"{kind}{suffix}": (kind, field) for field, suffix in _SUFFIXES.items() for kind in KINDS
-} | {"specificity_kept": ("specificity", "kept")}
+} | {f"specificity_{field}": ("specificity", field) for field in ("kept", "kl", "top1", "top5", "top10")}
 NAMES = (*_COLUMNS, *TEXTS)
+# Rows hold means as measured; tables hold percentages, except for a divergence, which is in nats.
+SCALES = torch.tensor([1.0 if name == "specificity_kl" else 100.0 for name in NAMES], dtype=torch.float64)
 
 
 class EditScores(Metric):
@@ -39,7 +41,8 @@ class EditScores(Metric):
     (95 % bootstrap interval over records, seeded); and ``count``, the records. Except for the score there are also
     ``…_magnitude`` and ``…_accuracy`` (every token of the answer is the argmax). What was asked in free generation adds
     ``…_exact``, ``…_contains`` and ``…_gap``, the teacher-forced value minus ``…_contains``; what was asked of the
-    unedited model too adds ``specificity_kept`` (the neighbors' answers, token by token); texts add ``fluency`` and
+    unedited model too adds ``specificity_kept`` (the neighbors' answers, token by token), ``specificity_kl`` (nats) and
+    ``specificity_top1``, ``…_top5`` and ``…_top10`` (overlap of the likeliest next tokens); texts add ``fluency`` and
     ``consistency``. What was not asked is left out, and so is the score without its three parts.
 
     Records are identified by their position: one that several processes have seen counts once.
@@ -79,13 +82,14 @@ def record_rows(results: Sequence[RecordResult]) -> Tensor:
 
 
 def row_scores(row_C: Tensor) -> dict[str, float]:
-    """The scores in a row, times 100, by name; without what was not asked."""
-    return {name: 100 * value for name, value in zip(NAMES, row_C[1:].tolist(), strict=True) if value == value}
+    """The scores in a row by name, as in a table; without what was not asked."""
+    values = (row_C[1:] * SCALES).tolist()
+    return {name: value for name, value in zip(NAMES, values, strict=True) if value == value}
 
 
 def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
     """The table of :class:`EditScores` from the rows of some records."""
-    rows = 100 * record_rows_NC[:, 1:]
+    rows = SCALES * record_rows_NC[:, 1:]
     asked = {name: i for i, name in enumerate(NAMES) if not rows[:, i].isnan().all()}
     means = {name: rows[:, i].nanmean() for name, i in asked.items()}
     with_interval = [name for name in asked if "magnitude" not in name]

@@ -31,7 +31,7 @@ def score_cell(table: Mapping[str, float], name: str) -> str:
 def other_lines(results: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Lines of the other measures: on text unrelated to the edits, and on generated text about what was edited."""
     lines = []
-    for name in ("perplexity", "kl", "specificity_kept", *TEXTS):
+    for name in ("perplexity", "kl", "specificity_kept", "specificity_kl", "specificity_top1", *TEXTS):
         values = [f"{phase} {table[name]:.4g}" for phase, table in results.items() if name in table]
         if values:
             lines.append(f"{name.replace('_', ' ')}: {', '.join(values)}")
