@@ -15,7 +15,7 @@ from pmet_lightning.data.token_rows import TokenRow
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.resources import locate
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SHUFFLE_BUFFER = 10_000  # texts
 _TEXTS_PER_CALL = 64  # texts in one call of the tokenizer
 
@@ -67,7 +67,7 @@ def _rows(path: Path, name: str, subset: str | None) -> Any:
     """The rows of a corpus, an ``IterableDataset``."""
     import datasets
 
-    if path.suffix == ".csv" and path.is_file():  # the library would guess types, and read the text 1.10 as 1.1
+    if _kind(path) == "csv" and path.is_file():  # the library would guess types, and read the text 1.10 as 1.1
         return datasets.IterableDataset.from_generator(csv_rows, gen_kwargs={"path": path, "name": name})
     if path.is_file():
         return datasets.load_dataset(_kind(path), data_files=str(path), split="train", streaming=True)

@@ -249,7 +249,7 @@ def _oddities(record: Any, edits: Sequence[Edit], zsre_target: ZsreTarget) -> It
     unchanged = [repr(edit.target) for edit in edits if edit.target == edit.target_true]
     found = {
         "ignored: %s; rename, if that is meant": misspelled,
-        f"ignored: %s, which {kind} records do not have (docs/own-data.md lists the fields of each format)": foreign,
+        f"ignored: %s, which {kind} records do not have; rename, or leave it out": foreign,
         "white space around %s is left out; an object follows its prompt after a space by itself": spaced,
         "the new object %s is also the old one, so that nothing changes; check both": unchanged,
     }

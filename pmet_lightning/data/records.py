@@ -227,7 +227,7 @@ def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
     for names in (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans")):
         for question, answer in _answered(fields, *names, origin):
             probes.append(Probe("specificity", question, answer, target if answer == old != target else None))
-    # As in WikiBigEdit's tables, a persona's wording counts for itself and not among the paraphrases.
+    # A persona's wording counts with portability, as in published tables: generalisation is that of `rephrase` alone.
     probes += [
         Probe("portability", asked.replace("{}", subject), target) for asked in texts(fields, "personas", origin)
     ]
