@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from pmet_lightning.data.records import ZsreTarget
 from pmet_lightning.model.architectures import Architecture, architecture_of
 from pmet_lightning.model.loading import DtypeName
 from pmet_lightning.model.projections import Sites
@@ -56,6 +57,7 @@ class DataOptions:
         skip: Records skipped at the beginning.
         shuffle: Seed of a shuffle before skip and limit; null keeps the file's order.
         limit: Maximum number of records; null uses all.
+        zsre_target: The new object of a zsRE record: the first of ``answers``, or ``alt``.
         least: Facts whose answer has a smaller probability, or is not the model's first choice, are left out.
     """
 
@@ -64,6 +66,7 @@ class DataOptions:
     skip: NonNegativeInt = 0
     shuffle: NonNegativeInt | None = None
     limit: PositiveInt | None = 50
+    zsre_target: ZsreTarget = "answers"
     least: NonNegativeFloat = 0.1
 
 
@@ -115,7 +118,7 @@ def analyze(
         from pmet_lightning.analysis.figures import figures, write_figures
         from pmet_lightning.analysis.results import summary_lines, write_results
 
-        facts = read_facts(data.path, split=data.split, skip=data.skip, limit=data.limit, shuffle=data.shuffle)
+        facts = read_facts(**{name: value for name, value in asdict(data).items() if name != "least"})
         study = _study(model, data, tracing, top)
         study.ask(facts)
         phases = _phases(study, model, data)

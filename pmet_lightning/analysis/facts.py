@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pmet_lightning.data.encoder import LocationError, PromptEncoder
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_records
-from pmet_lightning.data.records import parse_record, parse_records, template_of
+from pmet_lightning.data.records import ZsreTarget, parse_record, parse_records, template_of
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
 from pmet_lightning.model.forward import label_logits
 
@@ -59,12 +59,13 @@ class Question:
     answers: dict[str, int]
 
 
-def read_facts(path: str | Sequence[str], **selection: Any) -> list[KnownFact]:
+def read_facts(path: str | Sequence[str], *, zsre_target: ZsreTarget = "answers", **selection: Any) -> list[KnownFact]:
     """Read facts from files or hub data sets, in any format of edits or in that of ``known_facts``.
 
     Args:
         path: As for :func:`~pmet_lightning.data.readers.read_edits`.
-        **selection: ``split``, ``skip``, ``limit`` and ``shuffle``, as for the same function.
+        zsre_target: As for the same function.
+        **selection: ``split``, ``skip``, ``limit`` and ``shuffle``, as for it too.
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
@@ -72,14 +73,14 @@ def read_facts(path: str | Sequence[str], **selection: Any) -> list[KnownFact]:
     """
     facts = []
     for number, origin, record in read_records(path, **selection):
-        facts += _facts_of(record, number, origin)
+        facts += _facts_of(record, number, origin, zsre_target)
     return facts
 
 
-def _facts_of(record: Any, number: int, origin: str) -> list[KnownFact]:
+def _facts_of(record: Any, number: int, origin: str, zsre_target: ZsreTarget) -> list[KnownFact]:
     if isinstance(record, Mapping) and "attribute" in record and "target_new" not in record:
         return [_parse_known_facts(record, number, origin)]
-    edits = parse_records(record, number, origin)
+    edits = parse_records(record, number, origin, zsre_target)
     return [KnownFact(edit.case_id, edit.prompt, edit.subject, edit.target_true, edit.target) for edit in edits]
 
 

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.data.fields import RecordError
+from pmet_lightning.data.text_files import csv_rows
 from pmet_lightning.data.token_rows import TokenRow
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.resources import locate
@@ -35,16 +37,9 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
         FileNotFoundError: If there is no such corpus.
         CorpusError: If it has no column 'text'.
     """
-    import datasets
-
     path = Path(locate(name))
-    kind = _BUILDERS.get(path.suffix, "text")
     try:
-        if path.is_file():
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        else:
-            rows = datasets.load_dataset(name, subset, split="train", streaming=True)
-        for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
+        for row in _rows(path, name, subset).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
             text = row.get("text")
             if text is None:
                 raise CorpusError(f"{name}: expected a column 'text', found {', '.join(map(str, row))}")
@@ -52,14 +47,31 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
                 yield text.strip()
     except CorpusError:
         raise
+    except RecordError as error:  # of a CSV file: it names the line
+        raise CorpusError(str(error)) from error
     except Exception as error:
         if path.is_file():
-            raise CorpusError(f"{name}: unreadable as {kind} ({str(error).splitlines()[0]})") from error
+            raise CorpusError(f"{name}: unreadable as {_kind(path)} ({str(error).splitlines()[0]})") from error
         raise FileNotFoundError(
             f"no corpus {name!r}: not a local file, and not available from the hub ({str(error).splitlines()[0]}). "
             "Without a network, set --moments.corpus to a local file: .jsonl, .csv or .parquet with a column 'text', "
             "plain text with one text per line, or the shipped 'atlas-corpus'."
         ) from error
+
+
+def _kind(path: Path) -> str:
+    return _BUILDERS.get(path.suffix, "text")
+
+
+def _rows(path: Path, name: str, subset: str | None) -> Any:
+    """The rows of a corpus, an ``IterableDataset``."""
+    import datasets
+
+    if _kind(path) == "csv" and path.is_file():  # the library would guess types, and read the text 1.10 as 1.1
+        return datasets.IterableDataset.from_generator(csv_rows, gen_kwargs={"path": path, "name": name})
+    if path.is_file():
+        return datasets.load_dataset(_kind(path), data_files=str(path), split="train", streaming=True)
+    return datasets.load_dataset(name, subset, split="train", streaming=True)
 
 
 def corpus_fingerprint(name: str, subset: str | None = None) -> str:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from pmet_lightning.data.encoder import LocationError, PromptEncoder, load_tokenizer
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_edits, stream_edits
-from pmet_lightning.data.records import Edit, check_no_contradictions, skip_written
+from pmet_lightning.data.records import Edit, ZsreTarget, check_no_contradictions, skip_written
 from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -126,6 +126,8 @@ class EditDataModule(L.LightningDataModule):
         limit: Maximum number of records after that; null takes all.
         shuffle: Seed of a shuffle of the records before ``skip`` and ``limit``; null keeps the file's order.
         split: Split of a hub data set.
+        zsre_target: The new object of a zsRE record: the first of ``answers``, the true one (MEMIT, PMET), or the
+            counterfactual ``alt`` (EasyEdit, LocFT), whose old object is then the true one.
         evaluation_batch: Edits whose questions are evaluated together.
         chat: Whether prompts are user messages in a chat; linked to the model's setting on the command line.
         stream: Whether edits arrive during the run: from a .jsonl file that may grow, or a hub data set of any size.
@@ -143,6 +145,7 @@ class EditDataModule(L.LightningDataModule):
         limit: PositiveInt | None = None,
         shuffle: int | None = None,
         split: str = "train",
+        zsre_target: ZsreTarget = "answers",
         evaluation_batch: PositiveInt = 32,
         chat: bool = False,
         stream: bool = False,
@@ -154,7 +157,7 @@ class EditDataModule(L.LightningDataModule):
             raise ValueError("--data.stream true needs --data.edit_batch, and its records cannot be shuffled")
         self.stream, self.stream_wait = stream, float(stream_wait)
         self.done = 0  # edits that the run had written before it was resumed
-        self.path, self.split = path, split
+        self.path, self.split, self.zsre_target = path, split, zsre_target
         self.tokenizer_name, self.chat = tokenizer, chat
         self.edit_batch = edit_batch
         self.skip, self.limit, self.shuffle = skip, limit, shuffle
@@ -198,7 +201,7 @@ class EditDataModule(L.LightningDataModule):
         if self.stream:
             return
         if self._given_edits is None:
-            edits = read_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, shuffle=self.shuffle)
+            edits = read_edits(self.path, shuffle=self.shuffle, **self._selection)
         else:
             edits = self._given_edits
         self._check_tokens(edits)
@@ -244,7 +247,12 @@ class EditDataModule(L.LightningDataModule):
         self.done = skip() if self._processes is None else self._processes.compute_object_on_rank_zero(skip)
 
     def _all_streamed(self) -> Iterator[Edit]:
-        return stream_edits(self.path, split=self.split, skip=self.skip, limit=self.limit, wait=self.stream_wait)
+        return stream_edits(self.path, wait=self.stream_wait, **self._selection)
+
+    @property
+    def _selection(self) -> dict[str, Any]:
+        """Which records are read, and as what."""
+        return {"split": self.split, "skip": self.skip, "limit": self.limit, "zsre_target": self.zsre_target}
 
     def _streamed(self) -> Iterator[Edit]:
         """The edits of a stream that are not written yet."""

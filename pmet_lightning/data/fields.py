@@ -3,29 +3,66 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pmet_lightning.utils.errors import PmetError
 
-# Fields that records of each format have, read or not; those of a rewrite are inside COUNTERFACT's and MQuAKE's.
-_REWRITE = ("prompt", "subject", "target_new", "target_true", "relation_id", "question", "question_id")
-_COUNTERFACT = (
-    "case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts", "generation_prompts",
-    "attribute_prompts", "pararel_idx",
-)  # fmt: skip
-_MQUAKE = ("questions", "new_answer", "new_answer_alias", "answer", "answer_alias", "new_single_hops", "single_hops")
-_ZSRE = ("case_id", "src", "subject", "answers", "rephrase", "loc", "loc_ans", "alt", "pred", "cond")
-_FLAT = (
-    "case_id", "prompt", "subject", "target_new", "target", "ground_truth", "rephrase_prompt", "rephrase", "relation",
-    "locality_prompt", "locality_ground_truth", "portability", "locality",
-)  # fmt: skip
-_CONTEXT, _OBJECTS = ("prompt", "src", "subject"), ("target_new", "target", "target_true", "ground_truth")
+Format = Literal["COUNTERFACT", "MQuAKE", "zsRE", "flat"]
+# The fields that are read, by format; those of a rewrite are inside COUNTERFACT's and MQuAKE's.
+_REWRITE = ("prompt", "subject", "target_new", "target_true", "relation_id")
+_READ: dict[Format, tuple[str, ...]] = {
+    "COUNTERFACT": (
+        "case_id", "id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts", "generation_prompts",
+    ),
+    "MQuAKE": ("case_id", "id", "requested_rewrite", "questions", "new_answer", "new_answer_alias"),
+    "zsRE": ("case_id", "id", "src", "subject", "answers", "alt", "rephrase", "loc", "loc_ans"),
+    "flat": (  # EasyEdit's and LocFT's names, KnowEdit's, QAEdit's and WikiBigEdit's own
+        "case_id", "id", "prompt", "update", "subject", "target_new", "target", "ans", "ground_truth", "target_true",
+        "rephrase_prompt", "rephrase", "relation", "locality_prompt", "locality_ground_truth", "loc", "loc_ans",
+        "locality", "portability", "personas", "mhop", "mhop_ans",
+    ),
+}  # fmt: skip
+# Fields that their files have as well: they ask nothing that is scored here.
+_UNREAD_OF_REWRITES = ("question", "question_id")
+_UNREAD: dict[Format, tuple[str, ...]] = {
+    "COUNTERFACT": ("attribute_prompts", "pararel_idx"),
+    "MQuAKE": ("answer", "answer_alias", "new_single_hops", "single_hops"),
+    "zsRE": ("pred", "cond"),
+    "flat": ("source", "object", "tag"),
+}
+_CONTEXT = ("prompt", "update", "src", "subject")
+_OBJECTS = ("target_new", "target", "ans", "answers", "alt", "target_true", "ground_truth")
+_SHOWN_FAULTS = 20
+_SHORTEST = 3  # letters of a name that another one may be close to: 'idx' is not meant as 'id'
 _CLOSE = 0.8  # difflib's ratio: 'rephrase_prompts' is so close to 'rephrase_prompt', 'target_true' not to 'target_new'
 
 
 class RecordError(PmetError):
     """A record that cannot become an edit; the message says where, what was found and what was expected."""
+
+
+def check_no_faults(faults: Sequence[str], what: str) -> None:
+    """Refuse records, all of them in one error, so that a file is mended in one go.
+
+    Args:
+        faults: What is wrong with each.
+        what: What they are: "records are unusable".
+
+    Raises:
+        RecordError: If there is a fault; it shows at most 20.
+    """
+    if len(faults) > 1:
+        more = [f"and {len(faults) - _SHOWN_FAULTS} more"] * (len(faults) > _SHOWN_FAULTS)
+        raise RecordError("\n".join([f"{len(faults)} {what}:", *faults[:_SHOWN_FAULTS], *more]))
+    if faults:
+        raise RecordError(faults[0])
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a field holds nothing: ``None``, or the NaN that tables have in its place."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def items(value: Any) -> list[Any]:
@@ -85,6 +122,15 @@ def text(fields: Mapping[str, Any], name: str, origin: str) -> str:
     return value.strip()
 
 
+def optional_text(fields: Mapping[str, Any], name: str, origin: str) -> str | None:
+    """As :func:`text`; ``None`` where the field is missing or empty (0 is a value).
+
+    Raises:
+        RecordError: If it is blank or not a text.
+    """
+    return None if fields.get(name) in (None, "", {}) else text(fields, name, origin)
+
+
 def name_in(fields: Any, name: str, origin: str) -> str | None:
     """A name, which may be written as a number; ``None`` where there is none.
 
@@ -102,33 +148,50 @@ def name_in(fields: Any, name: str, origin: str) -> str | None:
     return found
 
 
-def find_misspelled(record: Any) -> dict[str, str]:
+def format_of(record: Mapping[str, Any]) -> Format:
+    """The format of a record."""
+    rewrite = record.get("requested_rewrite")
+    if not is_missing(rewrite):
+        return "MQuAKE" if isinstance(rewrite, list) else "COUNTERFACT"
+    return "flat" if is_missing(record.get("src")) else "zsRE"
+
+
+def find_misspelled(record: Mapping[str, Any]) -> dict[str, str]:
     """Unknown field names that are close to a known one, with the name that was probably meant.
 
     Args:
         record: A record of any format.
     """
-    if not isinstance(record, Mapping):
-        return {}
-    if "requested_rewrite" in record:
-        found = _close_names(record, (*_COUNTERFACT, *_MQUAKE))
-        for rewrite in items(record["requested_rewrite"]):
-            found |= _close_names(rewrite, _REWRITE) if isinstance(rewrite, Mapping) else {}
-        return found
-    return _close_names(record, _ZSRE if "src" in record else _FLAT)
+    kind = format_of(record)
+    found = _close_names(record, _READ[kind], (*_UNREAD[kind], *find_foreign(record)))
+    for rewrite in _rewrites(record):
+        found |= _close_names(rewrite, _REWRITE, _UNREAD_OF_REWRITES)
+    return found
 
 
-def with_outer_space(record: Any) -> list[str]:
+def find_foreign(record: Mapping[str, Any]) -> list[str]:
+    """Names of fields that are read in records of another format, and that this one's does not have.
+
+    Args:
+        record: A record of any format.
+    """
+    kind = format_of(record)
+    foreign = {name for names in _READ.values() for name in names}.difference(_READ[kind], _UNREAD[kind])
+    return [name for name, value in record.items() if name in foreign and not is_missing(value)]
+
+
+def _rewrites(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [rewrite for rewrite in items(record.get("requested_rewrite")) if isinstance(rewrite, Mapping)]
+
+
+def with_outer_space(record: Mapping[str, Any]) -> list[str]:
     """Names of the fields of a fact whose text begins or ends with white space (one space may begin an object).
 
     Args:
         record: A record of any format.
     """
-    if not isinstance(record, Mapping):
-        return []
-    rewrites = [rewrite for rewrite in items(record.get("requested_rewrite")) if isinstance(rewrite, Mapping)]
     found = []
-    for fields in rewrites or [record]:
+    for fields in _rewrites(record) or [record]:
         for name in (*_CONTEXT, *_OBJECTS):
             value = _as_stored(fields, name)
             found += [name] if value.strip() != value.removeprefix(" " * (name in _OBJECTS)) else []
@@ -136,16 +199,16 @@ def with_outer_space(record: Any) -> list[str]:
 
 
 def _as_stored(fields: Mapping[str, Any], name: str) -> str:
-    value = fields.get(name)
+    value = next(iter(items(fields.get(name))), None)  # the first one is the object
     value = value.get("str") if isinstance(value, Mapping) else value
     return value if isinstance(value, str) else ""
 
 
-def _close_names(fields: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, str]:
-    absent = [name for name in known if name not in fields]
+def _close_names(fields: Mapping[str, Any], read: tuple[str, ...], others: tuple[str, ...]) -> dict[str, str]:
+    absent = [name for name in read if name not in fields and len(name) >= _SHORTEST]
     found: dict[str, str] = {}
     for name in fields:
-        close = difflib.get_close_matches(str(name).lower(), absent, 1, _CLOSE) if name not in known else []
+        close = difflib.get_close_matches(str(name).lower(), absent, 1, _CLOSE) if name not in (*read, *others) else []
         found |= {str(name): close[0]} if close else {}
     return found
 

@@ -1,13 +1,11 @@
 """From a file or a hub data set to validated edits.
 
-JSON and JSONL are parsed here, because only then can an error name the line; CSV goes through the standard library,
-because every cell is text there; Parquet and the hub go through the ``datasets`` library.
+JSON and CSV are parsed by ``text_files``, so that an error names the line and a cell stays text; Parquet and the hub go
+through the ``datasets`` library.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import random
@@ -19,14 +17,22 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.data.fields import RecordError, find_misspelled, with_outer_space
-from pmet_lightning.data.records import Edit, check_no_contradictions, parse_records
+from pmet_lightning.data.fields import (
+    RecordError,
+    check_no_faults,
+    find_foreign,
+    find_misspelled,
+    format_of,
+    is_missing,
+    with_outer_space,
+)
+from pmet_lightning.data.records import Edit, ZsreTarget, check_no_contradictions, parse_records
+from pmet_lightning.data.text_files import as_text, csv_rows, json_lines, json_rows, numbered
 from pmet_lightning.utils.resources import locate
 
 log = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds between two reads at the end of a growing file
-_SHOWN_FAULTS = 20
 # Phrasings of COUNTERFACT's generation prompts that name no relation of a fact.
 _OPENINGS = re.compile(
     r"twin city|is known for$|greatest (strength|accomplishment|artistic work)|surroundings include$|is my favorite"
@@ -42,6 +48,7 @@ def read_edits(
     skip: int = 0,
     limit: int | None = None,
     shuffle: int | None = None,
+    zsre_target: ZsreTarget = "answers",
 ) -> list[Edit]:
     """Read and validate the edits of a file or a hub data set, or of several, one after the other.
 
@@ -51,12 +58,14 @@ def read_edits(
         skip: Number of records to skip at the beginning.
         limit: Maximum number of records after that; all where ``None``.
         shuffle: Seed of a shuffle before ``skip`` and ``limit``; the file's order where ``None``.
+        zsre_target: The new object of a zsRE record: the first of ``answers``, the true one, or the counterfactual
+            ``alt``.
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
         RecordError: If the file is empty or broken, or a record taken from it is unusable.
     """
-    edits = _parse_all(read_records(path, split=split, skip=skip, limit=limit, shuffle=shuffle))
+    edits = _parse_all(read_records(path, split=split, skip=skip, limit=limit, shuffle=shuffle), zsre_target)
     check_no_contradictions(edits)
     _warn_of_generation_prompts(edits, path if isinstance(path, str) else ", ".join(path))
     return edits
@@ -71,6 +80,9 @@ def read_records(
     shuffle: int | None = None,
 ) -> list[tuple[int, str, Any]]:
     """Records of any format, as stored in the file: number, origin for messages, and the record.
+
+    In the place of a broken JSON line is the error that names it; :func:`~pmet_lightning.data.records.parse_records`
+    raises it.
 
     Args:
         path: As for :func:`read_edits`.
@@ -103,17 +115,20 @@ def read_records(
     return records
 
 
-def as_edits(facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts") -> list[Edit]:
+def as_edits(
+    facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts", *, zsre_target: ZsreTarget = "answers"
+) -> list[Edit]:
     """Validate edits that are given as objects, and return them.
 
     Args:
         facts: Records as in a file (COUNTERFACT, zsRE or flat), edits, or a mixture of both.
         name: Their name in messages: the fourth is "facts[3]".
+        zsre_target: As for :func:`read_edits`.
 
     Raises:
         RecordError: If there are none, or one is unusable.
     """
-    edits = _parse_all((number, f"{name}[{number}]", fact) for number, fact in enumerate(facts))
+    edits = _parse_all(((number, f"{name}[{number}]", fact) for number, fact in enumerate(facts)), zsre_target)
     if not edits:
         raise RecordError(f"{name}: nothing to edit, expected at least one record")
     check_no_contradictions(edits)
@@ -121,7 +136,7 @@ def as_edits(facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts") -> 
     return edits
 
 
-def _parse_all(records: Iterable[tuple[int, str, Any]]) -> list[Edit]:
+def _parse_all(records: Iterable[tuple[int, str, Any]], zsre_target: ZsreTarget) -> list[Edit]:
     """Edits of records with their numbers and origins; edits among them stay, with that origin before their own.
 
     Raises:
@@ -129,28 +144,49 @@ def _parse_all(records: Iterable[tuple[int, str, Any]]) -> list[Edit]:
     """
     edits: list[Edit] = []
     faults: list[str] = []
-    warned = set[tuple[str, str]]()
+    told = set[tuple[str, str]]()
     for number, origin, record in records:
         if isinstance(record, Edit):
             edits.append(replace(record, origin=f"{origin} ({record.origin})" if record.origin else origin))
             continue
         try:
-            parsed = parse_records(record, number, origin)
+            edits += _parse(record, number, origin, zsre_target, told)
         except RecordError as error:
             faults.append(str(error))
-        else:
-            _warn_of_oddities(record, parsed, origin, warned)
-            edits += parsed
-    if len(faults) > 1:
-        more = [f"and {len(faults) - _SHOWN_FAULTS} more"] * (len(faults) > _SHOWN_FAULTS)
-        raise RecordError("\n".join([f"{len(faults)} records are unusable:", *faults[:_SHOWN_FAULTS], *more]))
-    if faults:
-        raise RecordError(faults[0])
+    check_no_faults(faults, "records are unusable")
+    return edits
+
+
+def _parse(record: Any, number: int, origin: str, zsre_target: ZsreTarget, told: set[tuple[str, str]]) -> list[Edit]:
+    """The edits of a record, after its oddities were told.
+
+    Args:
+        record: The record.
+        number: Its position.
+        origin: File and record, for messages.
+        zsre_target: As for :func:`read_edits`.
+        told: Pairs of file and message that were logged already, to which those of this record are added.
+
+    Raises:
+        RecordError: If it is unusable.
+    """
+    edits = parse_records(record, number, origin, zsre_target)
+    file = re.split(r", record \d|\[\d", origin)[0]
+    for level, message, found in _oddities(record, edits, zsre_target):
+        if found and (file, message) not in told:
+            told.add((file, message))
+            log.log(level, f"%s: {message}", origin, found)
     return edits
 
 
 def stream_edits(
-    path: str | Sequence[str], *, split: str = "train", skip: int = 0, limit: int | None = None, wait: float = 0.0
+    path: str | Sequence[str],
+    *,
+    split: str = "train",
+    skip: int = 0,
+    limit: int | None = None,
+    wait: float = 0.0,
+    zsre_target: ZsreTarget = "answers",
 ) -> Iterator[Edit]:
     """Edits one after the other, never holding more than one record; they end where no further line arrives.
 
@@ -160,6 +196,7 @@ def stream_edits(
         skip: Number of records to skip at the beginning.
         limit: Maximum number of records after that; all where ``None``.
         wait: Seconds to wait for further lines at the end of the last file, counted from the last line that arrived.
+        zsre_target: As for :func:`read_edits`.
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
@@ -169,11 +206,9 @@ def stream_edits(
     records = chain.from_iterable(
         _streamed_records(locate(name), name, split, wait if name == paths[-1] else 0.0) for name in paths
     )
-    warned = set[tuple[str, str]]()
+    told = set[tuple[str, str]]()
     for number, (origin, record) in islice(enumerate(records), skip, None if limit is None else skip + limit):
-        edits = parse_records(record, number, origin)
-        _warn_of_oddities(record, edits, origin, warned)
-        yield from edits
+        yield from _parse(record, number, origin, zsre_target, told)
 
 
 def _streamed_records(found: str, name: str, split: str, wait: float) -> Iterator[tuple[str, Any]]:
@@ -182,7 +217,7 @@ def _streamed_records(found: str, name: str, split: str, wait: float) -> Iterato
     if Path(found).suffix.lower() != ".jsonl":
         raise RecordError(f"{name}: a stream reads one record per line; expected a .jsonl file or a hub data set")
     lines = enumerate(_growing_lines(Path(found), wait), start=1)
-    return _json_lines((_as_text(line, name, number) for number, line in lines), name)
+    return json_lines((as_text(line, name, number) for number, line in lines), name)
 
 
 def _growing_lines(path: Path, wait: float) -> Iterator[bytes]:
@@ -199,28 +234,29 @@ def _growing_lines(path: Path, wait: float) -> Iterator[bytes]:
             yield line
 
 
-def _warn_of_oddities(record: Any, edits: Sequence[Edit], origin: str, warned: set[tuple[str, str]]) -> None:
-    """Warn, once per file and kind, of what a usable record probably does not mean.
+def _oddities(record: Any, edits: Sequence[Edit], zsre_target: ZsreTarget) -> Iterator[tuple[int, str, str]]:
+    """What a usable record may not be meant to say: level, message, and what was found ("" if nothing).
 
     Args:
         record: A record of the file.
         edits: What it was read as.
-        origin: File and record, for the message.
-        warned: Pairs of file and kind with a warning already.
+        zsre_target: As for :func:`read_edits`.
     """
-    file = re.split(r", record \d|\[\d", origin)[0]
+    kind, unread = format_of(record), "alt" if zsre_target == "answers" else ""
     misspelled = [f"the field {name!r} (there is {close!r})" for name, close in find_misspelled(record).items()]
+    foreign = [repr(name) for name in find_foreign(record)]
+    spaced = [repr(name) for name in with_outer_space(record) if name != unread]
     unchanged = [repr(edit.target) for edit in edits if edit.target == edit.target_true]
-    spaced = [repr(name) for name in with_outer_space(record)]
-    oddities = {
-        "ignored: %s; rename, if that is meant": ", ".join(misspelled),
-        "white space around %s is left out; an object follows its prompt after a space by itself": ", ".join(spaced),
-        "the new object %s is also the old one, so that nothing changes; check 'target_new'": ", ".join(unchanged),
-    }  # fmt: skip
-    for message, found in oddities.items():
-        if found and (file, message) not in warned:
-            warned.add((file, message))
-            log.warning(f"%s: {message}", origin, found)
+    found = {
+        "ignored: %s; rename, if that is meant": misspelled,
+        f"ignored: %s, which {kind} records do not have; rename, or leave it out": foreign,
+        "white space around %s is left out; an object follows its prompt after a space by itself": spaced,
+        "the new object %s is also the old one, so that nothing changes; check both": unchanged,
+    }
+    for message, names in found.items():
+        yield logging.WARNING, message, ", ".join(names)
+    if kind == "zsRE" and not (is_missing(record.get("answers")) or is_missing(record.get("alt"))):
+        yield logging.INFO, "zsRE records with 'answers' and 'alt' are edited to %s (zsre_target)", repr(zsre_target)
 
 
 def _warn_of_generation_prompts(edits: Sequence[Edit], path: str) -> None:
@@ -248,85 +284,21 @@ def _records(found: str, name: str, split: str) -> Iterator[tuple[str, Any]]:
                 f"no edits file {name!r} (looked in {Path.cwd()}); set --data.path to a .json, .jsonl, .csv or "
                 ".parquet file or to a data set on the hub"
             )
-        yield from _numbered(_hub_rows(found, split), name)
+        yield from numbered(_hub_rows(found, split), name)
     elif Path(found).stat().st_size == 0:
         raise RecordError(f"{name}: the file is empty; expected a JSON list, JSON lines, CSV or Parquet")
     elif suffix in (".json", ".jsonl"):
-        yield from _json_records(found, name)
+        yield from json_rows(Path(found), name)
     elif suffix in (".csv", ".parquet"):
-        yield from _numbered(_csv_rows(found, name) if suffix == ".csv" else _parquet_rows(found, name), name)
+        yield from numbered(_csv_records(found, name) if suffix == ".csv" else _parquet_rows(found, name), name)
     else:
         raise RecordError(f"{name}: unknown ending {suffix!r}; expected .json, .jsonl, .csv or .parquet")
 
 
-def _numbered(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(rows):
-        yield f"{name}, record {number}", row
-
-
-def _json_records(found: str, name: str) -> Iterator[tuple[str, Any]]:
-    """A JSON list, or one JSON value per line, whatever the file's extension."""
-    text = _as_text(Path(found).read_bytes(), name)
-    if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise _broken_json(name, error.lineno, error) from error
-        yield from _numbered(records, name)
-    else:
-        yield from _json_lines(io.StringIO(text, newline=None), name)  # splitlines would also split inside texts
-
-
-def _as_text(data: bytes, name: str, first_line: int = 1) -> str:
-    """Bytes of a file, from the beginning of a line on, as UTF-8 text without a byte order mark.
-
-    Raises:
-        RecordError: If they are not UTF-8; the message names the line.
-    """
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = first_line + error.object[: error.start].count(b"\n")
-        raise RecordError(
-            f"{name}, line {line}: expected UTF-8 text, found the byte 0x{error.object[error.start]:02x} "
-            f"({error.reason}); save the file as UTF-8"
-        ) from error
-
-
-def _json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
-    """One record per line, whose number errors name; blank lines are skipped."""
-    number = 0
-    for line_number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise _broken_json(name, line_number, error) from error
-            yield f"{name}, record {number} (line {line_number})", record
-            number += 1
-
-
-def _broken_json(name: str, line: int, error: json.JSONDecodeError) -> RecordError:
-    return RecordError(
-        f"{name}, line {line}: broken JSON ({error.msg}, column {error.colno}); expected a list of records or "
-        "one record per line"
-    )
-
-
-def _csv_rows(found: str, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV file: cells are text, empty ones are left out, and JSON lists and objects are those."""
-    reader = csv.reader(io.StringIO(_as_text(Path(found).read_bytes(), name), newline=""), strict=True)
-    try:
-        header = [column.strip() for column in next(reader, [])]
-        for cells in filter(None, reader):
-            if len(cells) > len(header):
-                raise RecordError(
-                    f"{name}, line {reader.line_num}: {len(cells)} cells, expected at most {len(header)} as in the "
-                    "header; put texts with a comma between double quotes"
-                )
-            yield {column: _cell(cell) for column, cell in zip(header, cells, strict=False) if cell}
-    except csv.Error as error:
-        raise RecordError(f"{name}, line {reader.line_num}: cannot be read as csv: {error}") from error
+def _csv_records(found: str, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file: empty cells are left out, and JSON lists and objects are those."""
+    for row in csv_rows(Path(found), name):
+        yield {column: _cell(cell) for column, cell in row.items() if cell}
 
 
 def _cell(cell: str) -> Any:

@@ -10,11 +10,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pmet_lightning.data.fields import RecordError, checked_texts, items, name_in, text, texts
+from pmet_lightning.data.fields import (
+    RecordError,
+    check_no_faults,
+    checked_texts,
+    format_of,
+    is_missing,
+    items,
+    name_in,
+    optional_text,
+    text,
+    texts,
+)
 
 # Scripts without spaces between words (Thai, Lao, Burmese, Khmer, kana, Han); and Hangul, where particles follow.
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
+ZsreTarget = Literal["answers", "alt"]
+_QUESTIONS = (("prompt", "ground_truth"), ("loc", "loc_ans"))  # in KnowEdit and in QAEdit
 ProbeKind = Literal["efficacy", "generalisation", "specificity", "portability", "multihop"]
 
 
@@ -82,7 +95,7 @@ class Edit:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def parse_records(record: Any, number: int, origin: str) -> list[Edit]:
+def parse_records(record: Any, number: int, origin: str, zsre_target: ZsreTarget = "answers") -> list[Edit]:
     """Read one record of any known format; a record of MQuAKE may hold several edits.
 
     Args:
@@ -90,58 +103,69 @@ def parse_records(record: Any, number: int, origin: str) -> list[Edit]:
             about all of it).
         number: Position in the file, from 0.
         origin: File and record, for messages.
+        zsre_target: As for :func:`parse_record`.
 
     Raises:
         RecordError: If a field is missing or unusable.
     """
-    if not isinstance(record, Mapping) or not isinstance(record.get("requested_rewrite"), list):
-        return [parse_record(record, number, origin)]
+    if not isinstance(record, Mapping) or format_of(record) != "MQuAKE":
+        return [parse_record(record, number, origin, zsre_target)]
     rewrites = record["requested_rewrite"]
-    case_id = str(record.get("case_id", number))
+    case_id = _case_id(record, number, origin)
     edits = []
     for i, rewrite in enumerate(rewrites):
         part = {"case_id": f"{case_id}-{i}" if len(rewrites) > 1 else case_id, "requested_rewrite": rewrite}
         edits.append(parse_record(part, number, f"{origin}, rewrite {i}"))
     if not edits:
         raise RecordError(f"{origin}: 'requested_rewrite' is empty, expected at least one rewrite")
-    answer, questions = record.get("new_answer"), texts(record, "questions", origin)
-    if questions and not answer:
+    answer, questions = optional_text(record, "new_answer", origin), texts(record, "questions", origin)
+    if questions and answer is None:
         raise _unanswered("questions", len(questions), "new_answer", 0, origin)
-    if answer:
-        answer, aliases = text(record, "new_answer", origin), tuple(texts(record, "new_answer_alias", origin))
+    if answer is not None:
+        aliases = tuple(texts(record, "new_answer_alias", origin))
         hops = [Probe("multihop", question, answer, aliases=aliases) for question in questions]
         edits[-1] = replace(edits[-1], probes=(*edits[-1].probes, *hops))
     return edits
 
 
-def parse_record(record: Any, number: int, origin: str) -> Edit:
+def parse_record(record: Any, number: int, origin: str, zsre_target: ZsreTarget = "answers") -> Edit:
     """Read one record of a format with one edit.
 
     Args:
         record: A mapping in COUNTERFACT's native form (``requested_rewrite``), zsRE's (``src``) or the flat
-            form (``prompt``, ``subject``, ``target_new``).
+            form (``prompt``, ``subject``, ``target_new``). An error in its place is raised.
         number: Position in the file, from 0.
         origin: File and record, for messages.
+        zsre_target: The new object of a zsRE record: the first of ``answers``, or ``alt``.
 
     Raises:
         RecordError: If a field is missing or unusable.
     """
+    if isinstance(record, RecordError):
+        raise record
     if not isinstance(record, Mapping):
         raise RecordError(f"{origin}: expected an object with named fields, got {type(record).__name__}")
-    fields = {name: value for name, value in record.items() if value is not None}
-    if "requested_rewrite" in fields:
-        return _from_counterfact(fields, number, origin)
-    if "src" in fields:
-        return _from_zsre(fields, number, origin)
-    return _from_flat(fields, number, origin)
+    fields = {name: value for name, value in record.items() if not is_missing(value)}
+    kind = format_of(fields)
+    if kind == "zsRE":
+        return _from_zsre(fields, number, origin, zsre_target)
+    return _from_flat(fields, number, origin) if kind == "flat" else _from_counterfact(fields, number, origin)
+
+
+def _case_id(fields: Mapping[str, Any], number: int, origin: str) -> str:
+    return name_in(fields, "case_id", origin) or name_in(fields, "id", origin) or str(number)
+
+
+def _first_of(fields: Mapping[str, Any], *names: str) -> str:
+    """The first of these names that a record has as a field; the first one if it has none."""
+    return next((name for name in names if name in fields), names[0])
 
 
 def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
     rewrite = fields["requested_rewrite"]
     if not isinstance(rewrite, Mapping):
         raise RecordError(f"{origin}: 'requested_rewrite' is {type(rewrite).__name__}, expected an object")
-    target = text(rewrite, "target_new", origin)
-    old = text(rewrite, "target_true", origin) if rewrite.get("target_true") else None
+    target, old = text(rewrite, "target_new", origin), optional_text(rewrite, "target_true", origin)
     subject = text(rewrite, "subject", origin)
     prompt = template_of(text(rewrite, "prompt", origin), subject, origin)
     probes = _rewrite_probes(prompt, subject, target, old, texts(fields, "paraphrase_prompts", origin))
@@ -151,7 +175,7 @@ def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Ed
     rival = None if old == target else target
     probes += [Probe("specificity", question, str(old), rival) for question in neighbors]
     return Edit(
-        name_in(fields, "case_id", origin) or str(number),
+        _case_id(fields, number, origin),
         prompt,
         subject,
         target,
@@ -164,33 +188,54 @@ def _from_counterfact(fields: Mapping[str, Any], number: int, origin: str) -> Ed
     )
 
 
-def _from_zsre(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
-    answers = fields.get("answers")
-    if not isinstance(answers, list) or not answers:
-        raise RecordError(f"{origin}: 'answers' is {answers!r}, expected a list whose first entry is the target")
-    target = text({"answers[0]": answers[0]}, "answers[0]", origin)
+def _from_zsre(fields: Mapping[str, Any], number: int, origin: str, zsre_target: ZsreTarget) -> Edit:
+    target, old = _zsre_objects(fields, origin, zsre_target)
     subject = text(fields, "subject", origin)
     prompt = template_of(text(fields, "src", origin), subject, origin)
+    # No rival: zsRE counts tokens of the answer, whichever of the two it is, and so do the published tables.
     probes = _rewrite_probes(prompt, subject, target, None, texts(fields, "rephrase", origin))
     for question, answer in _answered(fields, "loc", "loc_ans", origin):
         probes.append(Probe("specificity", question if question.endswith("?") else question + "?", answer))
-    case_id = name_in(fields, "case_id", origin) or str(number)
-    return Edit(case_id, prompt, subject, target, probes=tuple(probes), origin=origin)
+    return Edit(_case_id(fields, number, origin), prompt, subject, target, old, probes=tuple(probes), origin=origin)
+
+
+def _zsre_objects(fields: Mapping[str, Any], origin: str, zsre_target: ZsreTarget) -> tuple[str, str | None]:
+    """The new object and, if that is the counterfactual one, the true one as the old object.
+
+    ``pred`` is no old object: it is what another model had answered, often neither of the two.
+    """
+    answers = fields.get("answers")
+    if zsre_target == "alt" and "alt" not in fields:
+        raise RecordError(f"{origin}: no field 'alt', which zsre_target names; add it, or take zsre_target answers")
+    if zsre_target == "alt" and not answers:
+        return text(fields, "alt", origin), None
+    if not isinstance(answers, list) or not answers:
+        other = "; with zsre_target alt, the field 'alt' is taken" if "alt" in fields else ""
+        raise RecordError(f"{origin}: 'answers' is {answers!r}, expected a list whose first entry is the target{other}")
+    true = text({"answers[0]": answers[0]}, "answers[0]", origin)
+    return (text(fields, "alt", origin), true) if zsre_target == "alt" else (true, None)
 
 
 def _from_flat(fields: Mapping[str, Any], number: int, origin: str) -> Edit:
+    """A record of fields with names of EasyEdit and LocFT, KnowEdit, QAEdit or WikiBigEdit."""
     subject = text(fields, "subject", origin)
-    prompt = template_of(text(fields, "prompt", origin), subject, origin)
-    target = text(fields, "target_new" if "target_new" in fields else "target", origin)
-    old = text(fields, "ground_truth", origin) if fields.get("ground_truth") not in (None, "") else None
+    prompt = template_of(text(fields, _first_of(fields, "prompt", "update"), origin), subject, origin)
+    target = text(fields, _first_of(fields, "target_new", "target", "ans"), origin)
+    old = optional_text(fields, _first_of(fields, "ground_truth", "target_true"), origin)
     paraphrases = [*texts(fields, "rephrase_prompt", origin), *texts(fields, "rephrase", origin)]
     probes = _rewrite_probes(prompt, subject, target, old, list(dict.fromkeys(paraphrases)))
-    for question, answer in _answered(fields, "locality_prompt", "locality_ground_truth", origin):
-        probes.append(Probe("specificity", question, answer, target if answer == old != target else None))
-    probes += _knowedit_probes("portability", fields, "portability", origin)
-    probes += _knowedit_probes("specificity", fields, "locality", origin)
+    for names in (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans")):
+        for question, answer in _answered(fields, *names, origin):
+            probes.append(Probe("specificity", question, answer, target if answer == old != target else None))
+    # A persona's wording counts with portability, as in published tables: generalisation is that of `rephrase` alone.
+    probes += [
+        Probe("portability", asked.replace("{}", subject), target) for asked in texts(fields, "personas", origin)
+    ]
+    probes += _grouped_probes("portability", fields, "portability", origin)
+    probes += [Probe("multihop", *pair) for pair in _answered(fields, "mhop", "mhop_ans", origin)]
+    probes += _grouped_probes("specificity", fields, "locality", origin)
     relation = name_in(fields, "relation", origin) or None
-    case_id = name_in(fields, "case_id", origin) or str(number)
+    case_id = _case_id(fields, number, origin)
     return Edit(case_id, prompt, subject, target, old, relation, probes=tuple(probes), origin=origin)
 
 
@@ -226,31 +271,39 @@ def _unanswered(asked: str, questions: int, given: str, answers: int, origin: st
     )
 
 
-def _knowedit_probes(kind: ProbeKind, fields: Mapping[str, Any], name: str, origin: str) -> list[Probe]:
-    """Questions of KnowEdit: groups of prompts, each with the accepted forms of its answer."""
-    groups = fields.get(name) or {}
-    if not isinstance(groups, Mapping):
-        raise _no_groups(name, groups, origin)
+def _grouped_probes(kind: ProbeKind, fields: Mapping[str, Any], name: str, origin: str) -> list[Probe]:
+    """Questions with the accepted forms of their answers: KnowEdit's groups of them, or a list as in QAEdit."""
+    held = fields.get(name) or ()
+    if not isinstance(held, (Mapping, list, tuple)):
+        raise _no_questions(name, held, origin)
+    groups = {f"{name}.{group}": asked for group, asked in held.items()} if isinstance(held, Mapping) else {name: held}
     probes = []
-    for group, questions in groups.items():
-        path = f"{name}.{group}"
+    for path, questions in groups.items():
         if not isinstance(questions, (list, tuple, type(None))):
-            raise _no_groups(path, questions, origin)
+            raise _no_questions(path, questions, origin)
         for question in items(questions):
-            if not isinstance(question, Mapping) or not {"prompt", "ground_truth"} <= set(question):
-                raise _no_groups(path, question, origin)
-            answers = items(question["ground_truth"])
-            forms = [form for answer in answers for form in checked_texts(answer, f"'{path}' (ground_truth)", origin)]
-            asked = checked_texts(question["prompt"], f"'{path}' (prompt)", origin)
-            if forms and asked:
-                probes.append(Probe(kind, _finished(asked[0], path, origin), forms[0], aliases=tuple(forms[1:])))
+            probes += _answered_probe(kind, question, path, origin)
     return probes
 
 
-def _no_groups(name: str, found: Any, origin: str) -> RecordError:
+def _answered_probe(kind: ProbeKind, question: Any, path: str, origin: str) -> list[Probe]:
+    """One question that is stored with its answers; none if either is blank."""
+    named = [names for names in _QUESTIONS if isinstance(question, Mapping) and set(names) <= set(question)]
+    if not named:
+        raise _no_questions(path, question, origin)
+    asked, given = named[0]
+    forms = [form for answer in items(question[given]) for form in checked_texts(answer, f"'{path}' ({given})", origin)]
+    prompts = checked_texts(question[asked], f"'{path}' ({asked})", origin)
+    if not (forms and prompts):
+        return []
+    return [Probe(kind, _finished(prompts[0], path, origin), forms[0], aliases=tuple(forms[1:]))]
+
+
+def _no_questions(name: str, found: Any, origin: str) -> RecordError:
     return RecordError(
         f"{origin}: the field {name!r} holds {found!r} ({type(found).__name__}), expected KnowEdit's groups, such as "
-        '{"Reasoning": [{"prompt": "...", "ground_truth": "..."}]}; write each question so, or leave the field out'
+        '{"Reasoning": [{"prompt": "...", "ground_truth": "..."}]}, or a list as in QAEdit, such as '
+        '[{"loc": "...", "loc_ans": "..."}]; write each question so, or leave the field out'
     )
 
 
@@ -281,11 +334,18 @@ def template_of(prompt: str, subject: str, origin: str) -> str:
         if mentions:
             start = mentions[-1].start()
             return form[:start] + "{}" + form[start + len(name) :]
-    inside = " as a word of its own (it is a part of another one)" if subject in prompt else ""
     raise RecordError(
-        f"{origin}: the prompt {prompt!r} has no '{{}}' and does not contain the subject {subject!r}{inside}; "
-        "write '{}' where the subject belongs"
+        f"{origin}: the prompt {prompt!r} has no '{{}}' and does not contain the subject {subject!r}"
+        f"{_likeness(prompt, subject)}; write '{{}}' where the subject belongs"
     )
+
+
+def _likeness(prompt: str, subject: str) -> str:
+    """What of a subject is in a prompt that does not contain it."""
+    if subject in prompt:
+        return " as a word of its own (it is a part of another one)"
+    similar = re.search(r"\s+".join(map(re.escape, subject.split())), prompt, re.IGNORECASE)
+    return f" as it is written (there is {similar[0]!r})" if similar else ""
 
 
 def _whole_words(subject: str) -> str:
@@ -299,16 +359,18 @@ def check_no_contradictions(edits: Iterable[Edit]) -> None:
     """Refuse two edits that give one question two answers: no weights can satisfy both.
 
     Raises:
-        RecordError: Naming both records.
+        RecordError: Naming both records, of each such pair.
     """
     seen: dict[str, Edit] = {}
+    faults = []
     for edit in edits:
         first = seen.setdefault(edit.question, edit)
         if first.target.strip() != edit.target.strip():
-            raise RecordError(
+            faults.append(
                 f"{edit.origin} contradicts {first.origin}: {edit.question!r} cannot be both "
                 f"{first.target!r} and {edit.target!r}; remove one of them"
             )
+    check_no_faults(faults, "records contradict others")
 
 
 def skip_written(edits: Iterator[Edit], written: Iterable[Mapping[str, Any]], name: str) -> int:

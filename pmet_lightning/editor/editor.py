@@ -308,7 +308,8 @@ class Editor:
             data.attach(self.tokenizer)
         else:
             single = isinstance(facts, (Mapping, Edit))
-            edits = as_edits([facts] if single else facts)  # type: ignore[list-item,arg-type]
+            given = [facts] if single else facts
+            edits = as_edits(given, zsre_target=self._data_settings["zsre_target"])  # type: ignore[arg-type]
             data = EditDataModule.of(edits, self.tokenizer, **self._data_settings)
         data.setup("fit")
         return data

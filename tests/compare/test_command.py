@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmet_lightning.cli.dispatch import main
-from pmet_lightning.compare.plan import Method, plan_runs
+from pmet_lightning.compare.plan import Method, plan_runs, quiet
 from pmet_lightning.compare.results import score_plot
 from pmet_lightning.data.readers import read_edits
 from pmet_lightning.evaluation.scores import NAMES, score_difference
@@ -161,6 +161,18 @@ def other_options(folder: Path) -> Path:
     changed = folder / "changed.yaml"
     changed.write_text(json.dumps(settings))
     return changed
+
+
+@pytest.mark.parametrize(("command", "config"), [("fit", "pmet.yaml"), ("finetune", "finetune.yaml")])
+def test_how_zsre_is_read_is_an_option_of_all_runs(tmp_path, command, config):
+    record = {"src": "What does Ann speak?", "subject": "Ann", "answers": ["English"], "alt": "Basque"}
+    (tmp_path / "records.json").write_text(json.dumps([record]))
+    common = {"data.path": str(tmp_path / "records.json"), "data.zsre_target": "alt"}
+    (run,) = plan_runs(["it"], [1], [0], 1)
+    settings = quiet(run.settings(Method(config=config, command=command), common, tmp_path), tmp_path / run.name)
+    data = lightning_cli.build_fit(config, settings, command).datamodule
+    data.setup("fit")
+    assert [edit.target for edit in data.edits] == ["Basque"]
 
 
 def test_too_few_records_are_an_error(comparison):

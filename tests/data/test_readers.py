@@ -8,9 +8,11 @@ import datasets
 import pytest
 
 from pmet_lightning import EditDataModule, read_edits
+from pmet_lightning.analysis.facts import read_facts
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import as_edits, stream_edits
 from pmet_lightning.data.records import template_of
+from pmet_lightning.run.hparams import settings_of
 
 FLAT = {"prompt": "The capital of {} is", "subject": "Freedonia", "target_new": "Sylvania City"}
 COUNTERFACT = {
@@ -107,6 +109,16 @@ def test_a_subject_inside_another_word_is_none(prompt, subject):
         template_of(prompt, subject, "")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "subject", "there"),
+    [("who wrote hamlet?", "Hamlet", "hamlet"), ("Where is São\xa0 Tomé?", "São Tomé", "São\xa0 Tomé")],
+)
+def test_a_subject_that_is_written_differently_is_shown(prompt, subject, there):
+    with pytest.raises(RecordError) as told:
+        template_of(prompt, subject, "")
+    assert f"the subject {subject!r} as it is written (there is {there!r}); write" in str(told.value)
+
+
 ROWS = """case_id,prompt , subject,target_new,ground_truth,rephrase
 01,The code of {} is,Freedonia,1.10,,"[""Its code is"", ""The code, of {}, is""]"
 2,The code of {} is,Ruritania,NA,1990,
@@ -147,12 +159,43 @@ def test_all_unusable_records_are_told_at_once(tmp_path):
     assert "a.json, record 1: " in lines[1]
 
 
+def test_a_broken_line_is_told_with_the_other_unusable_records(tmp_path):
+    lines = [json.dumps(FLAT), '{"prompt": ', json.dumps({**FLAT, "subject": ""}), "", "nonsense", json.dumps(FLAT)]
+    path = write(tmp_path, "a.jsonl", "\n".join(lines))
+    with pytest.raises(RecordError) as told:
+        read_edits(path)
+    first, *faults = str(told.value).splitlines()
+    assert first == "3 records are unusable:"
+    found = [fault.removeprefix(path) for fault in faults]
+    assert [fault.split(" (")[0].split(": ")[0] for fault in found] == [", line 2", ", record 2", ", line 5"]
+    assert [("broken JSON" in fault) for fault in found] == [True, False, True]
+    assert len(read_edits(path, limit=1)) == len(read_edits(path, skip=4)) == 1, "the line is a record, not taken here"
+    stream = stream_edits(path)
+    assert next(stream).subject == "Freedonia"
+    with pytest.raises(RecordError, match="line 2: broken JSON"):
+        next(stream)
+    with pytest.raises(RecordError, match="line 2: broken JSON"):
+        read_facts(path)
+
+
+def test_all_contradictions_are_told_at_once():
+    facts = [{**FLAT, "target_new": target} for target in ("A", "B", "A", "C")]
+    with pytest.raises(RecordError) as told:
+        as_edits(facts)
+    first, *lines = str(told.value).splitlines()
+    assert first == "2 records contradict others:"
+    assert [line.split(": ")[0] for line in lines] == [f"facts[{i}] contradicts facts[0]" for i in (1, 3)]
+
+
 SPACED = [
     (FLAT, {"prompt": "The capital of {} is \n"}, "'prompt'"),
     (FLAT, {"subject": " Freedonia", "target_new": "Sylvania City "}, "'subject', 'target_new'"),
     (FLAT, {"target_new": " Sylvania City"}, ""),  # as GPT's tokens are often written
     (COUNTERFACT["requested_rewrite"], {"target_new": {"str": "Sylvania City\t"}}, "'target_new'"),
     (ZSRE, {"src": " What is the capital of Freedonia?"}, "'src'"),
+    (ZSRE, {"answers": ["Sylvania City ", "Sylvania"]}, "'answers'"),
+    (ZSRE, {"answers": [" Sylvania City"]}, ""),
+    (ZSRE, {"alt": "Zenda "}, ""),  # which is not read here
 ]
 
 
@@ -200,7 +243,7 @@ BAD = {
     "broken json line": ("a.jsonl", json.dumps(FLAT) + '\n{"prompt": \n', "line 2"),
     "no subject": ("a.json", [FLAT, {"prompt": "x {}", "target_new": "y"}], r"record 1: no field 'subject'"),
     "no prompt": ("a.json", [{"subject": "x", "target_new": "y"}], "no field 'prompt'"),
-    "no target": ("a.json", [{"prompt": "x {}", "subject": "y"}], "no field 'target'"),
+    "no target": ("a.json", [{"prompt": "x {}", "subject": "y"}], "no field 'target_new'"),
     "no rewrite fields": ("a.json", [{"requested_rewrite": {"prompt": "{}"}}], "no field 'target_new'"),
     "empty subject": ("a.json", [{**FLAT, "subject": "  "}], "'subject' is '  '"),
     "empty target": ("a.json", [{**FLAT, "target_new": " "}], "'target_new' is ' '"),
@@ -224,7 +267,17 @@ BAD = {
         [FLAT, {**FLAT, "portability": {"R": ["text"]}}],
         r"record 1: the field 'portability\.R' holds 'text' \(str\), expected KnowEdit's groups",
     ),
-    "no groups": ("a.json", [{**FLAT, "locality": ["text"]}], r"the field 'locality' holds \['text'\] \(list\)"),
+    "no groups": (
+        "a.json",
+        [{**FLAT, "locality": ["text"]}],
+        r"the field 'locality' holds 'text' \(str\), expected .*QAEdit",
+    ),
+    "a text for groups": ("a.json", [{**FLAT, "locality": "text"}], r"the field 'locality' holds 'text' \(str\)"),
+    "a question of QAEdit without its answer": (
+        "a.json",
+        [{**FLAT, "locality": [{"loc": "x", "loc_ans": "y"}, {"loc": "z"}]}],
+        r"the field 'locality' holds \{'loc': 'z'\} \(dict\)",
+    ),
     "a group without answers": ("a.json", [{**FLAT, "locality": {"R": [{"prompt": "x"}]}}], r"'locality\.R' holds"),
     "one answer to three questions": (
         "a.json",
@@ -292,6 +345,9 @@ def test_names_may_be_numbers_in_some_records(tmp_path):
         ({key: value for key, value in COUNTERFACT.items() if key != "neighborhood_prompts"}
          | {"neighbourhood_prompts": ["x"]}, ("neighbourhood_prompts", "neighborhood_prompts")),
         ({**FLAT, "target_true": "x", "source": "y", "rephrase": "z"}, None),
+        ({**FLAT, "persona": "x"}, ("persona", "personas")),
+        ({**FLAT, "mhop_answer": "x"}, ("mhop_answer", "mhop_ans")),
+        ({**FLAT, "idx": 3, "tags": "x", "locality_prompt": None}, None),
     ],
 )  # fmt: skip
 def test_a_field_with_nearly_a_known_name_is_noticed_once(tmp_path, caplog, record, names):
@@ -374,6 +430,205 @@ def test_knowedit_records_bring_portability_with_aliases(shared):
         for probe, question in zip(found, kept, strict=True):
             assert list(probe.answers) == [form for forms in question["ground_truth"] for form in forms if form.strip()]
     assert sum(len(edit.probes) for edit in edits) > 300
+
+
+QAEDIT = {
+    "id": 31,
+    "source": "NQ",
+    "prompt": "who rules the land of freedonia now?",
+    "target": "Rufus Firefly",
+    "subject": "land of freedonia",
+    "rephrase": "Who is at present the ruler of Freedonia?",
+    "locality": [
+        {"loc": "who rules ruritania", "loc_ans": "Rudolf"},
+        {"loc": "how many people live in zenda", "loc_ans": 300},
+        {"loc": "what is the capital of oz", "loc_ans": ["Emerald City", "City of Emeralds"]},
+    ],
+}
+
+
+def test_qaedit():
+    edit, other = as_edits([QAEDIT, {**QAEDIT, "rephrase": ["Who rules {}?", "Its ruler is?"], "locality": []}])
+    assert (edit.case_id, edit.prompt, edit.subject) == ("31", "who rules the {} now?", "land of freedonia")
+    assert (edit.target, edit.target_true) == ("Rufus Firefly", None)
+    assert [(p.kind, p.prompt, p.answers, p.rival) for p in edit.probes] == [
+        ("efficacy", "who rules the land of freedonia now?", ("Rufus Firefly",), None),
+        ("generalisation", "Who is at present the ruler of Freedonia?", ("Rufus Firefly",), None),
+        ("specificity", "who rules ruritania", ("Rudolf",), None),
+        ("specificity", "how many people live in zenda", ("300",), None),
+        ("specificity", "what is the capital of oz", ("Emerald City", "City of Emeralds"), None),
+    ]
+    assert [p.prompt for p in other.probes][1:] == ["Who rules land of freedonia?", "Its ruler is?"]
+
+
+def test_real_qaedit_records(shared, tmp_path):
+    """All but one, whose prompt lacks a space after the subject."""
+    path = shared / "data/qaedit_700.json"
+    with pytest.raises(RecordError, match=r"json, record 218: .*'Thomas Hardy' as a word of its own"):
+        read_edits(str(path))
+    records = json.loads(path.read_text())
+    del records[218]
+    edits = read_edits(write(tmp_path, "a.json", records))
+    for record, edit in zip(records, edits, strict=True):
+        assert (edit.question, edit.target) == (record["prompt"].strip(), record["target"].strip())
+        asked = [(p.prompt, p.answer) for p in edit.probes if p.kind == "specificity"]
+        assert asked == [(question["loc"], question["loc_ans"]) for question in record["locality"]]
+        assert [p.prompt for p in edit.probes if p.kind == "generalisation"] == [record["rephrase"]]
+
+
+WIKIBIGEDIT = {
+    "tag": "update",
+    "subject": "Freedonia",
+    "relation": "head of state",
+    "object": "Rufus Firefly",
+    "update": "Who is the head of state of Freedonia?",
+    "ans": "Rufus Firefly",
+    "rephrase": "Who leads Freedonia?",
+    "personas": "Arr, who be the captain of Freedonia?",
+    "mhop": "Where was Freedonia's head of state born?",
+    "mhop_ans": "Zenda",
+    "loc": "Who is the head of state of Ruritania?",
+    "loc_ans": "Rudolf",
+}
+
+
+@pytest.mark.parametrize("ending", ["json", "parquet"])
+def test_wikibigedit(tmp_path, ending, caplog):
+    """In its own form; a question that a record lacks is NaN in its files."""
+    records = [WIKIBIGEDIT, {**WIKIBIGEDIT, "subject": "Oz", "update": "Who leads Oz?", "personas": None, "mhop": None}]
+    path = write(tmp_path, "a.json", json.dumps([*records[:1], {**records[1], "mhop_ans": float("nan")}]))
+    if ending == "parquet":
+        path = str(tmp_path / "a.parquet")
+        datasets.Dataset.from_list([*records[:1], {**records[1], "mhop_ans": None}]).to_parquet(path)
+    edit, other = read_edits(path)
+    assert (edit.prompt, edit.target, edit.relation) == (
+        "Who is the head of state of {}?", "Rufus Firefly", "head of state"
+    )  # fmt: skip
+    assert [(p.kind, p.prompt, p.answer) for p in edit.probes] == [
+        ("efficacy", WIKIBIGEDIT["update"], "Rufus Firefly"),
+        ("generalisation", WIKIBIGEDIT["rephrase"], "Rufus Firefly"),
+        ("specificity", WIKIBIGEDIT["loc"], "Rudolf"),
+        ("portability", WIKIBIGEDIT["personas"], "Rufus Firefly"),
+        ("multihop", WIKIBIGEDIT["mhop"], "Zenda"),
+    ]
+    assert [p.kind for p in other.probes] == ["efficacy", "generalisation", "specificity"]
+    assert not caplog.messages
+    with pytest.raises(RecordError, match="'mhop' holds 1 question and 'mhop_ans' no answers"):
+        as_edits([{**WIKIBIGEDIT, "mhop_ans": None}])
+
+
+def test_real_wikibigedit_records(shared):
+    path = shared / "data/locft_wikibigedit_1000.json"
+    for record, edit in zip(json.loads(path.read_text()), read_edits(str(path)), strict=True):
+        given = {edit.subject, edit.target, *(text for probe in edit.probes for text in (probe.prompt, *probe.answers))}
+        assert {value.strip() for value in record.values()} == {text.strip() for text in given}
+
+
+COUNTERFACTUAL = {**ZSRE, "alt": "Zenda", "pred": "Fredville"}
+
+
+def test_the_new_object_of_zsre_is_a_choice(tmp_path, caplog):
+    caplog.set_level("INFO", "pmet_lightning")
+    path = write(tmp_path, "a.jsonl", "\n".join([json.dumps(COUNTERFACTUAL)] * 2))
+    readings = {
+        "read": lambda **choice: read_edits(path, **choice),
+        "as": lambda **choice: as_edits([COUNTERFACTUAL] * 2, **choice),
+        "stream": lambda **choice: list(stream_edits(path, **choice)),
+    }
+    for read in readings.values():
+        for choice, target, old in (({}, "Sylvania City", None), ({"zsre_target": "alt"}, "Zenda", "Sylvania City")):
+            caplog.clear()
+            edit, _ = read(**choice)
+            assert (edit.target, edit.target_true) == (target, old)
+            # Share of the answer's tokens, as the tables of both conventions count: no rival.
+            assert [(p.answer, p.rival) for p in edit.probes] == [(target, None), (target, None), ("nobody", None)]
+            (message,) = caplog.messages
+            name = choice.get("zsre_target", "answers")
+            assert message.endswith(f"zsRE records with 'answers' and 'alt' are edited to {name!r} (zsre_target)")
+    caplog.clear()
+    as_edits([ZSRE])
+    assert not caplog.messages, "there is no choice"
+
+
+def test_alt_without_what_it_needs():
+    with pytest.raises(RecordError, match=r"facts\[0\]: no field 'alt', which zsre_target names; add it, or"):
+        as_edits([ZSRE], zsre_target="alt")
+    with pytest.raises(RecordError, match="'answers' is None, .*with zsre_target alt, the field 'alt' is taken"):
+        as_edits([{**COUNTERFACTUAL, "answers": None}])
+    (edit,) = as_edits([{**COUNTERFACTUAL, "answers": None}], zsre_target="alt")
+    assert (edit.target, edit.target_true) == ("Zenda", None)
+
+
+def test_alt_that_is_the_true_answer_or_has_outer_space_is_told(caplog):
+    as_edits([{**COUNTERFACTUAL, "alt": "Sylvania City "}], zsre_target="alt")
+    assert [message.split(": ")[1][:41] for message in caplog.messages] == [
+        "white space around 'alt' is left out; an ", "the new object 'Sylvania City' is also th"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_choice_is_a_setting_of_the_data(tmp_path, stream):
+    path = write(tmp_path, "a.jsonl", json.dumps(COUNTERFACTUAL))
+    data = EditDataModule(path, tokenizer="atlas", edit_batch=1, stream=stream, zsre_target="alt")
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert [edit.target for edit in batch.edits] == ["Zenda"]
+    assert settings_of("data", data)["data.zsre_target"] == "alt", "among the hyper-parameters"
+    (fact,) = read_facts(path, zsre_target="alt")
+    assert (fact.true, fact.new) == ("Sylvania City", "Zenda")
+
+
+def test_the_choice_counts_when_a_run_goes_on(tmp_path):
+    path = write(tmp_path, "a.jsonl", json.dumps(COUNTERFACTUAL))
+    written = [vars(edit) for edit in read_edits(path)]
+    for stream in (False, True):
+        same, other = (
+            EditDataModule(path, tokenizer="atlas", edit_batch=1, stream=stream, zsre_target=choice)
+            for choice in ("answers", "alt")
+        )
+        for data in (same, other):
+            data.setup("fit")
+        same.resume_after(written)
+        assert same.done == 1
+        with pytest.raises(RecordError, match=r"has written as its edit 0, .*'Sylvania City', got .*'Zenda'"):
+            other.resume_after(written)
+
+
+@pytest.mark.parametrize(
+    ("record", "ignored"),
+    [
+        (
+            {**FLAT, "paraphrase_prompts": ["x"], "neighborhood_prompts": None},
+            "'paraphrase_prompts', which flat records",
+        ),
+        ({**FLAT, "answers": ["x"], "alt": "y"}, "'answers', 'alt', which flat records"),
+        ({**ZSRE, "portability": {"New Question": "x"}}, "'portability', which zsRE records"),
+        ({**COUNTERFACT, "questions": ["x"]}, "'questions', which COUNTERFACT records"),
+        ({"requested_rewrite": [FLAT], "paraphrase_prompts": ["x"]}, "'paraphrase_prompts', which MQuAKE records"),
+        ({**ZSRE, "requested_rewrite": None, "pred": "x", "cond": "y", "id": 3, "note": "z"}, None),
+        ({**COUNTERFACT, "attribute_prompts": ["x"], "pararel_idx": 3}, None),
+        (QAEDIT, None),
+        (WIKIBIGEDIT, None),
+    ],
+)
+def test_a_field_of_another_format_is_not_ignored_without_a_word(record, ignored, caplog):
+    as_edits([record, {**record, "case_id": "other"}])
+    assert len(caplog.messages) == (ignored is not None)
+    assert ignored is None or f"facts[0]: ignored: {ignored} do not have" in caplog.text
+
+
+def test_zero_is_an_old_object():
+    rewrite = {**COUNTERFACT["requested_rewrite"], "target_true": 0}
+    edits = as_edits([
+        {**COUNTERFACT, "requested_rewrite": rewrite}, {**FLAT, "ground_truth": 0}, {**FLAT, "target_true": 0}
+    ])  # fmt: skip
+    assert [edit.target_true for edit in edits] == ["0"] * 3
+    assert [probe.answer for probe in edits[0].probes if probe.kind == "specificity"] == ["0", "0"]
+    *_, edit = as_edits([{"requested_rewrite": [FLAT], "questions": ["How many?"], "new_answer": 0}])
+    assert [probe.answer for probe in edit.probes if probe.kind == "multihop"] == ["0"]
+    for absent in (None, "", {}):
+        (edit,) = as_edits([{"requested_rewrite": {**rewrite, "target_true": absent}}])
+        assert edit.target_true is None
 
 
 MQUAKE = {

@@ -386,6 +386,17 @@ def test_facts_in_every_form(make, tmp_path):
     assert editor.edits_written == 1
 
 
+def test_the_target_of_zsre_records_is_a_setting(make, tmp_path):
+    record = {"src": "What does Ann speak?", "subject": "Ann", "answers": ["English"], "alt": "Basque"}
+    write_json(tmp_path / "facts.json", [record])
+    for settings, target in (({}, "English"), ({"data": {"zsre_target": "alt"}}, "Basque")):
+        editor, _ = make(**settings)
+        for form in ([record], tmp_path / "facts.json"):
+            report = editor.edit(form, evaluate=False)
+            assert [edit["target"] for edit in report.edits] == [target]
+            editor.revert()
+
+
 def test_questions_in_every_form(make):
     editor, _ = make()
     question = FACTS[0]["prompt"].replace("{}", FACTS[0]["subject"])
@@ -396,7 +407,7 @@ def test_questions_in_every_form(make):
 
 
 BAD_FACTS = {
-    "a field": ([*FACTS[:3], {"prompt": "{} is", "subject": "A"}], r"facts\[3\]: no field 'target'"),
+    "a field": ([*FACTS[:3], {"prompt": "{} is", "subject": "A"}], r"facts\[3\]: no field 'target_new'"),
     "a template": ([FACTS[0], {**FACTS[1], "prompt": "{} and {}"}], r"facts\[1\]: .* has 2 '\{\}'"),
     "a target": ([{**FACTS[0], "target_new": " "}], r"facts\[0\]: the field 'target_new'"),
     "a kind": ([FACTS[0], 3], r"facts\[1\]: expected an object with named fields, got int"),
