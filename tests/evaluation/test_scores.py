@@ -195,6 +195,43 @@ def test_what_neighbours_keep(tmp_path):
     assert float(scores.compute()["specificity_kept"]) == pytest.approx(50 * sum(kept))
 
 
+@torch.no_grad()
+def test_next_tokens_after_the_neighbors_questions(tmp_path):
+    """KL and overlaps against whole distributions, one question at a time; the KL is at most the whole one."""
+    folders = [save_tiny("gpt2", tmp_path / str(seed), seed) for seed in (0, 1)]
+    before, after = Slow(folders[0]), Slow(folders[1])
+    after.model.load_state_dict(
+        {k: 0.9 * v + 0.1 * after.model.state_dict()[k] for k, v in before.model.state_dict().items()}
+    )
+    edits = read_edits("atlas-records", limit=3)
+    probes, found = [edit.probes for edit in edits], [None] * len(edits)
+    encoder = PromptEncoder(before.tokenizer)
+    for slow in (before, after):
+        found, clean = score_probes(slow.model, encoder, probes, 512, CPU, clean=found), found
+    results = [compare_with_clean(a, b) for a, b in zip(found, clean, strict=True)]
+    asked = [probe for record in probes for probe in record]
+    for probe, result in zip(asked, (result for record in results for result in record), strict=True):
+        if probe.kind != "specificity":
+            assert result.kl is None
+            continue
+        ids = torch.tensor([before.tokenizer(probe.prompt).input_ids])
+        p, q = (slow.model(ids).logits[0, -1].double().softmax(-1) for slow in (before, after))
+        order, other = p.argsort(descending=True).tolist(), q.argsort(descending=True).tolist()
+        kept, rest = order[:256], order[256:]
+        groups = [(float(p[i]), float(q[i])) for i in kept] + [(float(p[rest].sum()), float(q[rest].sum()))]
+        assert result.kl == pytest.approx(sum(a * math.log(a / b) for a, b in groups), rel=1e-4)
+        assert 0 < result.kl <= float((p * (p / q).log()).sum()) * (1 + 1e-6)
+        for count in (1, 5, 10):
+            common = len(set(order[:count]) & set(other[:count])) / count
+            assert getattr(result, f"top{count}") == pytest.approx(common)
+    scores = EditScores()
+    scores.update([RecordResult(i, record) for i, record in enumerate(results)])
+    table = {name: float(value) for name, value in scores.compute().items()}
+    divergences = [[r.kl for r in record if r.kl is not None] for record in results]
+    assert table["specificity_kl"] == pytest.approx(sum(sum(d) / len(d) for d in divergences) / 3), "in nats"
+    assert 0 < table["specificity_top10"] < 100
+
+
 def test_a_record_seen_twice_counts_once():
     """What a sampler repeats to fill the last process changes nothing."""
     draw = torch.rand(9, generator=torch.Generator().manual_seed(0)).tolist()
