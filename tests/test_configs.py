@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pmet_lightning.baselines.finetuning import FineTuning
+from pmet_lightning.baselines.retrieval import Retrieval
 from pmet_lightning.compare.plan import Method
 from pmet_lightning.model.architectures import ARCHITECTURES, suggest_layers
 from pmet_lightning.run.lightning_cli import build_fit
@@ -17,7 +18,7 @@ from tests.harness import tiny_fit
 from tests.tiny import save_tiny
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-FITS = [path for path in CONFIGS if path.stem not in ("compare", "finetune")]
+FITS = [path for path in CONFIGS if path.stem not in ("compare", "finetune", "retrieve")]
 
 
 @pytest.mark.parametrize("path", FITS, ids=lambda path: path.stem)
@@ -38,6 +39,7 @@ def test_the_configuration_of_the_baseline_builds_its_objects(tmp_path, monkeypa
     assert isinstance(cli.model, FineTuning)
     assert cli.datamodule.tokenizer_name == "atlas"
     assert cli.datamodule.edit_batch is None, "all edits are trained together"
+    assert isinstance(build_fit("retrieve.yaml", command="retrieve").model, Retrieval)
 
 
 def test_the_methods_of_the_comparison_build_their_objects(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ too. Nothing but that matrix is changed, so the result can be compared with what
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.data.edit_rows import BARE
+from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import TokenRow, pad_rows
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.forward import label_logits
@@ -34,6 +36,8 @@ class FineTuning(EditableModel):
         batch: Edits in a gradient step.
         optimizer: Any optimizer.
         loss_tolerance: Training stops when the mean negative log-likelihood of an epoch is below this.
+        skip_below: A gradient step is left out when its loss is below this (LocFT: 0.01).
+        end_of_text: Whether the target ends with the tokenizer's end-of-text token, which is learned too (LocFT).
         max_change: Limit of the norm of the change, relative to that of the matrix; null sets no limit.
         seed: Seed of the order of the edits.
         kwargs: Everything that :class:`~pmet_lightning.evaluation.editable.EditableModel` takes.
@@ -46,6 +50,8 @@ class FineTuning(EditableModel):
         batch: PositiveInt = 32,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
         loss_tolerance: NonNegativeFloat = 0.05,
+        skip_below: NonNegativeFloat = 0.0,
+        end_of_text: bool = False,
         max_change: NonNegativeFloat | None = None,
         seed: int = 0,
         **kwargs: Any,
@@ -53,6 +59,7 @@ class FineTuning(EditableModel):
         super().__init__(model_name, **kwargs)
         self.automatic_optimization = False
         self.epochs, self.batch, self.loss_tolerance = epochs, batch, loss_tolerance
+        self.skip_below, self.end_of_text = skip_below, end_of_text
         self.optimizer_callable, self.max_change, self.seed = optimizer, max_change, seed
 
     @property
@@ -75,7 +82,7 @@ class FineTuning(EditableModel):
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Train on all edits until their loss is low enough, or for ``epochs`` passes."""
-        rows = [self.encoder.encode(e.prompt, e.subject, context=BARE, target=e.target) for e in batch.edits]
+        rows = [self._row(edit) for edit in batch.edits]
         weight = self.projection.weight
         assert isinstance(weight, Tensor)
         clean = weight.detach().clone()
@@ -91,10 +98,26 @@ class FineTuning(EditableModel):
                 if mean < self.loss_tolerance:
                     break
 
+    def _row(self, edit: Edit) -> TokenRow:
+        """The edit's prompt and target.
+
+        Raises:
+            ValueError: If the end of text is to be learned, and the tokenizer has no token for it.
+        """
+        row = self.encoder.encode(edit.prompt, edit.subject, context=BARE, target=edit.target)
+        if not self.end_of_text:
+            return row
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError("--model.end_of_text true: the tokenizer has no end-of-text token; set it to false")
+        return replace(row, ids=[*row.ids, row.labels[-1]], labels=(*row.labels, int(end)))
+
     def _step(self, rows: list[TokenRow], weight: Tensor, clean: Tensor) -> Tensor:
         """Take one gradient step; returns the negative log-likelihood of each edit before it."""
         padded = pad_rows(rows, self.encoder.pad_id, self.padding_side).to(self.device)
         nll = target_scores(label_logits(self.model, padded), padded.label_ids).nll
+        if float(nll.mean()) < self.skip_below:
+            return nll.detach()
         optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
         (weight.grad,) = torch.autograd.grad(nll.mean(), [weight])
         optimizer.step()

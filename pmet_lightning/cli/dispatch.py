@@ -18,7 +18,7 @@ FILE_COMMANDS = {
     "harness": "pmet_lightning.cli.lm_eval",
     "analyze": "pmet_lightning.analysis.command",
 }
-TRAINER_COMMANDS = ("fit", "validate", "test", "stats", "finetune")
+TRAINER_COMMANDS = ("fit", "validate", "test", "stats", "finetune", "retrieve")
 PROGRAM = "pmet-lightning"
 USAGE = f"""usage: {PROGRAM} COMMAND [--config FILE] [options]
 
@@ -27,6 +27,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [--config FILE] [options]
   test      the same as validate
   stats     collect the second moments of the keys of the edited layers (--list: show the stored ones)
   finetune  the fine-tuning baseline: train one weight matrix on the edits
+  retrieve  the baseline without an edit: ask with the new fact in the prompt
   compare   run several methods on the same records, and write one table and one plot
   analyze   find where a model keeps its facts, before and after an edit, and which layers to edit
   export    write the edited model of a run as a Hugging Face folder

@@ -16,12 +16,12 @@ class Method:
     Attributes:
         config: Configuration of its runs, a file or the name of a shipped one.
         options: Settings that replace the configuration's: dotted names and values, as on the command line.
-        command: ``fit``, or ``finetune`` for the baseline.
+        command: ``fit``, or a baseline: ``finetune``, ``retrieve``.
     """
 
     config: str = "pmet.yaml"
     options: dict[str, Any] = field(default_factory=dict)
-    command: Literal["fit", "finetune"] = "fit"
+    command: Literal["fit", "finetune", "retrieve"] = "fit"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from pmet_lightning.baselines.finetuning import FineTuning
+from pmet_lightning.baselines.retrieval import Retrieval
 from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.run.settings import add_editing_sections, add_shared_sections
@@ -18,7 +19,7 @@ from pmet_lightning.run.trainer import EditTrainer
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.resources import locate_config
 
-FitCommand = Literal["fit", "finetune"]
+FitCommand = Literal["fit", "finetune", "retrieve"]
 
 
 class SingleCommandCLI(LightningCLI):
@@ -47,11 +48,17 @@ class FineTuningCLI(SingleCommandCLI):
     """The CLI of the baseline, which needs neither second moments nor a write."""
 
     COMMANDS: ClassVar[dict[str, set[str]]] = {"fit": SingleCommandCLI.HIDDEN}
-    MODULE = FineTuning
+    MODULE: ClassVar[type[EditableModel]] = FineTuning
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As :func:`~pmet_lightning.run.settings.add_shared_sections`."""
         add_shared_sections(parser)
+
+
+class RetrievalCLI(FineTuningCLI):
+    """The CLI of the baseline that changes no weight."""
+
+    MODULE = Retrieval
 
 
 class EditCLI(SingleCommandCLI):
@@ -97,7 +104,7 @@ def build_fit(config: str, overrides: Mapping[str, Any] | None = None, command: 
     Args:
         config: A configuration: a file or the name of a shipped one.
         overrides: Settings that differ from it, by dotted names such as ``spread.lam``.
-        command: fit, or finetune for the baseline.
+        command: fit, or a baseline: finetune, retrieve.
 
     Raises:
         FileNotFoundError: If there is no such configuration.
@@ -120,7 +127,7 @@ def run_fit(config: str, overrides: Mapping[str, Any] | None = None, command: Fi
     Args:
         config: As for :func:`build_fit`.
         overrides: Settings that differ from it.
-        command: fit, or finetune for the baseline.
+        command: fit, or a baseline: finetune, retrieve.
 
     Returns:
         The run folder.
@@ -132,10 +139,11 @@ def run_fit(config: str, overrides: Mapping[str, Any] | None = None, command: Fi
 
 def _cli_of(command: str) -> tuple[type[SingleCommandCLI], str]:
     """The CLI of a command, and Lightning's name of the command."""
-    if command == "finetune":
-        return FineTuningCLI, "fit"
+    baselines: dict[str, type[SingleCommandCLI]] = {"finetune": FineTuningCLI, "retrieve": RetrievalCLI}
+    if command in baselines:
+        return baselines[command], "fit"
     if command not in EditCLI.COMMANDS:
-        raise ValueError(f"unknown command {command!r}, expected one of {', '.join([*EditCLI.COMMANDS, 'finetune'])}")
+        raise ValueError(f"unknown command {command!r}, expected one of {', '.join([*EditCLI.COMMANDS, *baselines])}")
     return EditCLI, command
 
 

@@ -69,6 +69,53 @@ def test_finetuning_learns_and_keeps_its_bound(tmp_path):
     assert bound["scores"]["after"]["efficacy"] < 50
 
 
+def test_locft_learns_the_end_of_the_text_and_skips_what_it_knows(tmp_path):
+    """The first loss counts the end of the text; a step that is left out changes nothing."""
+    options = {"model.batch": 6, "model.epochs": 2, "model.end_of_text": True}
+    report = finetuned(tmp_path / "skipped", **options, **{"model.skip_below": 1e9})
+    model = AutoModelForCausalLM.from_pretrained(locate("atlas")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(locate("atlas"))
+    each = []
+    for edit in read_edits("atlas-records", limit=6):
+        ids = torch.tensor([[*tokenizer(f"{edit.question} {edit.target}").input_ids, tokenizer.eos_token_id]])
+        labels = ids.clone()
+        labels[:, : len(tokenizer(edit.question).input_ids)] = -100
+        with torch.no_grad():
+            each.append(float(model(ids, labels=labels).loss))
+    mean = sum(each) / len(each)
+    assert report["curves"]["loss"] == pytest.approx([mean, mean], rel=1e-4)
+    learned = finetuned(tmp_path / "learned", **options)
+    assert learned["curves"]["loss"][1] < 0.9 * mean
+
+
+def test_retrieval_puts_the_fact_before_what_names_the_subject(tmp_path):
+    """Edit prompt and paraphrases are asked with the fact, neighbors as they are; no weight changes."""
+    from pmet_lightning.evaluation import editable
+
+    asked, score = [], editable.score_probes
+
+    def spy(model, encoder, probes, *args, **kwargs):
+        asked.append([[probe.prompt for probe in record] for record in probes])
+        return score(model, encoder, probes, *args, **kwargs)
+
+    shared = {"trainer.run_dir": str(tmp_path / "run"), "trainer.logger": False, "trainer.enable_progress_bar": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(editable, "score_probes", spy)
+        run_fit("retrieve.yaml", FAST | shared | {"data.limit": 3}, "retrieve")
+    before, after = asked
+    edits = read_edits("atlas-records", limit=3)
+    for edit, plain, with_fact in zip(edits, before, after, strict=True):
+        assert plain == [probe.prompt for probe in edit.probes]
+        fact = f"{edit.question} {edit.target}. "
+        expected = [fact + prompt if edit.subject in prompt else prompt for prompt in plain]
+        assert with_fact == expected
+        assert expected != plain
+    scores = json.loads((tmp_path / "run" / "report.json").read_text())["scores"]
+    assert scores["after"]["specificity"] == scores["before"]["specificity"]
+    assert scores["after"]["efficacy_magnitude"] > scores["before"]["efficacy_magnitude"]
+    assert not (tmp_path / "run" / "patch.safetensors").exists()
+
+
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     """Two methods, two seeds, one and two edits."""

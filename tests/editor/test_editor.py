@@ -121,7 +121,9 @@ def test_validate_is_evaluate(base, tmp_path, make, caplog):
 
 @pytest.mark.parametrize("arguments", [[], ["predict"], ["--config", "pmet.yaml"]], ids=str)
 def test_a_command_that_is_none_is_named(arguments):
-    with pytest.raises(ValueError, match=r"unknown command '.*', expected one of fit, validate, test, stats, finetune"):
+    with pytest.raises(
+        ValueError, match=r"unknown command '.*', expected one of fit, validate, test, stats, finetune, retrieve"
+    ):
         run_command("".join(arguments[:1]), arguments[1:])
 
 
