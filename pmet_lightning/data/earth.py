@@ -1,7 +1,7 @@
 """Earth: records in COUNTERFACT's form, built from a table of real facts (``earth.yaml``).
 
-Every subject belongs to one of three pools: neighbors, which no record edits, and the edits for tuning and for reporting.
-What looks drawn is ordered by digests of texts, not by a random generator: the same on every machine and version of
+Every subject belongs to one of three pools: neighbors, which no record edits, and the edits for tuning and for
+reporting. What looks drawn is ordered by digests of texts, not by a random generator: the same on every machine and version of
 Python, and a fact that is added to the table leaves most of the others where they are.
 """
 
@@ -83,9 +83,12 @@ def records(pool: Pool) -> list[dict[str, Any]]:
     """
     earth = read_table()
     pools = assign_pools(earth)
-    found = [record for relation in earth.relations for record in _records_of(relation, pool, pools, earth)]
-    found = _mixed(found, key=_fact_of)
-    return [{"case_id": number, **record} for number, record in enumerate(found)]
+    found = {
+        f"{relation.id} {record['requested_rewrite']['subject']}": record
+        for relation in earth.relations
+        for record in _records_of(relation, pool, pools, earth)
+    }
+    return [{"case_id": number, **found[fact]} for number, fact in enumerate(_mixed(found, pool))]
 
 
 def assign_pools(earth: Earth) -> dict[str, Pool]:
@@ -94,15 +97,10 @@ def assign_pools(earth: Earth) -> dict[str, Pool]:
     Rare objects come first: they have the fewest subjects to choose from.
     """
     pools: dict[str, Pool] = {}
-    groups = [
-        (relation.id, true, subjects) for relation in earth.relations for true, subjects in relation.facts.items()
-    ]
-    for relation_id, true, subjects in sorted(groups, key=lambda group: len(group[2])):
-        free = _mixed(
-            [subject for subject in subjects if subject not in pools], key=lambda s: f"{relation_id} {true} {s}"
-        )
+    groups = [(relation.id, subjects) for relation in earth.relations for subjects in relation.facts.values()]
+    for relation_id, subjects in sorted(groups, key=lambda group: len(group[1])):
         counts = Counter(pools[subject] for subject in subjects if subject in pools)
-        for subject in free:
+        for subject in _mixed([subject for subject in subjects if subject not in pools], relation_id):
             pools[subject] = _next_pool(counts, len(subjects))
             counts[pools[subject]] += 1
     return pools
@@ -116,24 +114,24 @@ def _next_pool(counts: Counter[Pool], size: int) -> Pool:
 
 
 def _records_of(relation: Relation, pool: Pool, pools: dict[str, Pool], earth: Earth) -> list[dict[str, Any]]:
-    facts = [(subject, true) for true, subjects in relation.facts.items() for subject in subjects]
-    edited = _mixed([fact for fact in facts if pools[fact[0]] == pool], key=lambda fact: f"{relation.id} {fact}")
+    objects = {subject: true for true, subjects in relation.facts.items() for subject in subjects}
+    edited = _mixed([subject for subject in objects if pools[subject] == pool], relation.id)
     neighbors = {true: [s for s in subjects if pools[s] == "neighbors"] for true, subjects in relation.facts.items()}
-    targets = _targets(relation, edited)
+    targets = _targets(relation, {subject: objects[subject] for subject in edited})
     return [
-        _record(relation, subject, true, target, neighbors[true], earth.sentences)
-        for (subject, true), target in zip(edited, targets, strict=True)
+        _record(relation, subject, objects[subject], target, neighbors[objects[subject]], earth.sentences)
+        for subject, target in targets.items()
     ]
 
 
-def _targets(relation: Relation, edited: Sequence[tuple[str, str]]) -> list[str]:
-    """A new object for each fact: of the other ones of the relation, one of those that were taken least often."""
+def _targets(relation: Relation, objects: dict[str, str]) -> dict[str, str]:
+    """A new object for each subject: of the relation's other ones, one of those that were taken least often."""
     taken = Counter[str]()
-    targets = []
-    for subject, true in edited:
-        others = _mixed([other for other in relation.facts if other != true], key=lambda other: f"{subject} {other}")
-        targets.append(min(others, key=lambda other: taken[other]))
-        taken[targets[-1]] += 1
+    targets = {}
+    for subject, true in objects.items():
+        others = _mixed([other for other in relation.facts if other != true], f"{relation.id} {subject}")
+        targets[subject] = min(others, key=lambda other: taken[other])
+        taken[targets[subject]] += 1
     return targets
 
 
@@ -141,8 +139,7 @@ def _record(
     relation: Relation, subject: str, true: str, target: str, neighbors: Sequence[str], sentences: Sequence[str]
 ) -> dict[str, Any]:
     fact = f"{relation.id} {subject}"
-    asked = _mixed(relation.wordings, key=lambda wording: f"{fact} {wording}")[:_PARAPHRASES]
-    before = _mixed(sentences, key=lambda sentence: f"{fact} {sentence}")
+    paraphrases = zip(_mixed(sentences, fact), _mixed(relation.wordings, fact)[:_PARAPHRASES], strict=False)
     return {
         "requested_rewrite": {
             "prompt": relation.prompt,
@@ -151,14 +148,14 @@ def _record(
             "target_new": {"str": target},
             "target_true": {"str": true},
         },
-        "paraphrase_prompts": [f"{s} {w.replace('{}', subject)}" for s, w in zip(before, asked, strict=False)],
-        "neighborhood_prompts": _neighborhood(relation, _mixed(neighbors, key=lambda s: f"{fact} {s}")),
+        "paraphrase_prompts": [f"{sentence} {wording.replace('{}', subject)}" for sentence, wording in paraphrases],
+        "neighborhood_prompts": _neighborhood(relation, _mixed(neighbors, fact)),
         "generation_prompts": [opening.replace("{}", subject) for opening in relation.openings],
     }
 
 
 def _neighborhood(relation: Relation, neighbors: Sequence[str]) -> list[str]:
-    """Distinct prompts about the neighbors in turn, each of them in another wording every time."""
+    """Distinct prompts about the neighbors in turn, about each of them in another wording every time."""
     wordings = (relation.prompt, *relation.wordings)
     prompts = []
     for number in range(_NEIGHBORHOOD_PROMPTS):
@@ -167,10 +164,6 @@ def _neighborhood(relation: Relation, neighbors: Sequence[str]) -> list[str]:
     return prompts
 
 
-def _mixed(items: Iterable[Any], key: Any = str) -> list[Any]:
-    """The items in the order of the digests of their keys: mixed, and always the same."""
-    return sorted(items, key=lambda item: hashlib.sha256(f"{_SEED} {key(item)}".encode()).digest())
-
-
-def _fact_of(record: dict[str, Any]) -> str:
-    return f"{record['requested_rewrite']['relation_id']} {record['requested_rewrite']['subject']}"
+def _mixed(texts: Iterable[str], salt: str) -> list[str]:
+    """The texts in the order of their digests: mixed, always the same, and another order for another salt."""
+    return sorted(texts, key=lambda text: hashlib.sha256(f"{_SEED} {salt} {text}".encode()).digest())
