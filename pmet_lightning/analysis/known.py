@@ -124,7 +124,9 @@ def rank_records(
     for number, rank in zip(owners, answer_ranks(model, rows, encoder.pad_id, limit), strict=True):
         worst[number] = max(worst[number], rank)
     if lost:
-        log.info("not known: %d records whose subject or old object has no token of its own", len(lost))
+        log.info(
+            "not known: %d of %d records (subject or old object without a token of its own)", len(lost), len(candidates)
+        )
     return [None if number in lost else worst[number] for number in range(len(candidates))]
 
 

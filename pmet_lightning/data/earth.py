@@ -1,8 +1,8 @@
 """Earth: records in COUNTERFACT's form, built from a table of real facts (``earth.yaml``).
 
 Every subject belongs to one of three pools: neighbors, which no record edits, and the edits for tuning and for
-reporting. What looks drawn is ordered by digests of texts, not by a random generator: the same on every machine and version of
-Python, and a fact that is added to the table leaves most of the others where they are.
+reporting. What looks drawn is ordered by digests of texts, not by a random generator: it is the same on every machine
+and version of Python, and a fact that is added to the table leaves most of the others where they are.
 """
 
 from __future__ import annotations
