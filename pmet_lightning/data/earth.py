@@ -24,6 +24,7 @@ _NEIGHBORS, _TUNING = 0.4, 0.25  # of an object's subjects; reporting takes the 
 _LEAST_NEIGHBORS = 3
 _NEIGHBORHOOD_PROMPTS = 10
 _PARAPHRASES = 2
+_FIRST_ID: dict[Pool, int] = {"reporting": 0, "tuning": 10_000}  # no number is in both
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def records(pool: Pool) -> list[dict[str, Any]]:
         for relation in earth.relations
         for record in _records_of(relation, pool, pools, earth)
     }
-    return [{"case_id": number, **found[fact]} for number, fact in enumerate(_mixed(found, pool))]
+    return [{"case_id": number, **found[fact]} for number, fact in enumerate(_mixed(found, pool), _FIRST_ID[pool])]
 
 
 def assign_pools(earth: Earth) -> dict[str, Pool]:
