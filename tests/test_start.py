@@ -42,8 +42,8 @@ def test_help_imports_nothing_heavy():
 
 
 def test_file_commands_need_no_lightning():
-    """Three of them in one process: what one imports, the others may too."""
-    commands = [["export", "--help"], ["analyze", "--help"], ["stats", "--list"]]
+    """Four of them in one process: what one imports, the others may too."""
+    commands = [["export", "--help"], ["analyze", "--help"], ["known", "--help"], ["stats", "--list"]]
     code = "\n    ".join(f"with suppress(SystemExit): main({arguments})" for arguments in commands)
     heavy = imported(f"from contextlib import suppress; from pmet_lightning.cli.dispatch import main\n    {code}")
     assert heavy == {"torch"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pmet_lightning.analysis.options import LoadOptions, RecordOptions, load_with_encoder
 from pmet_lightning.data.records import ZsreTarget
 from pmet_lightning.model.architectures import Architecture, architecture_of
-from pmet_lightning.model.loading import DtypeName
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -22,49 +22,29 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The model.
+class ModelOptions(LoadOptions):
+    """The model that is analyzed.
 
     Attributes:
-        model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
-        dtype: Precision the model is loaded in; 'auto' uses that of the patch, or else that of the checkpoint.
-        attn_implementation: Attention kernel of transformers, such as eager or sdpa; null uses its default.
         architecture: Module paths of a model family that is not recognized.
-        tokens_per_batch: Maximum number of padded tokens in one forward pass.
-        chat: Whether prompts are a user's messages in the tokenizer's chat template.
-        patch: The patch.safetensors of a run: the same facts are analyzed before and after its edits.
-        device: Where the model runs, such as cpu or cuda:0; null uses a GPU if there is one.
+        patch: The patch.safetensors of a run: the same facts are analyzed before and after its edits. Without a
+            dtype, the model is loaded in the patch's.
     """
 
-    model_name: str = "atlas"
-    dtype: DtypeName = "auto"
-    attn_implementation: str | None = None
     architecture: Architecture | None = None
-    tokens_per_batch: PositiveInt = 8192
-    chat: bool = False
     patch: str | None = None
-    device: str | None = None
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(RecordOptions):
     """The facts.
 
     Attributes:
-        path: Edits in any format that fit reads, or known_facts (subject, attribute, prompt): .json, .jsonl, .csv,
-            .parquet, a hub name, or the shipped 'atlas-records'; the items of a list are read in order.
-        split: Split of a hub data set.
-        skip: Records skipped at the beginning.
-        shuffle: Seed of a shuffle before skip and limit; null keeps the file's order.
         limit: Maximum number of records; null uses all.
         zsre_target: The new object of a zsRE record: the first of ``answers``, or ``alt``.
         least: Facts whose answer has a smaller probability, or is not the model's first choice, are left out.
     """
 
-    path: str | list[str] = "atlas-records"
-    split: str = "train"
-    skip: NonNegativeInt = 0
-    shuffle: NonNegativeInt | None = None
     limit: PositiveInt | None = 50
     zsre_target: ZsreTarget = "answers"
     least: NonNegativeFloat = 0.1
@@ -118,7 +98,7 @@ def analyze(
         from pmet_lightning.analysis.figures import figures, write_figures
         from pmet_lightning.analysis.results import summary_lines, write_results
 
-        facts = read_facts(**{name: value for name, value in asdict(data).items() if name != "least"})
+        facts = read_facts(data.path, zsre_target=data.zsre_target, **data.selection())
         study = _study(model, data, tracing, top)
         study.ask(facts)
         phases = _phases(study, model, data)
@@ -135,18 +115,13 @@ def analyze(
 
 def _study(model: ModelOptions, data: DataOptions, tracing: TracingOptions, top: int) -> Study:
     from pmet_lightning.analysis.study import Scope, Study
-    from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
-    from pmet_lightning.model.loading import load_config, load_model
+    from pmet_lightning.model.loading import load_config
     from pmet_lightning.model.patch import load_patch
-    from pmet_lightning.utils.resources import check_device
 
-    dtype = model.dtype
-    if model.patch is not None and dtype == "auto":
-        dtype = load_patch(model.patch)[1]["dtype"]
-    device = check_device(model.device, "--model.device")
+    if model.patch is not None and model.dtype == "auto":
+        model = replace(model, dtype=load_patch(model.patch)[1]["dtype"])
     architecture = architecture_of(load_config(model.model_name), model.architecture)
-    encoder = PromptEncoder.of(load_tokenizer(model.model_name), model.chat)
-    lm = load_model(model.model_name, dtype, model.attn_implementation).to(device)
+    lm, encoder = load_with_encoder(model)
     scope = Scope(top, data.least, tracing.noise, tracing.draws, tracing.seed, tracing.window, model.tokens_per_batch)
     return Study(lm, Sites.of(lm, architecture), encoder, scope)
 

@@ -15,7 +15,7 @@ from pmet_lightning.data.encoder import LocationError, PromptEncoder
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_records
 from pmet_lightning.data.records import ZsreTarget, parse_record, parse_records, template_of
-from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
+from pmet_lightning.data.token_rows import IGNORE, TokenRow, by_token_budget, pad_rows
 from pmet_lightning.model.forward import label_logits
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class KnownFact:
         subject: What replaces the ``{}``.
         true: The true answer, if the record has one.
         new: The new answer of an edit, if the record has one.
+        relation: The kind of fact, if the record says so.
     """
 
     case_id: str
@@ -40,6 +41,7 @@ class KnownFact:
     subject: str
     true: str | None
     new: str | None
+    relation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,26 @@ def read_facts(path: str | Sequence[str], *, zsre_target: ZsreTarget = "answers"
     """
     facts = []
     for number, origin, record in read_records(path, **selection):
-        facts += _facts_of(record, number, origin, zsre_target)
+        facts += facts_of(record, number, origin, zsre_target)
     return facts
 
 
-def _facts_of(record: Any, number: int, origin: str, zsre_target: ZsreTarget) -> list[KnownFact]:
+def facts_of(record: Any, number: int, origin: str, zsre_target: ZsreTarget = "answers") -> list[KnownFact]:
+    """The facts of one record; one of MQuAKE may hold several.
+
+    Args:
+        record: A record of any format of edits, or of ``known_facts``.
+        number: Position in the file, from 0.
+        origin: File and record, for messages.
+        zsre_target: The new object of a zsRE record.
+
+    Raises:
+        RecordError: If the record is invalid.
+    """
     if isinstance(record, Mapping) and "attribute" in record and "target_new" not in record:
         return [_parse_known_facts(record, number, origin)]
     edits = parse_records(record, number, origin, zsre_target)
-    return [KnownFact(edit.case_id, edit.prompt, edit.subject, edit.target_true, edit.target) for edit in edits]
+    return [KnownFact(e.case_id, e.prompt, e.subject, e.target_true, e.target, e.relation) for e in edits]
 
 
 def _parse_known_facts(record: Mapping[str, Any], number: int, origin: str) -> KnownFact:
@@ -120,11 +133,48 @@ def _question(fact: KnownFact, encoder: PromptEncoder) -> Question:
     for name, text in ((TRUE, fact.true), (NEW, fact.new)):
         if text is None:
             continue
-        row = encoder.encode(fact.prompt, fact.subject, target=text)
-        if row.ids[: len(row.ids) - len(row.labels) + 1] != bare.ids:
-            raise LocationError(f"the first token of {text!r} is partly the prompt's")
-        answers[name] = row.labels[0]
+        answers[name] = answer_row(fact, text, encoder).labels[0]
     return Question(fact, bare.ids, encoder.subject_tokens(fact.prompt, fact.subject), answers)
+
+
+def answer_row(fact: KnownFact, answer: str, encoder: PromptEncoder) -> TokenRow:
+    """The bare prompt of a fact, with an answer as the labels.
+
+    Raises:
+        LocationError: If subject or answer have no token of their own.
+    """
+    bare = encoder.encode(fact.prompt, fact.subject)
+    row = encoder.encode(fact.prompt, fact.subject, target=answer)
+    if row.ids[: len(row.ids) - len(row.labels) + 1] != bare.ids:
+        raise LocationError(f"the first token of {answer!r} is partly the prompt's")
+    return row
+
+
+@torch.no_grad()
+def answer_ranks(model: nn.Module, rows: Sequence[TokenRow], pad_id: int, tokens_per_batch: int) -> list[int]:
+    """How far down the model's list of next tokens an answer lies, under teacher forcing.
+
+    Args:
+        model: The language model.
+        rows: Prompts with their answers, as :func:`answer_row` makes them.
+        pad_id: Padding token.
+        tokens_per_batch: Maximum number of padded tokens in one forward pass.
+
+    Returns:
+        For each row, the largest rank of the answer's tokens: 1 if each is the most probable one after the prompt and
+        the tokens before it, so that the model says the answer by itself.
+    """
+    ranks = [0] * len(rows)
+    device = next(model.parameters()).device
+    for indices in by_token_budget([len(row.ids) for row in rows], tokens_per_batch):
+        batch = pad_rows([rows[i] for i in indices], pad_id).to(device)
+        logits_RKV = label_logits(model, batch)
+        own_RK1 = logits_RKV.gather(-1, batch.label_ids.clamp_min(0).unsqueeze(-1))
+        rank_RK = 1 + (logits_RKV > own_RK1).sum(dim=-1)
+        worst_R = rank_RK.masked_fill(batch.label_ids == IGNORE, 0).amax(dim=-1)
+        for i, rank in zip(indices, worst_R.tolist(), strict=True):
+            ranks[i] = rank
+    return ranks
 
 
 @torch.no_grad()

@@ -17,7 +17,9 @@ from pmet_lightning.utils.files import write_csv, write_json
 _NUMBERS = ("mean", "low", "high", "count")
 _LAYER_COLUMNS = ("phase", "measure", "token", "layer", "component", "answer", *_NUMBERS)
 _TRACING_COLUMNS = ("phase", "component", "layer", "place", *_NUMBERS)
-_FACT_COLUMNS = ("phase", "case_id", "prompt", "subject", "true", "new", "followed", "p_true", "p_new", "p_corrupted")
+_FACT_COLUMNS = (
+    "phase", "case_id", "relation", "prompt", "subject", "true", "new", "followed", "p_true", "p_new", "p_corrupted",
+)  # fmt: skip
 _POSITIONS = {SUBJECT: SUBJECT_LAST, LAST: LAST_TOKEN}
 
 

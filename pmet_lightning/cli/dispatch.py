@@ -17,6 +17,7 @@ FILE_COMMANDS = {
     "compare": "pmet_lightning.compare.command",
     "harness": "pmet_lightning.cli.lm_eval",
     "analyze": "pmet_lightning.analysis.command",
+    "known": "pmet_lightning.analysis.known",
 }
 TRAINER_COMMANDS = ("fit", "validate", "test", "stats", "finetune", "retrieve")
 PROGRAM = "pmet-lightning"
@@ -30,6 +31,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [--config FILE] [options]
   retrieve  the baseline without an edit: ask with the new fact in the prompt
   compare   run several methods on the same records, and write one table and one plot
   analyze   find where a model keeps its facts, before and after an edit, and which layers to edit
+  known     keep the records whose old object a model knows
   export    write the edited model of a run as a Hugging Face folder
   harness   evaluate an exported model with lm-evaluation-harness
   demo      rebuild the bundled Atlas world and its model from a seed
@@ -76,7 +78,7 @@ def _start_log(arguments: Sequence[str]) -> None:
     If the command uses Lightning, Lightning is imported first: imported afterwards, it logs its own messages twice.
     """
     level = logging.INFO
-    if arguments[0] not in ("export", "harness", "analyze") and "--help" not in arguments:
+    if arguments[0] not in ("export", "harness", "analyze", "known") and "--help" not in arguments:
         from lightning.pytorch.utilities import rank_zero_only
 
         level = logging.WARNING if rank_zero_only.rank else logging.INFO

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.utils.files import write_json
+from pmet_lightning.utils.files import check_new_file, write_json
 from pmet_lightning.utils.resources import check_device, locate
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ def harness(
         FileNotFoundError: If the model or the folder ``include`` does not exist.
         ValueError: If a task or the device is unknown, or a number is out of range.
     """
-    if Path(out).exists():
-        raise FileExistsError(f"--out {out}: expected a new file, but it exists; remove it or choose another name")
+    check_new_file(out, "--out")
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"--batch_size is {batch_size} and --limit {limit}, expected at least 1")
     if include is not None and not Path(include).is_dir():

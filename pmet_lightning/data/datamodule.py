@@ -119,7 +119,7 @@ class EditDataModule(L.LightningDataModule):
 
     Args:
         path: Edits: a .json, .jsonl, .csv or .parquet file (COUNTERFACT, zsRE or flat records), a data set on
-            the hub, or the shipped 'atlas-records'; or a list of these.
+            the hub, or the shipped 'atlas-records' or 'earth-records'; or a list of these.
         tokenizer: Folder or name of the tokenizer; linked to the model's name on the command line.
         edit_batch: Edits written by one solve; null takes all of them at once.
         skip: Number of records to skip at the beginning of the file.

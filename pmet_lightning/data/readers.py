@@ -11,12 +11,14 @@ import logging
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.data import earth
 from pmet_lightning.data.fields import (
     RecordError,
     check_no_faults,
@@ -33,6 +35,11 @@ from pmet_lightning.utils.resources import locate
 log = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds between two reads at the end of a growing file
+# Records that are built when they are read; a local file of such a name wins, as it does for shipped files.
+_BUILT: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "earth-records": partial(earth.records, "reporting"),
+    "earth-tuning": partial(earth.records, "tuning"),
+}
 # Phrasings of COUNTERFACT's generation prompts that name no relation of a fact.
 _OPENINGS = re.compile(
     r"twin city|is known for$|greatest (strength|accomplishment|artistic work)|surroundings include$|is my favorite"
@@ -278,7 +285,9 @@ def _warn_of_generation_prompts(edits: Sequence[Edit], path: str) -> None:
 def _records(found: str, name: str, split: str) -> Iterator[tuple[str, Any]]:
     """Pairs of origin and record."""
     suffix = Path(found).suffix.lower()
-    if not Path(found).is_file():
+    if name in _BUILT and not Path(found).exists():
+        yield from numbered(_BUILT[name](), name)
+    elif not Path(found).is_file():
         if suffix in (".json", ".jsonl", ".csv", ".parquet") or Path(found).exists():
             raise FileNotFoundError(
                 f"no edits file {name!r} (looked in {Path.cwd()}); set --data.path to a .json, .jsonl, .csv or "

@@ -27,6 +27,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_new_file(path: str | Path, option: str) -> None:
+    """Refuse to overwrite a file.
+
+    Args:
+        path: The file; must not exist.
+        option: Its option on the command line, for the error.
+
+    Raises:
+        FileExistsError: If there is anything of that name.
+    """
+    if Path(path).exists():
+        raise FileExistsError(f"{option} {path}: expected a new file, but it exists; remove it or choose another name")
+
+
 @contextmanager
 def new_folder(path: str | Path, option: str) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends without an exception.

@@ -21,6 +21,7 @@ from pmet_lightning.analysis.measures import TOO_FEW, Measure, resampled_means, 
 from pmet_lightning.analysis.tracing import POSITIONS, Tracer
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.data.fields import RecordError
+from pmet_lightning.data.readers import read_edits
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.patch import PatchError, save_patch
 from pmet_lightning.utils.resources import locate
@@ -159,6 +160,7 @@ def test_the_command_on_atlas(tmp_path, caplog):
     lens = [row for row in layers if row["measure"] == "lens" and row["token"] == "last" and row["answer"] == "true"]
     assert [int(row["layer"]) for row in lens] == list(range(8))
     facts = list(csv.DictReader((out / "facts.csv").read_text().splitlines()))
+    assert [f["relation"] for f in facts] == [edit.relation for edit in read_edits("atlas-records", limit=3)]
     assert float(lens[-1]["mean"]) == pytest.approx(sum(float(f["p_true"]) for f in facts) / 3, rel=1e-4)
     traced = list(csv.DictReader((out / "tracing.csv").read_text().splitlines()))
     assert {row["place"] for row in traced} <= set(POSITIONS)
