@@ -116,7 +116,7 @@ class FineTuning(EditableModel):
         """Take one gradient step; returns the negative log-likelihood of each edit before it."""
         padded = pad_rows(rows, self.encoder.pad_id, self.padding_side).to(self.device)
         nll = target_scores(label_logits(self.model, padded), padded.label_ids).nll
-        if float(nll.mean()) < self.skip_below:
+        if float(nll.detach().mean()) < self.skip_below:
             return nll.detach()
         optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
         (weight.grad,) = torch.autograd.grad(nll.mean(), [weight])

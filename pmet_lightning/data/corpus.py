@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.data import earth
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.text_files import csv_rows
 from pmet_lightning.data.token_rows import TokenRow
@@ -29,7 +30,7 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
 
     Args:
         name: A local file (.jsonl, .csv or .parquet with a column 'text', or anything else as plain text, one text
-            per line), a hub data set with a column 'text', or the shipped 'atlas-corpus'.
+            per line), a hub data set with a column 'text', or the shipped 'atlas-corpus' or 'earth-corpus'.
         subset: Subset of a hub data set.
         seed: Seed of the order; texts are shuffled within a window of 10,000.
 
@@ -55,7 +56,7 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
         raise FileNotFoundError(
             f"no corpus {name!r}: not a local file, and not available from the hub ({str(error).splitlines()[0]}). "
             "Without a network, set --moments.corpus to a local file: .jsonl, .csv or .parquet with a column 'text', "
-            "plain text with one text per line, or the shipped 'atlas-corpus'."
+            "plain text with one text per line, or 'sampled-corpus' (text that the model itself writes)."
         ) from error
 
 
@@ -67,6 +68,8 @@ def _rows(path: Path, name: str, subset: str | None) -> Any:
     """The rows of a corpus, an ``IterableDataset``."""
     import datasets
 
+    if name == earth.CORPUS and not path.exists():
+        return datasets.IterableDataset.from_generator(earth.neighbor_texts)
     if _kind(path) == "csv" and path.is_file():  # the library would guess types, and read the text 1.10 as 1.1
         return datasets.IterableDataset.from_generator(csv_rows, gen_kwargs={"path": path, "name": name})
     if path.is_file():
@@ -75,8 +78,10 @@ def _rows(path: Path, name: str, subset: str | None) -> Any:
 
 
 def corpus_fingerprint(name: str, subset: str | None = None) -> str:
-    """Hash of a local corpus's bytes; name and subset of a hub corpus."""
+    """Hash of the bytes that a local corpus is made of; name and subset of a hub corpus."""
     path = Path(locate(name))
+    if name == earth.CORPUS and not path.exists():
+        path = earth.TABLE
     if not path.is_file():
         return f"{name}:{subset}"
     status = path.stat()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,8 @@ import yaml
 
 Pool = Literal["neighbors", "tuning", "reporting"]
 
-_TABLE = Path(__file__).with_name("earth.yaml")
+CORPUS = "earth-corpus"  # its name where a corpus is expected
+TABLE = Path(__file__).with_name("earth.yaml")
 _SEED = "earth 0"
 _NEIGHBORS, _TUNING = 0.4, 0.25  # of an object's subjects; reporting takes the rest
 _LEAST_NEIGHBORS = 3
@@ -61,7 +62,7 @@ class Earth:
 
 def read_table() -> Earth:
     """Read the table of facts."""
-    table = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
+    table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     relations = tuple(_relation(name, fields) for name, fields in table["relations"].items())
     return Earth(relations, tuple(table["sentences"]))
 
@@ -90,6 +91,17 @@ def records(pool: Pool) -> list[dict[str, Any]]:
         for record in _records_of(relation, pool, pools, earth)
     }
     return [{"case_id": number, **found[fact]} for number, fact in enumerate(_mixed(found, pool), _FIRST_ID[pool])]
+
+
+def neighbor_texts() -> Iterator[dict[str, str]]:
+    """Plain text with true facts that no record edits: each neighbor in every wording, in rows with a ``text``."""
+    earth = read_table()
+    pools = assign_pools(earth)
+    for relation in earth.relations:
+        for true, subjects in relation.facts.items():
+            for subject in (subject for subject in subjects if pools[subject] == "neighbors"):
+                for wording in (relation.prompt, *relation.wordings):
+                    yield {"text": f"{wording.replace('{}', subject)} {true}."}
 
 
 def assign_pools(earth: Earth) -> dict[str, Pool]:

