@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.pretrained import load_pretrained
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def load_model(
     Raises:
         FileNotFoundError: As :func:`load_config`.
         ImportError: If there is a device map, and accelerate is not installed.
+        PmetError: If weights are missing or a file is broken.
         ValueError: If the devices of the map have no room for the whole model.
     """
     from transformers import AutoModelForCausalLM
@@ -49,7 +51,8 @@ def load_model(
     requested = "auto" if dtype == "auto" else getattr(torch, dtype)
     # Converting to float64 after loading keeps buffers (rotary tables) as computed in the file's own precision.
     loaded = "auto" if dtype in ("auto", "float64") else requested
-    model = load_pretrained(AutoModelForCausalLM, name, dtype=loaded, **given)
+    model, report = load_pretrained(AutoModelForCausalLM, name, dtype=loaded, output_loading_info=True, **given)
+    _check_complete(report, name)
     if dtype == "float64":
         model = model.double()
     offloaded = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.is_meta]
@@ -61,6 +64,18 @@ def load_model(
     fuse_gelu(model)
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _check_complete(report: Mapping[str, Any], name: str) -> None:
+    """Refuse a model some of whose weights transformers has drawn at random, because no file holds them."""
+    missing, unused = (sorted(map(str, report.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys"))
+    if missing:
+        instead = f"; unused in them: {', '.join(unused[:3])}" if unused else ""
+        raise PmetError(
+            f"the files of {name!r} lack {len(missing)} of the model's weights ({', '.join(missing[:3])}{instead}), "
+            "which would be random; expected a whole causal language model, as save_pretrained writes it, under the "
+            "names of its config.json"
+        )
 
 
 def fuse_gelu(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -20,7 +20,6 @@ from pathlib import Path
 import lightning as L
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pmet_lightning.data.corpus import CorpusError, corpus_texts, pack_rows
@@ -31,8 +30,8 @@ from pmet_lightning.moments.store import MomentError, MomentKey, MomentStore
 from pmet_lightning.moments.sums import MomentSums
 from pmet_lightning.solver.packed import pack_lower, symmetrize, unpack_lower, unpack_symmetric
 from pmet_lightning.utils.distributed import ProcessGroup
-from pmet_lightning.utils.files import atomic_path
 from pmet_lightning.utils.progress import counter
+from pmet_lightning.utils.tensor_files import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -205,8 +204,8 @@ class Collection:
             if (site, layer) in self.previous:
                 tensors[f"previous-{site}-{layer}"] = pack_lower(self.previous[site, layer].cpu())
         if self.processes.is_writer:
-            with atomic_path(self._path(self.blocks_done, self.processes.rank)) as temporary:
-                save_file(tensors, temporary, metadata={"tokens": str(self.sums.tokens)})
+            path = self._path(self.blocks_done, self.processes.rank)
+            save_tensors(path, tensors, {"tokens": str(self.sums.tokens)})
         self.trainer.strategy.barrier()
         for block, path in self._own_files().items():
             if block != self.blocks_done:

@@ -1,21 +1,56 @@
-"""Loading by a shipped name, a local folder or a hub name, with one error for whatever is missing."""
+"""Loading by a shipped name, a local folder or a hub name, with one error for whatever is missing or broken."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.utils.errors import PmetError
+from pmet_lightning.utils.memory import is_out_of_memory
+from pmet_lightning.utils.model_files import find_fault
 from pmet_lightning.utils.resources import locate
 
 
 def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
-    """Load from a shipped folder, a local folder or the hub, with one error for whatever is missing."""
+    """Load from a shipped folder, a local folder or the hub, with one error for whatever is missing or broken.
+
+    Args:
+        auto_class: A class of transformers with ``from_pretrained``.
+        name: The folder or name.
+        kwargs: For ``from_pretrained``.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or hub name, or a file is not in it.
+        PmetError: If a file is broken; the message names it.
+    """
     path = locate(name)
     try:
         return auto_class.from_pretrained(path, **kwargs)
-    except OSError as error:
+    except Exception as error:  # the libraries below have many types of their own for a broken file
+        explained = _explain(error, name, path)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explain(error: Exception, name: str, path: str) -> Exception | None:
+    """The error to raise in the place of a library's; ``None`` where that says it all."""
+    if is_out_of_memory(error):
+        return None
+    fault = find_fault(path)
+    if fault is not None:
+        return PmetError(f"cannot load {name!r}: {fault}")
+    first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+    is_empty = Path(path).is_dir() and not (Path(path) / "config.json").is_file()
+    if isinstance(error, OSError) or is_empty:
         where = "the folder has no model" if Path(path).exists() else "no such folder, and not on the hub"
-        raise FileNotFoundError(
-            f"cannot load {name!r} ({where}): {str(error).splitlines()[0]}. Set --model.model_name to a folder "
+        return FileNotFoundError(
+            f"cannot load {name!r} ({where}): {first_line}. Set --model.model_name to a folder "
             "made by save_pretrained, to a hub name, or to the shipped 'atlas'."
-        ) from error
+        )
+    if isinstance(error, (ValueError, ImportError)):
+        return None
+    return PmetError(
+        f"cannot load {name!r}: {type(error).__name__}: {first_line}. Expected a folder made by save_pretrained whose "
+        "files belong together."
+    )
