@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from pmet_lightning.data.chat import Chat
+from pmet_lightning.data.join import Join
 from pmet_lightning.model.architectures import Architecture, architecture_of
 from pmet_lightning.model.loading import DtypeName
 from pmet_lightning.model.projections import Sites
@@ -30,7 +32,8 @@ class ModelOptions:
         attn_implementation: Attention kernel of transformers, such as eager or sdpa; null uses its default.
         architecture: Module paths of a model family that is not recognized.
         tokens_per_batch: Maximum number of padded tokens in one forward pass.
-        chat: Whether prompts are a user's messages in the tokenizer's chat template.
+        chat: Whether prompts are a user's messages in the tokenizer's chat template; or the messages before them.
+        join: How prompts and answers are joined, as for fit.
         patch: The patch.safetensors of a run: the same facts are analyzed before and after its edits.
         device: Where the model runs, such as cpu or cuda:0; null uses a GPU if there is one.
     """
@@ -40,7 +43,8 @@ class ModelOptions:
     attn_implementation: str | None = None
     architecture: Architecture | None = None
     tokens_per_batch: PositiveInt = 8192
-    chat: bool = False
+    chat: Chat = False
+    join: Join = "auto"
     patch: str | None = None
     device: str | None = None
 
@@ -142,7 +146,7 @@ def _study(model: ModelOptions, data: DataOptions, tracing: TracingOptions, top:
         dtype = load_patch(model.patch)[1]["dtype"]
     device = check_device(model.device, "--model.device")
     architecture = architecture_of(load_config(model.model_name), model.architecture)
-    encoder = PromptEncoder.of(load_tokenizer(model.model_name), model.chat)
+    encoder = PromptEncoder.of(load_tokenizer(model.model_name), model.chat, model.join)
     lm = load_model(model.model_name, dtype, model.attn_implementation).to(device)
     scope = Scope(top, data.least, tracing.noise, tracing.draws, tracing.seed, tracing.window, model.tokens_per_batch)
     return Study(lm, Sites.of(lm, architecture), encoder, scope)

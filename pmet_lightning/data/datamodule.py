@@ -12,8 +12,10 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from pmet_lightning.data.chat import Chat
 from pmet_lightning.data.encoder import LocationError, PromptEncoder, load_tokenizer
 from pmet_lightning.data.fields import RecordError
+from pmet_lightning.data.join import Join
 from pmet_lightning.data.readers import read_edits, stream_edits
 from pmet_lightning.data.records import Edit, check_no_contradictions, skip_written
 from pmet_lightning.utils.distributed import ProcessGroup
@@ -128,6 +130,7 @@ class EditDataModule(L.LightningDataModule):
         split: Split of a hub data set.
         evaluation_batch: Edits whose questions are evaluated together.
         chat: Whether prompts are user messages in a chat; linked to the model's setting on the command line.
+        join: How prompts and answers are joined; linked likewise.
         stream: Whether edits arrive during the run: from a .jsonl file that may grow, or a hub data set of any size.
             Needs ``edit_batch``.
         stream_wait: Seconds to wait for further lines at the end of a stream's file; then the last edit batch is
@@ -144,7 +147,8 @@ class EditDataModule(L.LightningDataModule):
         shuffle: int | None = None,
         split: str = "train",
         evaluation_batch: PositiveInt = 32,
-        chat: bool = False,
+        chat: Chat = False,
+        join: Join = "auto",
         stream: bool = False,
         stream_wait: NonNegativeFloat = 0.0,
     ) -> None:
@@ -155,7 +159,7 @@ class EditDataModule(L.LightningDataModule):
         self.stream, self.stream_wait = stream, float(stream_wait)
         self.done = 0  # edits that the run had written before it was resumed
         self.path, self.split = path, split
-        self.tokenizer_name, self.chat = tokenizer, chat
+        self.tokenizer_name, self.chat, self.join = tokenizer, chat, join
         self.edit_batch = edit_batch
         self.skip, self.limit, self.shuffle = skip, limit, shuffle
         self.evaluation_batch = evaluation_batch
@@ -207,7 +211,7 @@ class EditDataModule(L.LightningDataModule):
 
     def _check_tokens(self, edits: Sequence[Edit]) -> None:
         tokenizer = load_tokenizer(self.tokenizer_name) if self._tokenizer is None else self._tokenizer
-        encoder = PromptEncoder.of(tokenizer, self.chat)
+        encoder = PromptEncoder.of(tokenizer, self.chat, self.join)
         for edit in edits:
             try:
                 encoder.encode(edit.prompt, edit.subject, target=edit.target)

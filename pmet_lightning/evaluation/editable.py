@@ -15,8 +15,10 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from pmet_lightning.data.chat import Chat
 from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
+from pmet_lightning.data.join import Join
 from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import PaddingSide
 from pmet_lightning.evaluation.consistency import References
@@ -73,7 +75,10 @@ class EditableModel(L.LightningModule):
             ones; 0 generates none.
         texts: Texts generated from the records' generation prompts for fluency and consistency; null generates none.
         chat: Whether prompts are user messages in the tokenizer's chat template, and targets the beginning of
-            the assistant's answer.
+            the assistant's answer; or the messages that precede a user's: a system prompt, earlier turns (a list of
+            {role, content}).
+        join: How a prompt that is no chat and its answer are joined: 'space', 'none' (the answer as it is), or 'auto',
+            a space but after an opening quote or bracket and in scripts without spaces.
         keep_float32: Whether the output projections of the edited layers of a half-precision model are held in
             float32, so that no part of an edit is rounded away in memory (``export --dtype float32`` keeps it in a
             folder).
@@ -93,7 +98,8 @@ class EditableModel(L.LightningModule):
         tokens_per_batch: PositiveInt = 8192,
         free_tokens: NonNegativeInt = 16,
         texts: TextSettings | None = None,
-        chat: bool = False,
+        chat: Chat = False,
+        join: Join = "auto",
         keep_float32: bool = False,
         patch: str | None = None,
         device_map: DeviceMap | None = None,
@@ -111,7 +117,8 @@ class EditableModel(L.LightningModule):
         self.padding_side: PaddingSide = padding_side
         self.tokens_per_batch = tokens_per_batch
         self.free_tokens, self.texts = free_tokens, texts
-        self.chat, self.keep_float32, self.patch, self.device_map = chat, keep_float32, patch, device_map
+        self.chat, self.join = chat, join
+        self.keep_float32, self.patch, self.device_map = keep_float32, patch, device_map
 
         self.lm: nn.Module | None = None
         self._attached: tuple[nn.Module, Any] | None = None
@@ -169,7 +176,7 @@ class EditableModel(L.LightningModule):
             log.info("consistency: similarity to %s", self._references.label)
         if self._encoder is None:
             tokenizer = load_tokenizer(self.model_name) if self._attached is None else self._attached[1]
-            self._encoder = PromptEncoder.of(tokenizer, self.chat)
+            self._encoder = PromptEncoder.of(tokenizer, self.chat, self.join)
 
     def configure_model(self) -> None:
         """Load the language model, once."""

@@ -16,12 +16,15 @@ from pmet_lightning.utils.resources import locate_config
 from pmet_lightning.write.drift import Drift
 from pmet_lightning.write.weight_spread import WeightSpread
 
+_LINKED = ("chat", "join")  # settings of the model that the data need too
+
 
 def add_shared_sections(parser: LightningArgumentParser) -> None:
     """Add the section ``drift``, and link the values that two sections share."""
     parser.add_lightning_class_args(Drift, "drift")
     parser.link_arguments("model.model_name", "data.tokenizer")
-    parser.link_arguments("model.chat", "data.chat")
+    for name in _LINKED:
+        parser.link_arguments(f"model.{name}", f"data.{name}")
 
 
 def add_editing_sections(parser: LightningArgumentParser) -> None:
@@ -34,7 +37,7 @@ def add_editing_sections(parser: LightningArgumentParser) -> None:
 
 SECTIONS = ("model", "data", "moments", "spread", "drift")
 _OTHERS = ("seed_everything", "trainer")  # sections of a configuration that only the command line has
-_NOT_TAKEN = {"data": ("path", "tokenizer", "chat"), "moments": ("write",)}  # passed to edit(), or linked to others
+_NOT_TAKEN = {"data": ("path", "tokenizer", *_LINKED), "moments": ("write",)}  # passed to edit(), or linked to others
 _PLACEHOLDER = "facts"
 
 

@@ -10,13 +10,13 @@ import torch
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pmet_lightning.data import encoder as module
+from pmet_lightning.data.chat import ChatFrame
 from pmet_lightning.data.encoder import (
     LocationError,
     PromptEncoder,
     fill,
     load_tokenizer,
     offsets_by_decoding,
-    with_leading_space,
 )
 from pmet_lightning.data.records import parse_record
 from pmet_lightning.data.token_rows import IGNORE, TokenRow, by_token_budget, pad_rows
@@ -56,7 +56,7 @@ def test_the_subject_ends_where_its_last_token_ends(encoder, tokenizer, prompt, 
 @pytest.mark.parametrize("target", ["Lisbon", " Lisbon", "New Zealand of old 17", "é"])
 def test_the_labels_are_the_target(encoder, tokenizer, prompt, subject, context, target):
     row = encoder.encode(prompt, subject, context=context, target=target)
-    whole = context.replace("{}", prompt.replace("{}", subject)) + with_leading_space(target)
+    whole = context.replace("{}", prompt.replace("{}", subject)) + " " + target.strip()
     assert tokenizer.decode(list(row.labels)).strip() == target.strip()
     assert tokenizer.decode([*row.ids, row.labels[-1]]) == whole
     assert row.ids[len(row.ids) - len(row.labels) + 1 :] == list(row.labels[:-1])
@@ -236,7 +236,7 @@ def test_offsets_by_decoding_are_those_of_the_fast_tokenizer(shared, triples, na
         assert places[0] == places[1], text
 
 
-@pytest.mark.parametrize("chat", [None, ("[user] ", " [model] ")])
+@pytest.mark.parametrize("chat", [None, ChatFrame("[user] ", " [model]", " ")])
 @pytest.mark.parametrize("slow", [False, True])
 def test_texts_together_and_one_by_one(chat, slow):
     encoder = PromptEncoder(ByT5Tokenizer() if slow else load_tokenizer("atlas"), chat)
