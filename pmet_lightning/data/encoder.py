@@ -279,8 +279,26 @@ def load_tokenizer(name: str) -> Any:
     """The model's tokenizer, the fast one where there are both.
 
     Raises:
-        FileNotFoundError: If there is no such folder and the hub does not know it or cannot be reached.
+        FileNotFoundError: If there is no such folder and the hub does not know it or cannot be reached, or if there is
+            one without a tokenizer.
+        PmetError: If a file is broken.
     """
     from transformers import AutoTokenizer
 
-    return load_pretrained(AutoTokenizer, name)
+    try:
+        tokenizer = load_pretrained(AutoTokenizer, name)
+    except PmetError:
+        raise
+    except ValueError as error:  # what transformers raises depends on the family
+        raise _no_tokenizer(name, str(error).strip().splitlines()[0]) from error
+    # For some families it makes one with special tokens and nothing else.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise _no_tokenizer(name, "what it gives has special tokens only")
+    return tokenizer
+
+
+def _no_tokenizer(name: str, reason: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"no tokenizer in {name!r} ({reason}); expected tokenizer.json or the files that its kind has (vocab.json and "
+        "merges.txt, tokenizer.model) beside the model: copy those of the model there, with save_pretrained"
+    )

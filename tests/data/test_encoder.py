@@ -21,6 +21,8 @@ from pmet_lightning.data.encoder import (
 from pmet_lightning.data.records import parse_record
 from pmet_lightning.data.token_rows import IGNORE, TokenRow, by_token_budget, pad_rows
 
+from tests.tiny import save_tiny
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -287,3 +289,19 @@ def test_a_text_is_tokenised_once(tokenizer, monkeypatch):
     assert asked == ["a river", "a lake", "a hill"]
     encoder.encode("a river")  # the oldest is gone
     assert asked[3:] == ["a river"]
+
+
+@pytest.mark.parametrize("dropped", [("tokenizer.json", "tokenizer_config.json"), ("tokenizer.json",)])
+@pytest.mark.parametrize("family", ["gptj", "llama", "gemma", "qwen2", "bloom", "gpt_neox"])
+def test_a_folder_without_a_tokenizer_says_so(tmp_path, family, dropped):
+    folder = save_tiny(family, tmp_path / "model")
+    load_tokenizer(folder)
+    for name in dropped:
+        (tmp_path / "model" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*model.*expected tokenizer\.json"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_of_bytes_needs_no_files(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("ab")["input_ids"]
