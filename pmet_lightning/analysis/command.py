@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmet_lightning.data.chat import Chat
 from pmet_lightning.data.join import Join
-from pmet_lightning.model.architectures import Architecture, architecture_of
+from pmet_lightning.model.architectures import Architecture, architecture_of, embedding_rows
 from pmet_lightning.model.loading import DtypeName
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.utils.files import new_folder
@@ -145,8 +145,10 @@ def _study(model: ModelOptions, data: DataOptions, tracing: TracingOptions, top:
     if model.patch is not None and dtype == "auto":
         dtype = load_patch(model.patch)[1]["dtype"]
     device = check_device(model.device, "--model.device")
-    architecture = architecture_of(load_config(model.model_name), model.architecture)
-    encoder = PromptEncoder.of(load_tokenizer(model.model_name), model.chat, model.join)
+    config = load_config(model.model_name)
+    architecture = architecture_of(config, model.architecture)
+    tokenizer = load_tokenizer(model.model_name)
+    encoder = PromptEncoder.of(tokenizer, model.chat, model.join, rows=embedding_rows(config))
     lm = load_model(model.model_name, dtype, model.attn_implementation).to(device)
     scope = Scope(top, data.least, tracing.noise, tracing.draws, tracing.seed, tracing.window, model.tokens_per_batch)
     return Study(lm, Sites.of(lm, architecture), encoder, scope)

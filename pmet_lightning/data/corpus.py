@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pmet_lightning.data.token_rows import TokenRow
+from pmet_lightning.data.vocabulary import check_ids
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.resources import locate
 
@@ -81,7 +82,7 @@ def _digest(path: Path, size: int, modified: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[TokenRow]:
+def pack_rows(texts: Iterable[str], tokenizer: Any, length: int, rows: int | None = None) -> Iterator[TokenRow]:
     """Join texts, with a space between them, into rows of ``length`` tokens; the last may be shorter.
 
     Every row begins with what the tokenizer puts before a text (BOS, or nothing): a model that has learned to rely
@@ -91,8 +92,10 @@ def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tok
         texts: Any texts.
         tokenizer: A Hugging Face tokenizer.
         length: Tokens per row.
+        rows: Number of rows of the model's embedding; ``None`` where it is not known.
 
     Raises:
+        VocabularyError: If a text holds a token beyond the embedding.
         CorpusError: If the length leaves no room for text.
     """
     start = _prefix(tokenizer)
@@ -108,7 +111,8 @@ def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tok
     while batch := list(itertools.islice(remaining, _TEXTS_PER_CALL)):
         joined = [text if first and i == 0 else f" {text}" for i, text in enumerate(batch)]
         first = False
-        for ids in tokenizer(joined, add_special_tokens=False)["input_ids"]:
+        for text, ids in zip(batch, tokenizer(joined, add_special_tokens=False)["input_ids"], strict=True):
+            check_ids(ids, text, rows)
             stream += ids
         while len(stream) >= room:
             yield TokenRow([*start, *stream[:room]])

@@ -16,6 +16,7 @@ from typing import Any
 from pmet_lightning.data.chat import Chat, ChatFrame
 from pmet_lightning.data.join import Join, join_of
 from pmet_lightning.data.token_rows import TokenRow
+from pmet_lightning.data.vocabulary import check_ids, check_vocabulary
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.pretrained import load_pretrained
 
@@ -42,27 +43,33 @@ class PromptEncoder:
         tokenizer: A Hugging Face tokenizer, fast or slow.
         chat: What the chat template puts around a user's message; ``None`` for plain text.
         join: How plain text and its continuation are joined.
+        rows: Number of rows of the model's embedding; ``None`` where it is not known.
     """
 
     tokenizer: Any
     chat: ChatFrame | None = None
     join: Join = "auto"
+    rows: int | None = None
     _cache: dict[str, Tokenized] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
-    def of(cls, tokenizer: Any, chat: Chat = False, join: Join = "auto") -> PromptEncoder:
+    def of(cls, tokenizer: Any, chat: Chat = False, join: Join = "auto", *, rows: int | None = None) -> PromptEncoder:
         """An encoder of a tokenizer, with its own chat template if asked for.
 
         Raises:
             ValueError: As :meth:`~pmet_lightning.data.chat.ChatFrame.of`.
+            VocabularyError: If the tokenizer is not one of a model with so many rows.
         """
-        return cls(tokenizer, ChatFrame.of(tokenizer, chat), join)
+        frame = ChatFrame.of(tokenizer, chat)
+        if rows is not None:
+            check_vocabulary(tokenizer, rows, "" if frame is None else frame.around(""))
+        return cls(tokenizer, frame, join, rows)
 
     @property
     def pad_id(self) -> int:
         """The id to pad with; any id works, since padding is masked everywhere."""
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
+            if candidate is not None and (self.rows is None or candidate < self.rows):
                 return int(candidate)
         return 0
 
@@ -188,6 +195,8 @@ class PromptEncoder:
         """As :func:`tokenize`; the latest texts are cached, since every text of an edit is needed again."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._cache]
         made = tokenize(self.tokenizer, missing, special=self.chat is None)
+        for text, (ids, _) in zip(missing, made, strict=True):
+            check_ids(ids, text, self.rows)
         self._cache.update(zip(missing, made, strict=True))
         found = [self._cache[text] for text in texts]
         for text in list(itertools.islice(self._cache, max(0, len(self._cache) - MOST_KEPT_TEXTS))):

@@ -25,7 +25,14 @@ from pmet_lightning.evaluation.consistency import References
 from pmet_lightning.evaluation.fluency import fluency, sample_texts
 from pmet_lightning.evaluation.probes import ProbeResult, RecordResult, compare_with_clean, score_probes
 from pmet_lightning.evaluation.scores import EditScores, table_of
-from pmet_lightning.model.architectures import Architecture, architecture_of, depth_of, suggest_layers, written_sites
+from pmet_lightning.model.architectures import (
+    Architecture,
+    architecture_of,
+    depth_of,
+    embedding_rows,
+    suggest_layers,
+    written_sites,
+)
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.fsdp import load_in_turn, shard
 from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load_model, set_plain_outputs
@@ -158,6 +165,7 @@ class EditableModel(L.LightningModule):
 
         Raises:
             ValueError: If the layers do not fit the model's depth.
+            VocabularyError: If the tokenizer is not the model's.
         """
         config: Any = load_config(self.model_name) if self._attached is None else self._attached[0].config
         self._architecture = architecture_of(config, self.architecture_override)
@@ -176,7 +184,8 @@ class EditableModel(L.LightningModule):
             log.info("consistency: similarity to %s", self._references.label)
         if self._encoder is None:
             tokenizer = load_tokenizer(self.model_name) if self._attached is None else self._attached[1]
-            self._encoder = PromptEncoder.of(tokenizer, self.chat, self.join)
+            rows = embedding_rows(config if self._attached is None else self._attached[0])
+            self._encoder = PromptEncoder.of(tokenizer, self.chat, self.join, rows=rows)
 
     def configure_model(self) -> None:
         """Load the language model, once."""

@@ -108,6 +108,13 @@ def depth_of(config: Any) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
+def embedding_rows(model_or_config: Any) -> int | None:
+    """Number of rows of the embedding of a model or, from its configuration, of one that is not loaded; if known."""
+    if hasattr(model_or_config, "get_input_embeddings"):
+        return int(model_or_config.get_input_embeddings().weight.shape[0])
+    return getattr(model_or_config.get_text_config(), "vocab_size", None)
+
+
 def suggest_layers(depth: int) -> list[int]:
     """Layers to edit in a model without published settings: up to five, the last of them a quarter of the way up.
 

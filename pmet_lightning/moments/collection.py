@@ -148,7 +148,8 @@ class Collection:
     def _blocks(self) -> Iterator[list[TokenRow]]:
         settings = self.settings
         texts = self._counted(corpus_texts(settings.corpus, settings.subset, settings.seed))
-        rows = pack_rows(itertools.islice(texts, settings.samples), self.module.tokenizer, settings.length)
+        encoder, texts = self.module.encoder, itertools.islice(texts, settings.samples)
+        rows = pack_rows(texts, encoder.tokenizer, settings.length, encoder.rows)
         if settings.samples is None:
             rows = itertools.islice(rows, math.ceil(self.most / settings.length))
         while block := list(itertools.islice(rows, BLOCK)):

@@ -20,7 +20,6 @@ from pmet_lightning.data.encoder import (
 )
 from pmet_lightning.data.records import parse_record
 from pmet_lightning.data.token_rows import IGNORE, TokenRow, by_token_budget, pad_rows
-
 from tests.tiny import save_tiny
 
 
