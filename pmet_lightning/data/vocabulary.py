@@ -34,8 +34,8 @@ def check_vocabulary(tokenizer: Any, rows: int, frame: str = "") -> None:
         first = min(beyond)
         raise VocabularyError(
             f"the vocabulary of the tokenizer has {len(beyond)} tokens beyond the {rows} embeddings of the model, the "
-            f"first of them {beyond[first]!r} with id {first}; expected the model's own tokenizer. For tokens that were "
-            "added to it, call model.resize_token_embeddings(len(tokenizer)) and train them, or leave them out"
+            f"first of them {beyond[first]!r} with id {first}; expected the model's own tokenizer. For tokens that "
+            "were added to it, call model.resize_token_embeddings(len(tokenizer)) and train them, or leave them out"
         )
 
 
@@ -58,6 +58,6 @@ def check_ids(ids: Iterable[int], text: str, rows: int | None) -> None:
     highest = max(ids, default=0)
     if rows is not None and highest >= rows:
         raise VocabularyError(
-            f"the text {shortened(text)!r} holds a token with id {highest}, beyond the {rows} embeddings of the model; take that "
-            "token out of the text, or call model.resize_token_embeddings(len(tokenizer))"
+            f"the text {shortened(text)!r} holds a token with id {highest}, beyond the {rows} embeddings of the model; "
+            "take that token out of the text, or call model.resize_token_embeddings(len(tokenizer))"
         )

@@ -10,6 +10,7 @@ from torch import nn
 
 from pmet_lightning.data.encoder import load_tokenizer
 from pmet_lightning.model.loading import load_model
+from pmet_lightning.model.quantization import refuse_quantized
 from pmet_lightning.utils.resources import check_device
 
 # Classes whose ``module`` is the model.
@@ -64,10 +65,10 @@ def check_model(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     unusable = [name for name in LOADING if settings.get(name) not in (None, "auto")]
     if unusable:
         raise ValueError(f"Editor: {', '.join(unusable)} says how to load a model, but this one is loaded already")
+    refuse_quantized(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point():
-            found = "on the meta device" if parameter.is_meta else f"quantised ({parameter.dtype})"
-            raise ValueError(f"Editor: {name} is {found}; expected a model whose weights can be written")
+        if parameter.is_meta:
+            raise ValueError(f"Editor: {name} is on the meta device; expected a model whose weights can be written")
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pmet_lightning.model.quantization import refuse_quantized_config
 from pmet_lightning.utils.errors import PmetError
 
 SiteName = Literal["attn", "ffn", "hidden"]
@@ -80,7 +81,9 @@ def architecture_of(config: Any, override: Architecture | None = None) -> Archit
     Raises:
         UnknownArchitectureError: If the model is a mixture of experts, or the type is not in the table and there is
             no override.
+        QuantizationError: If its weights are quantised.
     """
+    refuse_quantized_config(config)
     text = config.get_text_config()
     experts = next((int(getattr(text, name)) for name in _EXPERT_COUNTS if getattr(text, name, None)), 1)
     if experts > 1:

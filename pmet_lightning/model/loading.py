@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pmet_lightning.model.quantization import refuse_quantized
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.pretrained import load_pretrained
 
@@ -41,7 +42,7 @@ def load_model(
     Raises:
         FileNotFoundError: As :func:`load_config`.
         ImportError: If there is a device map, and accelerate is not installed.
-        PmetError: If weights are missing or a file is broken.
+        PmetError: If weights are missing or quantised, or a file is broken.
         ValueError: If the devices of the map have no room for the whole model.
     """
     from transformers import AutoModelForCausalLM
@@ -61,6 +62,7 @@ def load_model(
             f"--model.device_map {device_map} leaves {len(offloaded)} weights on no device (first {offloaded[0]}); "
             "expected devices with room for all of them: offloaded weights cannot be edited"
         )
+    refuse_quantized(model)
     fuse_gelu(model)
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
