@@ -40,7 +40,8 @@ def export(
         FileExistsError: If the folder is not empty.
         PatchError: If the base model is not the one that was edited.
     """
-    patch = Path(run) / "patch.safetensors" if Path(run).is_dir() else Path(run)
+    given = Path(run).expanduser()
+    patch = given / "patch.safetensors" if given.is_dir() else given
     _, manifest = load_patch(patch)
     with new_folder(out, "--out") as unfinished:
         name = base or manifest["model"]

@@ -41,10 +41,11 @@ def harness(
         FileNotFoundError: If the model or the folder ``include`` does not exist.
         ValueError: If a task or the device is unknown, or a number is out of range.
     """
-    if Path(out).exists():
+    if Path(out).expanduser().exists():
         raise FileExistsError(f"--out {out}: expected a new file, but it exists; remove it or choose another name")
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"--batch_size is {batch_size} and --limit {limit}, expected at least 1")
+    include = None if include is None else str(Path(include).expanduser())
     if include is not None and not Path(include).is_dir():
         raise FileNotFoundError(f"--include {include}: expected a folder with task YAMLs, found none")
     lm_eval = _import_lm_eval()

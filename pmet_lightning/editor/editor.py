@@ -18,9 +18,10 @@ from typing_extensions import Unpack
 from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.readers import as_edits
 from pmet_lightning.data.records import Edit
+from pmet_lightning.data.tables import as_rows
 from pmet_lightning.editor.edit_report import EditReport
 from pmet_lightning.editor.isolation import preserve_caller_state
-from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of
+from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of, tokenizer_in
 from pmet_lightning.editor.settings import EditorSettings, ModelSettings
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.fingerprint import checksum
@@ -36,8 +37,8 @@ from pmet_lightning.write.edited_weights import Snapshot
 
 log = logging.getLogger(__name__)
 
-# One or several files or hub data sets; one or several facts.
-Facts = str | Path | Sequence[str | Path] | Mapping[str, Any] | Edit | Iterable[Mapping[str, Any] | Edit]
+# One or several files or hub data sets; one or several facts, also as a table or as parallel lists.
+Facts = str | Path | Sequence[str | Path] | Mapping[str, Any] | Edit | Iterable[Mapping[str, Any] | Edit] | Any
 
 
 class Editor:
@@ -50,7 +51,8 @@ class Editor:
     Args:
         model: A causal language model of transformers, or the folder or name of one to load, as for
             --model.model_name.
-        tokenizer: Its tokenizer, or the folder or name to load it from; by default that of the model.
+        tokenizer: Its tokenizer, a processor that holds it, or the folder or name to load it from; by default that of
+            the model.
         layers: Layers whose weights are edited; 'auto' picks a range by the model's depth.
         corpus: General text for the second moments: a file, a hub data set, or 'atlas-corpus'.
         lam: λ, weight of the second moments against the new keys, in preserved keys.
@@ -77,7 +79,7 @@ class Editor:
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         tokenizer: Any = None,
         *,
         layers: Sequence[int] | Literal["auto"] | None = None,
@@ -101,10 +103,12 @@ class Editor:
             "spread": dict(spread or {}) | _given(lam=lam),
             "drift": dict(drift or {}),
         }
+        model = str(model) if isinstance(model, Path) else model
         name = model if isinstance(model, str) else model_name_of(model)
         parts = make_objects(name, sections)  # before anything is loaded
         self.model: Any = load(model, settings, device) if isinstance(model, str) else check_model(model, settings)
-        self.tokenizer: Any = load_tokenizer_for(name, tokenizer)
+        self._processor = load_tokenizer_for(name, tokenizer)
+        self.tokenizer: Any = tokenizer_in(self._processor)
         self._module, self._moments, self._spread = parts.module, parts.moments, parts.spread
         self._drift, self._data_settings, self._progress = parts.drift, parts.data, progress
         self._module.attach(self.model, self.tokenizer)
@@ -117,7 +121,11 @@ class Editor:
 
     @classmethod
     def from_config(
-        cls, config: str, model: nn.Module | str | None = None, tokenizer: Any = None, **changes: Unpack[EditorSettings]
+        cls,
+        config: str | Path,
+        model: nn.Module | str | Path | None = None,
+        tokenizer: Any = None,
+        **changes: Unpack[EditorSettings],
     ) -> Editor:
         """An editor with the settings of a configuration.
 
@@ -134,7 +142,7 @@ class Editor:
             FileNotFoundError: If there is no such configuration.
             ValueError: If it is not the configuration of an edit run, or a change is invalid.
         """
-        configured = read_sections(config)
+        configured = read_sections(str(config))
         model_name = configured["model"].pop("model_name")
         unused = (*(LOADING if isinstance(model, nn.Module) else ()), *(("optimizer",) if "lr" in changes else ()))
         settings = {name: value for name, value in configured.pop("model").items() if name not in unused}
@@ -200,15 +208,16 @@ class Editor:
                 new_tokens=new_tokens,
             )
 
-    def edit(self, facts: Facts, *, evaluate: bool = True, run_dir: str | None = None) -> EditReport:
+    def edit(self, facts: Facts, *, evaluate: bool = True, run_dir: str | Path | None = None) -> EditReport:
         """Write facts into the model's weights, after what earlier calls have written (the command ``fit``).
 
         Either all of them are written or, if anything fails or the call is interrupted, none.
 
         Args:
             facts: Records as in a file (COUNTERFACT, zsRE or flat ones: ``prompt`` with ``{}``, ``subject``,
-                ``target_new``), :class:`~pmet_lightning.Edit` objects, or what --data.path takes: a file or a hub data
-                set, or a list or tuple of several.
+                ``target_new``), :class:`~pmet_lightning.Edit` objects, a table (pandas, polars, pyarrow, datasets) or a
+                mapping of parallel lists with such columns, or what --data.path takes: a file or a hub data set, or a
+                list or tuple of several.
             evaluate: Whether the model is evaluated on the facts before and after.
             run_dir: A new folder for all files that a run of the command line stores; ``None`` stores nothing.
 
@@ -270,7 +279,7 @@ class Editor:
         """
         with new_folder(folder, "Editor.save:") as unfinished:
             save_model(self.model, unfinished)
-            self.tokenizer.save_pretrained(unfinished)
+            self._processor.save_pretrained(unfinished)
 
     def save_patch(self, path: str | Path) -> None:
         """Write ΔW of all edits so far and its manifest, in the format of --model.patch and ``export``.
@@ -301,13 +310,11 @@ class Editor:
             data = EditDataModule(**{**self._data_settings, "path": paths})
             data.attach(self.tokenizer)
         else:
-            single = isinstance(facts, (Mapping, Edit))
-            edits = as_edits([facts] if single else facts)  # type: ignore[list-item,arg-type]
-            data = EditDataModule.of(edits, self.tokenizer, **self._data_settings)
+            data = EditDataModule.of(as_edits(as_rows(facts)), self.tokenizer, **self._data_settings)
         data.setup("fit")
         return data
 
-    def _trainer(self, callbacks: Sequence[Callback], run_dir: str | None, evaluate: bool) -> L.Trainer:
+    def _trainer(self, callbacks: Sequence[Callback], run_dir: str | Path | None, evaluate: bool) -> L.Trainer:
         """Make Lightning's trainer, for the model's device and this process only."""
         kinds = {"cpu": ("cpu", 1), "cuda": ("gpu", [self._device.index or 0])}
         accelerator, devices = kinds.get(self._device.type, (self._device.type, 1))
@@ -321,7 +328,7 @@ class Editor:
             **({} if evaluate else {"num_sanity_val_steps": 0, "limit_val_batches": 0}),
         }
         if run_dir is not None:
-            return EditTrainer(run_dir, callbacks=list(callbacks), **options)
+            return EditTrainer(str(run_dir), callbacks=list(callbacks), **options)
         bars = [EditProgressBar()] if self._progress else []
         return L.Trainer(**{**EDIT_RUN, **options, "logger": False, "callbacks": [*callbacks, *bars]})
 

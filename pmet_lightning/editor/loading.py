@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,16 +105,35 @@ def load_tokenizer_for(name: str, tokenizer: Any) -> Any:
 
     Args:
         name: Name of the model.
-        tokenizer: An object, a name, or ``None`` for the model's own.
+        tokenizer: An object, a folder or name, or ``None`` for the model's own.
 
     Raises:
         FileNotFoundError: If there is no tokenizer of that name.
     """
-    if tokenizer is not None and not isinstance(tokenizer, str):
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         return tokenizer
     try:
-        return load_tokenizer(tokenizer or name)
+        return load_tokenizer(str(tokenizer or name))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"Editor: no tokenizer for the model {name!r}; pass one as tokenizer ({error})"
         ) from error
+
+
+def tokenizer_in(given: Any) -> Any:
+    """The tokenizer itself: what is given, or what a processor of images, sounds and texts holds.
+
+    Args:
+        given: A tokenizer of transformers, or one of its processors.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    tokenizer = given if hasattr(given, "is_fast") else getattr(given, "tokenizer", None)
+    if not hasattr(tokenizer, "is_fast"):
+        raise TypeError(
+            f"Editor: the tokenizer is a {type(given).__name__}, expected one of transformers (AutoTokenizer), a "
+            "processor that has one (AutoProcessor), or the folder or name to load it from; for a Tokenizer of the "
+            "library tokenizers, pass PreTrainedTokenizerFast(tokenizer_object=...)"
+        )
+    return tokenizer

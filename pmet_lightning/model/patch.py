@@ -31,7 +31,7 @@ def save_patch(path: str | Path, deltas: Mapping[str, Tensor], manifest: Mapping
         deltas: ΔW by weight name, shape [out, in] whatever the weight's own layout.
         manifest: Base model, its fingerprint, settings, versions.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     described = {"format": FORMAT, **manifest, "weights": {n: list(d.shape) for n, d in deltas.items()}}
     stored = {name: delta.detach().cpu().contiguous() for name, delta in deltas.items()}
     save_tensors(path, stored, {"manifest": json.dumps(described)})
@@ -45,7 +45,7 @@ def load_patch(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: If there is no such file.
         PatchError: If the file is not a patch.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no patch {str(path)!r}; expected the patch.safetensors of a run folder")
     try:

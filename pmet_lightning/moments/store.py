@@ -74,7 +74,7 @@ class MomentStore:
     """
 
     def __init__(self, folder: str | Path, read_only: bool = False) -> None:
-        self.folder, self.read_only = Path(folder), read_only
+        self.folder, self.read_only = Path(folder).expanduser(), read_only
 
     def path(self, projection_id: ProjectionId) -> Path:
         """The file of a site and layer."""

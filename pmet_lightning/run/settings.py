@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -71,7 +72,7 @@ def make_objects(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> 
         ValueError: If there is no such setting, or a value is not valid for it.
     """
     parser = section_parser()
-    settings = {name: dict(section) for name, section in sections.items()}
+    settings = {name: _plain(section) for name, section in sections.items()}
     settings["model"] = {**settings.get("model", {}), "model_name": model_name}
     settings["data"] = {"path": _PLACEHOLDER, **settings.get("data", {})}
     try:
@@ -85,6 +86,17 @@ def make_objects(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> 
     data = {name: value for name, value in vars(parsed.data).items() if name != "tokenizer"}
     made = (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(parsed)
     return EditObjects(made.model, made.moments, made.spread, made.drift, data)
+
+
+def _plain(value: Any) -> Any:
+    """Settings as a configuration holds them: paths as texts, arrays and ranges as lists, numbers of NumPy plain."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [_plain(part) for part in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.tolist() if hasattr(value, "dtype") and hasattr(value, "tolist") else value
 
 
 def read_sections(config: str) -> dict[str, dict[str, Any]]:

@@ -55,7 +55,7 @@ class TargetStore:
     """
 
     def __init__(self, folder: str | Path, depends: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self._base = json.dumps(depends, sort_keys=True, default=str)
 
     def path(self, identity: str) -> Path:
