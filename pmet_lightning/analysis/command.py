@@ -36,6 +36,7 @@ class ModelOptions:
         join: How prompts and answers are joined, as for fit.
         patch: The patch.safetensors of a run: the same facts are analyzed before and after its edits.
         device: Where the model runs, such as cpu or cuda:0; null uses a GPU if there is one.
+        trust_remote_code: Whether Python code in the model's folder or repository may run.
     """
 
     model_name: str = "atlas"
@@ -47,6 +48,7 @@ class ModelOptions:
     join: Join = "auto"
     patch: str | None = None
     device: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,12 @@ def _study(model: ModelOptions, data: DataOptions, tracing: TracingOptions, top:
     if model.patch is not None and dtype == "auto":
         dtype = load_patch(model.patch)[1]["dtype"]
     device = check_device(model.device, "--model.device")
-    config = load_config(model.model_name)
+    config = load_config(model.model_name, model.trust_remote_code)
     architecture = architecture_of(config, model.architecture)
-    tokenizer = load_tokenizer(model.model_name)
+    tokenizer = load_tokenizer(model.model_name, model.trust_remote_code)
     encoder = PromptEncoder.of(tokenizer, model.chat, model.join, rows=embedding_rows(config))
-    lm = load_model(model.model_name, dtype, model.attn_implementation).to(device)
+    trusted = model.trust_remote_code
+    lm = load_model(model.model_name, dtype, model.attn_implementation, trust_remote_code=trusted).to(device)
     scope = Scope(top, data.least, tracing.noise, tracing.draws, tracing.seed, tracing.window, model.tokens_per_batch)
     return Study(lm, Sites.of(lm, architecture), encoder, scope)
 

@@ -131,6 +131,7 @@ class EditDataModule(L.LightningDataModule):
         evaluation_batch: Edits whose questions are evaluated together.
         chat: Whether prompts are user messages in a chat; linked to the model's setting on the command line.
         join: How prompts and answers are joined; linked likewise.
+        trust_remote_code: Whether code in the tokenizer's folder may run; linked likewise.
         stream: Whether edits arrive during the run: from a .jsonl file that may grow, or a hub data set of any size.
             Needs ``edit_batch``.
         stream_wait: Seconds to wait for further lines at the end of a stream's file; then the last edit batch is
@@ -149,6 +150,7 @@ class EditDataModule(L.LightningDataModule):
         evaluation_batch: PositiveInt = 32,
         chat: Chat = False,
         join: Join = "auto",
+        trust_remote_code: bool = False,
         stream: bool = False,
         stream_wait: NonNegativeFloat = 0.0,
     ) -> None:
@@ -160,6 +162,7 @@ class EditDataModule(L.LightningDataModule):
         self.done = 0  # edits that the run had written before it was resumed
         self.path, self.split = path, split
         self.tokenizer_name, self.chat, self.join = tokenizer, chat, join
+        self.trust_remote_code = trust_remote_code
         self.edit_batch = edit_batch
         self.skip, self.limit, self.shuffle = skip, limit, shuffle
         self.evaluation_batch = evaluation_batch
@@ -210,7 +213,9 @@ class EditDataModule(L.LightningDataModule):
         log.info("%d edits from %s", len(edits), self.path)
 
     def _check_tokens(self, edits: Sequence[Edit]) -> None:
-        tokenizer = load_tokenizer(self.tokenizer_name) if self._tokenizer is None else self._tokenizer
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            tokenizer = load_tokenizer(self.tokenizer_name, self.trust_remote_code)
         encoder = PromptEncoder.of(tokenizer, self.chat, self.join)
         for edit in edits:
             try:

@@ -284,8 +284,12 @@ def _last_token_covering(offsets: Sequence[tuple[int, int]], character: int) -> 
     return covering[-1] if covering else -1
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer, the fast one where there are both.
+
+    Args:
+        name: The folder or name.
+        trust_remote_code: Whether code in the model's folder may run.
 
     Raises:
         FileNotFoundError: If there is no such folder and the hub does not know it or cannot be reached, or if there is
@@ -295,7 +299,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = load_pretrained(AutoTokenizer, name)
+        tokenizer = load_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
     except PmetError:
         raise
     except ValueError as error:  # what transformers raises depends on the family

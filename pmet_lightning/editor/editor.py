@@ -107,7 +107,7 @@ class Editor:
         name = model if isinstance(model, str) else model_name_of(model)
         parts = make_objects(name, sections)  # before anything is loaded
         self.model: Any = load(model, settings, device) if isinstance(model, str) else check_model(model, settings)
-        self._processor = load_tokenizer_for(name, tokenizer)
+        self._processor = load_tokenizer_for(name, tokenizer, bool(settings.get("trust_remote_code")))
         self.tokenizer: Any = tokenizer_in(self._processor)
         self._module, self._moments, self._spread = parts.module, parts.moments, parts.spread
         self._drift, self._data_settings, self._progress = parts.drift, parts.data, progress

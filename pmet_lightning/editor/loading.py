@@ -37,7 +37,7 @@ def load(name: str, settings: Mapping[str, Any], device: str | torch.device | No
         FileNotFoundError: If there is no model of that name.
         ValueError: If the device cannot be used.
     """
-    options = {key: settings[key] for key in LOADING if key in settings}
+    options = {key: settings[key] for key in (*LOADING, "trust_remote_code") if key in settings}
     model = load_model(name, **options)
     if options.get("device_map") is None:
         model.to(check_device(None if device is None else str(device), "device"))
@@ -100,12 +100,13 @@ def _refuse_adapters(model: nn.Module) -> None:
         )
 
 
-def load_tokenizer_for(name: str, tokenizer: Any) -> Any:
+def load_tokenizer_for(name: str, tokenizer: Any, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer that is given, or load one.
 
     Args:
         name: Name of the model.
         tokenizer: An object, a folder or name, or ``None`` for the model's own.
+        trust_remote_code: Whether code in its folder may run.
 
     Raises:
         FileNotFoundError: If there is no tokenizer of that name.
@@ -113,7 +114,7 @@ def load_tokenizer_for(name: str, tokenizer: Any) -> Any:
     if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         return tokenizer
     try:
-        return load_tokenizer(str(tokenizer or name))
+        return load_tokenizer(str(tokenizer or name), trust_remote_code)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"Editor: no tokenizer for the model {name!r}; pass one as tokenizer ({error})"

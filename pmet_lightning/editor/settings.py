@@ -55,6 +55,7 @@ class ModelSettings(TypedDict, total=False):
     keep_float32: bool
     patch: str | None
     device_map: DeviceMap | None
+    trust_remote_code: bool
 
 
 class EditorSettings(ModelSettings, total=False):

@@ -92,6 +92,8 @@ class EditableModel(L.LightningModule):
         patch: A patch.safetensors to apply after loading.
         device_map: Placement of the parts of a model that is larger than one device, such as auto (needs accelerate;
             one process). Null leaves it to the trainer, whose ModelParallelStrategy shards over processes instead.
+        trust_remote_code: Whether Python code in the model's folder or repository may run, for models that transformers
+            does not have.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class EditableModel(L.LightningModule):
         keep_float32: bool = False,
         patch: str | None = None,
         device_map: DeviceMap | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         # A subclass's too; the run logs them itself. Lightning could not pickle an optimizer that is a lambda.
@@ -124,7 +127,7 @@ class EditableModel(L.LightningModule):
         self.padding_side: PaddingSide = padding_side
         self.tokens_per_batch = tokens_per_batch
         self.free_tokens, self.texts = free_tokens, texts
-        self.chat, self.join = chat, join
+        self.chat, self.join, self.trust_remote_code = chat, join, trust_remote_code
         self.keep_float32, self.patch, self.device_map = keep_float32, patch, device_map
 
         self.lm: nn.Module | None = None
@@ -167,7 +170,8 @@ class EditableModel(L.LightningModule):
             ValueError: If the layers do not fit the model's depth.
             VocabularyError: If the tokenizer is not the model's.
         """
-        config: Any = load_config(self.model_name) if self._attached is None else self._attached[0].config
+        given, trusted = self._attached, self.trust_remote_code
+        config: Any = load_config(self.model_name, trusted) if given is None else given[0].config
         self._architecture = architecture_of(config, self.architecture_override)
         self.depth = depth = depth_of(config)
         if self.layers_wanted is None:
@@ -183,8 +187,8 @@ class EditableModel(L.LightningModule):
             self._references = References.of(self.texts.references, self.texts.references_subset)
             log.info("consistency: similarity to %s", self._references.label)
         if self._encoder is None:
-            tokenizer = load_tokenizer(self.model_name) if self._attached is None else self._attached[1]
-            rows = embedding_rows(config if self._attached is None else self._attached[0])
+            tokenizer = load_tokenizer(self.model_name, trusted) if given is None else given[1]
+            rows = embedding_rows(config if given is None else given[0])
             self._encoder = PromptEncoder.of(tokenizer, self.chat, self.join, rows=rows)
 
     def configure_model(self) -> None:
@@ -215,7 +219,8 @@ class EditableModel(L.LightningModule):
                 "ModelParallelStrategy as --trainer.strategy and no device map"
             )
         with load_in_turn(self):
-            model = load_model(self.model_name, self.dtype_name, self.attn_implementation, self.device_map)
+            options = (self.dtype_name, self.attn_implementation, self.device_map, self.trust_remote_code)
+            model = load_model(self.model_name, *options)
             set_plain_outputs(model)
             if self.device_mesh is not None:
                 shard(model, self._architecture.layers, self.device_mesh)

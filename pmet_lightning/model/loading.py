@@ -20,15 +20,20 @@ DtypeName = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 DeviceMap = str | dict[str, int | str]
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """The model's configuration, without its weights.
+
+    Args:
+        name: The folder or name.
+        trust_remote_code: Whether code in the model's folder may run.
 
     Raises:
         FileNotFoundError: If there is no such folder and the hub does not know it or cannot be reached.
+        PmetError: If it needs code of its own, which is not trusted.
     """
     from transformers import AutoConfig
 
-    return load_pretrained(AutoConfig, name)
+    return load_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -36,6 +41,7 @@ def load_model(
     dtype: DtypeName = "auto",
     attn_implementation: str | None = None,
     device_map: DeviceMap | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The causal language model, frozen and in eval mode.
 
@@ -48,7 +54,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     options = {"attn_implementation": attn_implementation, "device_map": device_map}
-    given = {option: value for option, value in options.items() if value is not None}
+    given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
+    given["trust_remote_code"] = trust_remote_code
     requested = "auto" if dtype == "auto" else getattr(torch, dtype)
     # Converting to float64 after loading keeps buffers (rotary tables) as computed in the file's own precision.
     loaded = "auto" if dtype in ("auto", "float64") else requested

@@ -17,7 +17,7 @@ from pmet_lightning.utils.resources import locate_config
 from pmet_lightning.write.drift import Drift
 from pmet_lightning.write.weight_spread import WeightSpread
 
-_LINKED = ("chat", "join")  # settings of the model that the data need too
+_LINKED = ("chat", "join", "trust_remote_code")  # settings of the model that the data need too
 
 
 def add_shared_sections(parser: LightningArgumentParser) -> None:

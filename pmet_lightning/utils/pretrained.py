@@ -40,6 +40,11 @@ def _explain(error: Exception, name: str, path: str) -> Exception | None:
     fault = find_fault(path)
     if fault is not None:
         return PmetError(f"cannot load {name!r}: {fault}")
+    if "trust_remote_code" in str(error):
+        return PmetError(
+            f"cannot load {name!r}: it has code of its own, which would run on this computer; read that code, and if "
+            "you trust it, set --model.trust_remote_code true (in Python: Editor(..., trust_remote_code=True))"
+        )
     first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
     is_empty = Path(path).is_dir() and not (Path(path) / "config.json").is_file()
     if isinstance(error, OSError) or is_empty:
