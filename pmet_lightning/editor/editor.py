@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -341,7 +340,7 @@ class Editor:
     def _weight_checksums(self) -> dict[str, str]:
         """Checksums of the edited weights."""
         sites, checksums = self._module.sites, {}
-        for projection_id in itertools.product(self._spread.sites, self._module.layers):
+        for projection_id in sites.written(self._spread.sites, self._module.layers):
             weight = sites.module(*projection_id).weight
             assert isinstance(weight, Tensor)
             checksums[sites.weight_name(*projection_id)] = f"{weight.dtype} {checksum(weight.detach())}"

@@ -202,9 +202,8 @@ class EditableModel(L.LightningModule):
             self.__dict__["lm"] = model  # not as a submodule: Lightning would move all of it to one device
         self.base_fingerprint = fingerprint(model)
         if self.keep_float32:
-            for layer in self.layers:
-                for site in written_sites("attn+ffn"):
-                    keep_in_float32(self.sites.module(site, layer))
+            for projection_id in self.sites.written(written_sites("attn+ffn"), self.layers):
+                keep_in_float32(self.sites.module(*projection_id))
         if self.patch is not None:
             apply_patch(model, self.sites, self.patch, self.base_fingerprint)
             self.base_fingerprint = fingerprint(model)  # second moments and further edits are of the patched weights
