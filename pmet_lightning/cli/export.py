@@ -15,6 +15,7 @@ from pmet_lightning.model.loading import DtypeName, load_model
 from pmet_lightning.model.patch import apply_patch, load_patch
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.utils.files import new_folder
+from pmet_lightning.utils.processor_files import copy_processor_files
 
 log = logging.getLogger(__name__)
 
@@ -55,4 +56,5 @@ def export(
         apply_patch(model, sites, patch, base_fingerprint)
         save_model(model, unfinished)
         load_tokenizer(name, trust_remote_code).save_pretrained(unfinished)
+        copy_processor_files(name, unfinished)
     log.info("the edited model is in %s", out)

@@ -31,6 +31,7 @@ from pmet_lightning.run.manifest import manifest_of, moments_of
 from pmet_lightning.run.settings import make_objects, read_sections
 from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
 from pmet_lightning.utils.files import new_folder
+from pmet_lightning.utils.processor_files import copy_processor_files
 from pmet_lightning.utils.progress import EditProgressBar
 from pmet_lightning.write.edited_weights import Snapshot
 
@@ -279,6 +280,7 @@ class Editor:
         with new_folder(folder, "Editor.save:") as unfinished:
             save_model(self.model, unfinished)
             self._processor.save_pretrained(unfinished)
+            copy_processor_files(str(getattr(self.model, "name_or_path", "")), unfinished)
 
     def save_patch(self, path: str | Path) -> None:
         """Write ΔW of all edits so far and its manifest, in the format of --model.patch and ``export``.
