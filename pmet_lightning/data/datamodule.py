@@ -13,7 +13,7 @@ import lightning as L
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from pmet_lightning.data.chat import Chat
-from pmet_lightning.data.encoder import LocationError, PromptEncoder, load_tokenizer
+from pmet_lightning.data.encoder import LocationError, PromptEncoder, check_characters, load_tokenizer
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.join import Join
 from pmet_lightning.data.readers import read_edits, stream_edits
@@ -220,6 +220,8 @@ class EditDataModule(L.LightningDataModule):
         for edit in edits:
             try:
                 encoder.encode(edit.prompt, edit.subject, target=edit.target)
+                for text in edit.evaluation_texts():
+                    check_characters(text)
             except LocationError as error:
                 raise RecordError(f"{edit.origin}: {error}") from error
 

@@ -194,6 +194,8 @@ class PromptEncoder:
     def _tokenize_cached(self, texts: Sequence[str]) -> list[Tokenized]:
         """As :func:`tokenize`; the latest texts are cached, since every text of an edit is needed again."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._cache]
+        for text in missing:
+            check_characters(text)
         made = tokenize(self.tokenizer, missing, special=self.chat is None)
         for text, (ids, _) in zip(missing, made, strict=True):
             check_ids(ids, text, self.rows)
@@ -211,6 +213,21 @@ class PromptEncoder:
         if self.chat is not None:
             return text, text + self.chat.answer(target)
         return text, text + join_of(text, target, self.join) + target
+
+
+def check_characters(text: str) -> None:
+    """Refuse a text with half of a surrogate pair, which JSON can hold and no tokenizer or file can.
+
+    Raises:
+        LocationError: If there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LocationError(
+            f"{text!r} holds half of a character ({text[error.start]!r}, a lone surrogate) at position {error.start}; "
+            "expected whole characters: write the other half after it, or take it out"
+        ) from error
 
 
 def _add_target(row: TokenRow, offsets: Sequence[tuple[int, int]], text: str, target: str | None) -> TokenRow:

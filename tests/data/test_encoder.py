@@ -11,6 +11,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pmet_lightning.data import encoder as module
 from pmet_lightning.data.chat import ChatFrame
+from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.encoder import (
     LocationError,
     PromptEncoder,
@@ -18,6 +19,7 @@ from pmet_lightning.data.encoder import (
     load_tokenizer,
     offsets_by_decoding,
 )
+from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.records import parse_record
 from pmet_lightning.data.token_rows import IGNORE, TokenRow, by_token_budget, pad_rows
 from tests.tiny import save_tiny
@@ -304,3 +306,24 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path, family, dropped):
 def test_a_tokenizer_of_bytes_needs_no_files(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path))("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["\ud83d is", "Vera \udc00"])
+def test_half_a_character_is_named(encoder, text):
+    with pytest.raises(LocationError, match="half of a character .* at position [05]"):
+        encoder.encode_all([text])
+
+
+@pytest.mark.parametrize("field", ["prompt", "subject", "target_new", "rephrase_prompt", "locality_ground_truth"])
+def test_a_record_with_half_a_character_is_named(tokenizer, tmp_path, field):
+    record = {
+        "prompt": "{} is in", "subject": "Vera", "target_new": "Rome", "rephrase_prompt": "Where is Vera? In",
+        "locality_prompt": "Ada is in", "locality_ground_truth": "Oslo",
+    }  # fmt: skip
+    (tmp_path / "facts.json").write_text(
+        json.dumps([record | {"subject": "Tora"}, record | {field: record[field] + " \ud83d"}])
+    )
+    data = EditDataModule(str(tmp_path / "facts.json"))
+    data.attach(tokenizer)
+    with pytest.raises(RecordError, match="facts.json, record 1: .* holds half of a character"):
+        data.setup("fit")
