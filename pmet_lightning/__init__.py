@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pmet_lightning.data.readers import read_edits as read_edits
     from pmet_lightning.data.records import Edit as Edit
     from pmet_lightning.data.records import Probe as Probe
+    from pmet_lightning.data.vocabulary import VocabularyError as VocabularyError
     from pmet_lightning.editor.edit_report import EditReport as EditReport
     from pmet_lightning.editor.editor import Editor as Editor
     from pmet_lightning.evaluation.scores import EditScores as EditScores
@@ -55,6 +56,7 @@ _MODULES = {
     "SecondMoments": "moments.second_moments",
     "TargetOptimizer": "targets.target_optimizer",
     "UnknownArchitectureError": "model.architectures",
+    "VocabularyError": "data.vocabulary",
     "WeightSpread": "write.weight_spread",
     "apply_patch": "model.patch",
     "as_edits": "data.readers",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -115,6 +116,33 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+def _of_new_versions(name: str, **settings: Any) -> dict[str, Callable[..., Any]]:
+    """A family that this version of transformers may not have yet."""
+    config = getattr(transformers, name, None)
+    return {} if config is None else {config.model_type: lambda **kw: config(**settings, **kw)}
+
+
+# Hybrids: layers without attention, or with a recurrent state beside it, or with the keys of another layer.
+HYBRIDS: dict[str, Callable[..., Any]] = {
+    **_of_new_versions(
+        "Lfm2Config", **_LLAMA, block_auto_adjust_ff_dim=False,
+        layer_types=["full_attention", "conv", "full_attention", "full_attention"],
+    ),
+    **_of_new_versions(
+        "FalconH1Config", **_GEMMA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8,
+    ),
+    **_of_new_versions(
+        "Qwen3_5TextConfig", **_GEMMA, linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"] * 2,
+    ),
+    **_of_new_versions(  # the two uppermost layers use keys of those below
+        "Gemma4TextConfig", **(_GEMMA | {"num_hidden_layers": 6}), global_head_dim=8, sliding_window=12,
+        num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=3000,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+    ),
+}  # fmt: skip
+
+
 # Families whose layers may look back through a window; real ones are of 512 tokens and more.
 WINDOWED = ("cohere2", "gemma2", "gemma3", "gemma3_text", "mistral", "olmo3", "phi3-window", "qwen2-window")
 
@@ -123,7 +151,7 @@ def save_tiny(family: str, folder: Path, seed: int = 0, window: int | None = Non
     """A random model of a family in a folder of its own; ``window``: another length of its sliding window."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(locate("atlas"))
-    config = CONFIGS[family](
+    config = {**CONFIGS, **HYBRIDS}[family](
         vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=False
     )
     if window is not None:

@@ -120,7 +120,7 @@ def _study(model: ModelOptions, data: DataOptions, tracing: TracingOptions, top:
 
     if model.patch is not None and model.dtype == "auto":
         model = replace(model, dtype=load_patch(model.patch)[1]["dtype"])
-    architecture = architecture_of(load_config(model.model_name), model.architecture)
+    architecture = architecture_of(load_config(model.model_name, model.trust_remote_code), model.architecture)
     lm, encoder = load_with_encoder(model)
     scope = Scope(top, data.least, tracing.noise, tracing.draws, tracing.seed, tracing.window, model.tokens_per_batch)
     return Study(lm, Sites.of(lm, architecture), encoder, scope)

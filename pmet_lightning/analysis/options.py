@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pmet_lightning.data.chat import Chat
+from pmet_lightning.data.join import Join
 from pmet_lightning.model.loading import DtypeName
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
@@ -23,16 +25,20 @@ class LoadOptions:
         dtype: Precision the model is loaded in; 'auto' uses that of the checkpoint.
         attn_implementation: Attention kernel of transformers, such as eager or sdpa; null uses its default.
         tokens_per_batch: Maximum number of padded tokens in one forward pass.
-        chat: Whether prompts are a user's messages in the tokenizer's chat template.
+        chat: Whether prompts are a user's messages in the tokenizer's chat template; or the messages before them.
+        join: How prompts and answers are joined, as for fit.
         device: Where the model runs, such as cpu or cuda:0; null uses a GPU if there is one.
+        trust_remote_code: Whether Python code in the model's folder or repository may run.
     """
 
     model_name: str = "atlas"
     dtype: DtypeName = "auto"
     attn_implementation: str | None = None
     tokens_per_batch: PositiveInt = 8192
-    chat: bool = False
+    chat: Chat = False
+    join: Join = "auto"
     device: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,13 @@ def load_with_encoder(options: LoadOptions) -> tuple[nn.Module, PromptEncoder]:
         ValueError: If the device is unknown, or there is no chat template and one is asked for.
     """
     from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
-    from pmet_lightning.model.loading import load_model
+    from pmet_lightning.model.architectures import embedding_rows
+    from pmet_lightning.model.loading import load_config, load_model
     from pmet_lightning.utils.resources import check_device
 
-    device = check_device(options.device, "--model.device")
-    encoder = PromptEncoder.of(load_tokenizer(options.model_name), options.chat)
-    return load_model(options.model_name, options.dtype, options.attn_implementation).to(device), encoder
+    device, trusted = check_device(options.device, "--model.device"), options.trust_remote_code
+    rows = embedding_rows(load_config(options.model_name, trusted))
+    tokenizer = load_tokenizer(options.model_name, trusted)
+    encoder = PromptEncoder.of(tokenizer, options.chat, options.join, rows=rows)
+    model = load_model(options.model_name, options.dtype, options.attn_implementation, trust_remote_code=trusted)
+    return model.to(device), encoder

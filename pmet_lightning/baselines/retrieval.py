@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from pmet_lightning.data.datamodule import EditBatch
-from pmet_lightning.data.encoder import with_leading_space
+from pmet_lightning.data.join import join_of
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.evaluation.probes import RecordResult
@@ -37,7 +37,8 @@ class Retrieval(EditableModel):
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Take note of the facts."""
         for edit in batch.edits:
-            self._facts[edit.subject].append(f"{edit.question}{with_leading_space(edit.target)}. ")
+            join = join_of(edit.question, edit.target, self.encoder.join)
+            self._facts[edit.subject].append(f"{edit.question}{join}{edit.target}. ")
 
     def evaluate(self, edits: Sequence[Edit], positions: Sequence[int]) -> list[RecordResult]:
         """As for any model, with the facts known so far before every text that names their subject."""

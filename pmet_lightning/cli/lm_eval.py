@@ -23,6 +23,7 @@ def harness(
     limit: int | None = None,
     batch_size: int = 8,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Evaluate a Hugging Face folder with lm-evaluation-harness.
 
@@ -34,6 +35,7 @@ def harness(
         limit: Number of documents of each task that are used; null uses all, anything else is for trial runs only.
         batch_size: Rows in one forward pass.
         device: Where the model runs, such as cpu or cuda:0; null uses a GPU if there is one.
+        trust_remote_code: Whether Python code in the model's folder or repository may run.
 
     Raises:
         FileExistsError: If ``out`` exists.
@@ -44,11 +46,14 @@ def harness(
     check_new_file(out, "--out")
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"--batch_size is {batch_size} and --limit {limit}, expected at least 1")
+    include = None if include is None else str(Path(include).expanduser())
     if include is not None and not Path(include).is_dir():
         raise FileNotFoundError(f"--include {include}: expected a folder with task YAMLs, found none")
     lm_eval = _import_lm_eval()
     device = check_device(device, "--device")
-    model_args = {"pretrained": _locate_model(model)}
+    model_args: dict[str, Any] = {"pretrained": _locate_model(model, trust_remote_code)}
+    if trust_remote_code:
+        model_args["trust_remote_code"] = True
     manager = lm_eval.tasks.TaskManager(include_path=include, metadata=model_args)
     _check_tasks(tasks, manager.all_tasks)
     results = lm_eval.simple_evaluate(
@@ -81,7 +86,7 @@ def _import_lm_eval() -> Any:
     return lm_eval
 
 
-def _locate_model(model: str) -> str:
+def _locate_model(model: str, trust_remote_code: bool) -> str:
     """The folder or hub name of a model, after checking that its configuration and tokenizer can be read."""
     from pmet_lightning.data.encoder import load_tokenizer
     from pmet_lightning.model.loading import load_config
@@ -90,8 +95,8 @@ def _locate_model(model: str) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"--model {model}: the folder has no config.json, expected one made by 'export'")
     try:
-        load_config(model)
-        load_tokenizer(model)
+        load_config(model, trust_remote_code)
+        load_tokenizer(model, trust_remote_code)
     except FileNotFoundError as error:
         raise FileNotFoundError(str(error).replace("--model.model_name", "--model")) from error
     # The harness queries the hub for anything that could be a hub name, such as a relative path.

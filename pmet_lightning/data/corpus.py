@@ -13,6 +13,7 @@ from pmet_lightning.data import earth
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.text_files import csv_rows
 from pmet_lightning.data.token_rows import TokenRow
+from pmet_lightning.data.vocabulary import check_ids
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.resources import locate
 
@@ -98,7 +99,7 @@ def _digest(path: Path, size: int, modified: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[TokenRow]:
+def pack_rows(texts: Iterable[str], tokenizer: Any, length: int, rows: int | None = None) -> Iterator[TokenRow]:
     """Join texts, with a space between them, into rows of ``length`` tokens; the last may be shorter.
 
     Every row begins with what the tokenizer puts before a text (BOS, or nothing): a model that has learned to rely
@@ -108,8 +109,10 @@ def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tok
         texts: Any texts.
         tokenizer: A Hugging Face tokenizer.
         length: Tokens per row.
+        rows: Number of rows of the model's embedding; ``None`` where it is not known.
 
     Raises:
+        VocabularyError: If a text holds a token beyond the embedding.
         CorpusError: If the length leaves no room for text.
     """
     start = prefix_of(tokenizer)
@@ -125,7 +128,8 @@ def pack_rows(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tok
     while batch := list(itertools.islice(remaining, _TEXTS_PER_CALL)):
         joined = [text if first and i == 0 else f" {text}" for i, text in enumerate(batch)]
         first = False
-        for ids in tokenizer(joined, add_special_tokens=False)["input_ids"]:
+        for text, ids in zip(batch, tokenizer(joined, add_special_tokens=False)["input_ids"], strict=True):
+            check_ids(ids, text, rows)
             stream += ids
         while len(stream) >= room:
             yield TokenRow([*start, *stream[:room]])

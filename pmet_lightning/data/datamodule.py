@@ -12,8 +12,10 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from pmet_lightning.data.encoder import LocationError, PromptEncoder, load_tokenizer
+from pmet_lightning.data.chat import Chat
+from pmet_lightning.data.encoder import LocationError, PromptEncoder, check_characters, load_tokenizer
 from pmet_lightning.data.fields import RecordError
+from pmet_lightning.data.join import Join
 from pmet_lightning.data.readers import read_edits, stream_edits
 from pmet_lightning.data.records import Edit, ZsreTarget, check_no_contradictions, skip_written
 from pmet_lightning.utils.distributed import ProcessGroup
@@ -130,6 +132,8 @@ class EditDataModule(L.LightningDataModule):
             counterfactual ``alt`` (EasyEdit, LocFT), whose old object is then the true one.
         evaluation_batch: Edits whose questions are evaluated together.
         chat: Whether prompts are user messages in a chat; linked to the model's setting on the command line.
+        join: How prompts and answers are joined; linked likewise.
+        trust_remote_code: Whether code in the tokenizer's folder may run; linked likewise.
         stream: Whether edits arrive during the run: from a .jsonl file that may grow, or a hub data set of any size.
             Needs ``edit_batch``.
         stream_wait: Seconds to wait for further lines at the end of a stream's file; then the last edit batch is
@@ -147,7 +151,9 @@ class EditDataModule(L.LightningDataModule):
         split: str = "train",
         zsre_target: ZsreTarget = "answers",
         evaluation_batch: PositiveInt = 32,
-        chat: bool = False,
+        chat: Chat = False,
+        join: Join = "auto",
+        trust_remote_code: bool = False,
         stream: bool = False,
         stream_wait: NonNegativeFloat = 0.0,
     ) -> None:
@@ -158,7 +164,8 @@ class EditDataModule(L.LightningDataModule):
         self.stream, self.stream_wait = stream, float(stream_wait)
         self.done = 0  # edits that the run had written before it was resumed
         self.path, self.split, self.zsre_target = path, split, zsre_target
-        self.tokenizer_name, self.chat = tokenizer, chat
+        self.tokenizer_name, self.chat, self.join = tokenizer, chat, join
+        self.trust_remote_code = trust_remote_code
         self.edit_batch = edit_batch
         self.skip, self.limit, self.shuffle = skip, limit, shuffle
         self.evaluation_batch = evaluation_batch
@@ -209,11 +216,15 @@ class EditDataModule(L.LightningDataModule):
         log.info("%d edits from %s", len(edits), self.path)
 
     def _check_tokens(self, edits: Sequence[Edit]) -> None:
-        tokenizer = load_tokenizer(self.tokenizer_name) if self._tokenizer is None else self._tokenizer
-        encoder = PromptEncoder.of(tokenizer, self.chat)
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            tokenizer = load_tokenizer(self.tokenizer_name, self.trust_remote_code)
+        encoder = PromptEncoder.of(tokenizer, self.chat, self.join)
         for edit in edits:
             try:
                 encoder.encode(edit.prompt, edit.subject, target=edit.target)
+                for text in edit.evaluation_texts():
+                    check_characters(text)
             except LocationError as error:
                 raise RecordError(f"{edit.origin}: {error}") from error
 

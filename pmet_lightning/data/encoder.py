@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pmet_lightning.data.chat import Chat, ChatFrame
+from pmet_lightning.data.join import Join, join_of
 from pmet_lightning.data.token_rows import TokenRow
+from pmet_lightning.data.vocabulary import check_ids, check_vocabulary
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.pretrained import load_pretrained
 
@@ -24,11 +27,6 @@ REPLACEMENT_CHARACTER = "\ufffd"  # what bytes decode to that are not a whole ch
 
 class LocationError(PmetError):
     """A subject or a target has no token of its own in its text."""
-
-
-def with_leading_space(target: str) -> str:
-    """The target as it continues a prompt (docs/method.md, choice 1)."""
-    return target if target[:1].isspace() else " " + target
 
 
 def fill(template: str, text: str) -> tuple[str, int]:
@@ -43,28 +41,35 @@ class PromptEncoder:
 
     Attributes:
         tokenizer: A Hugging Face tokenizer, fast or slow.
-        chat: What the chat template puts before and after a user's message, the latter up to the assistant's first
-            character; ``None`` for plain text.
+        chat: What the chat template puts around a user's message; ``None`` for plain text.
+        join: How plain text and its continuation are joined.
+        rows: Number of rows of the model's embedding; ``None`` where it is not known.
     """
 
     tokenizer: Any
-    chat: tuple[str, str] | None = None
+    chat: ChatFrame | None = None
+    join: Join = "auto"
+    rows: int | None = None
     _cache: dict[str, Tokenized] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
-    def of(cls, tokenizer: Any, chat: bool = False) -> PromptEncoder:
+    def of(cls, tokenizer: Any, chat: Chat = False, join: Join = "auto", *, rows: int | None = None) -> PromptEncoder:
         """An encoder of a tokenizer, with its own chat template if asked for.
 
         Raises:
-            ValueError: If the tokenizer has no chat template, or one that changes the message.
+            ValueError: As :meth:`~pmet_lightning.data.chat.ChatFrame.of`.
+            VocabularyError: If the tokenizer is not one of a model with so many rows.
         """
-        return cls(tokenizer, _chat_frame(tokenizer) if chat else None)
+        frame = ChatFrame.of(tokenizer, chat)
+        if rows is not None:
+            check_vocabulary(tokenizer, rows, "" if frame is None else frame.around(""))
+        return cls(tokenizer, frame, join, rows)
 
     @property
     def pad_id(self) -> int:
         """The id to pad with; any id works, since padding is masked everywhere."""
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
+            if candidate is not None and (self.rows is None or candidate < self.rows):
                 return int(candidate)
         return 0
 
@@ -78,7 +83,8 @@ class PromptEncoder:
             definition = self.tokenizer.backend_tokenizer.to_str()
         else:
             definition = repr([type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())])
-        return hashlib.sha256(f"{definition}{self.chat}".encode()).hexdigest()[:16]
+        rule = "" if self.join == "auto" else self.join
+        return hashlib.sha256(f"{definition}{self.chat}{rule}".encode()).hexdigest()[:16]
 
     def encode(
         self,
@@ -107,7 +113,7 @@ class PromptEncoder:
         text, subject_start = (prompt, 0) if subject is None else fill(prompt, subject)
         text, prompt_start = fill(context, text)
         text, full = self._texts(text, target)
-        ((ids, offsets),) = self._tokenize_cached([full])
+        ((ids, offsets),) = self._tokenize_joined([(text, full)])
         position = -1
         if subject is not None:
             position = self._subject_tokens(offsets, prompt_start + subject_start, subject, full)[-1]
@@ -132,7 +138,7 @@ class PromptEncoder:
 
     def _subject_tokens(self, offsets: Sequence[tuple[int, int]], start: int, subject: str, full: str) -> range:
         """From the first to the last token of the subject, which begins at character ``start`` of the prompt."""
-        start += 0 if self.chat is None else len(self.chat[0])
+        start += 0 if self.chat is None else len(self.chat.before)
         last = _last_token_covering(offsets, start + len(subject.rstrip()) - 1)
         if not subject.strip() or last < 0:
             raise LocationError(f"the subject {subject!r} has no token of its own in {full!r}")
@@ -152,16 +158,47 @@ class PromptEncoder:
         """
         wanted = [None] * len(prompts) if targets is None else targets
         texts = [self._texts(prompt, target) for prompt, target in zip(prompts, wanted, strict=True)]
-        tokenized = self._tokenize_cached([full for _, full in texts])
+        tokenized = self._tokenize_joined(texts)
         return [
             _add_target(TokenRow(ids), offsets, text, target)
             for (text, _), target, (ids, offsets) in zip(texts, wanted, tokenized, strict=True)
         ]
 
+    def _tokenize_joined(self, pairs: Sequence[tuple[str, str]]) -> list[Tokenized]:
+        """Tokens of texts with their continuations, none of which holds the end of the one and the start of the other.
+
+        Where no space is between the two, a tokenizer may make one token of both. A model that continues the text on
+        its own has read the text's own tokens: there these are followed by the continuation's.
+
+        Args:
+            pairs: Each text alone, and with its continuation.
+        """
+        found = self._tokenize_cached([full for _, full in pairs])
+        for i, (text, full) in enumerate(pairs):
+            crossed = any(start < len(text) < end for start, end in found[i][1])
+            if crossed and (self.chat is not None or not text[-1].isspace()):
+                found[i] = self._tokenize_apart(text, full[len(text) :])
+        return found
+
+    def _tokenize_apart(self, text: str, more: str) -> Tokenized:
+        ((ids, offsets),) = self._tokenize_cached([text])
+        # After a line break no tokenizer puts a space before the text, as some do at its beginning.
+        ((tail, spans),) = tokenize(self.tokenizer, ["\n" + more], special=False)
+        first = next((i for i, (start, end) in enumerate(spans) if end > 1), len(spans))
+        if spans[first:] and spans[first][0] < 1:
+            ((tail, spans),) = tokenize(self.tokenizer, [more], special=False)
+            first, spans = 0, [(start + 1, end + 1) for start, end in spans]
+        moved = [(start - 1 + len(text), end - 1 + len(text)) for start, end in spans[first:]]
+        return [*ids, *tail[first:]], [*offsets, *moved]
+
     def _tokenize_cached(self, texts: Sequence[str]) -> list[Tokenized]:
         """As :func:`tokenize`; the latest texts are cached, since every text of an edit is needed again."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._cache]
+        for text in missing:
+            check_characters(text)
         made = tokenize(self.tokenizer, missing, special=self.chat is None)
+        for text, (ids, _) in zip(missing, made, strict=True):
+            check_ids(ids, text, self.rows)
         self._cache.update(zip(missing, made, strict=True))
         found = [self._cache[text] for text in texts]
         for text in list(itertools.islice(self._cache, max(0, len(self._cache) - MOST_KEPT_TEXTS))):
@@ -170,24 +207,27 @@ class PromptEncoder:
 
     def _texts(self, text: str, target: str | None) -> tuple[str, str]:
         """The text as the model reads it, and with the target, which continues a prompt or begins a chat answer."""
-        if self.chat is None:
-            return text, text if target is None else text + with_leading_space(target)
-        text = self.chat[0] + text + self.chat[1]
-        return text, text if target is None else text + target.lstrip()
+        text = text if self.chat is None else self.chat.around(text)
+        if target is None:
+            return text, text
+        if self.chat is not None:
+            return text, text + self.chat.answer(target)
+        return text, text + join_of(text, target, self.join) + target
 
 
-def _chat_frame(tokenizer: Any) -> tuple[str, str]:
-    """What the tokenizer's chat template puts around a user's message, up to the assistant's first character."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("--model.chat true needs a tokenizer with a chat template, this one has none; leave it false")
-    question, answer = "QUESTION-OF-THE-USER", "ANSWER-OF-THE-ASSISTANT"
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    head, _, rest = text.partition(question)
-    tail, found, _ = rest.partition(answer)
-    if not found:
-        raise ValueError(f"the chat template does not put a question and its answer into the text: it gives {text!r}")
-    return head, tail
+def check_characters(text: str) -> None:
+    """Refuse a text with half of a surrogate pair, which JSON can hold and no tokenizer or file can.
+
+    Raises:
+        LocationError: If there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LocationError(
+            f"{text!r} holds half of a character ({text[error.start]!r}, a lone surrogate) at position {error.start}; "
+            "expected whole characters: write the other half after it, or take it out"
+        ) from error
 
 
 def _add_target(row: TokenRow, offsets: Sequence[tuple[int, int]], text: str, target: str | None) -> TokenRow:
@@ -261,12 +301,34 @@ def _last_token_covering(offsets: Sequence[tuple[int, int]], character: int) -> 
     return covering[-1] if covering else -1
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer, the fast one where there are both.
 
+    Args:
+        name: The folder or name.
+        trust_remote_code: Whether code in the model's folder may run.
+
     Raises:
-        FileNotFoundError: If there is no such folder and the hub does not know it or cannot be reached.
+        FileNotFoundError: If there is no such folder and the hub does not know it or cannot be reached, or if there is
+            one without a tokenizer.
+        PmetError: If a file is broken.
     """
     from transformers import AutoTokenizer
 
-    return load_pretrained(AutoTokenizer, name)
+    try:
+        tokenizer = load_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    except PmetError:
+        raise
+    except ValueError as error:  # what transformers raises depends on the family
+        raise _no_tokenizer(name, str(error).strip().splitlines()[0]) from error
+    # For some families it makes one with special tokens and nothing else.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise _no_tokenizer(name, "what it gives has special tokens only")
+    return tokenizer
+
+
+def _no_tokenizer(name: str, reason: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"no tokenizer in {name!r} ({reason}); expected tokenizer.json or the files that its kind has (vocab.json and "
+        "merges.txt, tokenizer.model) beside the model: copy those of the model there, with save_pretrained"
+    )

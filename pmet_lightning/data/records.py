@@ -89,6 +89,11 @@ class Edit:
         """The bare prompt with its subject filled in."""
         return self.prompt.replace("{}", self.subject, 1)
 
+    def evaluation_texts(self) -> list[str]:
+        """All texts of its questions and answers, and its generation prompts."""
+        asked = [text for probe in self.probes for text in (probe.prompt, *probe.answers, probe.rival or "")]
+        return [*asked, *self.generation_prompts]
+
     def identity(self) -> str:
         """Hash of what the target vector depends on."""
         text = json.dumps([self.prompt, self.subject, self.target], ensure_ascii=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from typing_extensions import Unpack
 from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.readers import as_edits
 from pmet_lightning.data.records import Edit
+from pmet_lightning.data.tables import as_rows
 from pmet_lightning.editor.edit_report import EditReport
 from pmet_lightning.editor.isolation import preserve_caller_state
-from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of
+from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of, tokenizer_in
 from pmet_lightning.editor.settings import EditorSettings, ModelSettings
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.fingerprint import checksum
@@ -32,13 +32,14 @@ from pmet_lightning.run.manifest import manifest_of, moments_of
 from pmet_lightning.run.settings import make_objects, read_sections
 from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
 from pmet_lightning.utils.files import new_folder
+from pmet_lightning.utils.processor_files import copy_processor_files
 from pmet_lightning.utils.progress import EditProgressBar
 from pmet_lightning.write.edited_weights import Snapshot
 
 log = logging.getLogger(__name__)
 
-# One or several files or hub data sets; one or several facts.
-Facts = str | Path | Sequence[str | Path] | Mapping[str, Any] | Edit | Iterable[Mapping[str, Any] | Edit]
+# One or several files or hub data sets; one or several facts, also as a table or as parallel lists.
+Facts = str | Path | Sequence[str | Path] | Mapping[str, Any] | Edit | Iterable[Mapping[str, Any] | Edit] | Any
 
 
 class Editor:
@@ -51,7 +52,8 @@ class Editor:
     Args:
         model: A causal language model of transformers, or the folder or name of one to load, as for
             --model.model_name.
-        tokenizer: Its tokenizer, or the folder or name to load it from; by default that of the model.
+        tokenizer: Its tokenizer, a processor that holds it, or the folder or name to load it from; by default that of
+            the model.
         layers: Layers whose weights are edited; 'auto' picks a range by the model's depth.
         corpus: General text for the second moments: a file, a hub data set, or 'atlas-corpus'.
         lam: λ, weight of the second moments against the new keys, in preserved keys.
@@ -78,7 +80,7 @@ class Editor:
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         tokenizer: Any = None,
         *,
         layers: Sequence[int] | Literal["auto"] | None = None,
@@ -102,10 +104,12 @@ class Editor:
             "spread": dict(spread or {}) | _given(lam=lam),
             "drift": dict(drift or {}),
         }
+        model = str(model) if isinstance(model, Path) else model
         name = model if isinstance(model, str) else model_name_of(model)
         parts = make_objects(name, sections)  # before anything is loaded
         self.model: Any = load(model, settings, device) if isinstance(model, str) else check_model(model, settings)
-        self.tokenizer: Any = load_tokenizer_for(name, tokenizer)
+        self._processor = load_tokenizer_for(name, tokenizer, bool(settings.get("trust_remote_code")))
+        self.tokenizer: Any = tokenizer_in(self._processor)
         self._module, self._moments, self._spread = parts.module, parts.moments, parts.spread
         self._drift, self._data_settings, self._progress = parts.drift, parts.data, progress
         self._module.attach(self.model, self.tokenizer)
@@ -118,7 +122,11 @@ class Editor:
 
     @classmethod
     def from_config(
-        cls, config: str, model: nn.Module | str | None = None, tokenizer: Any = None, **changes: Unpack[EditorSettings]
+        cls,
+        config: str | Path,
+        model: nn.Module | str | Path | None = None,
+        tokenizer: Any = None,
+        **changes: Unpack[EditorSettings],
     ) -> Editor:
         """An editor with the settings of a configuration.
 
@@ -135,7 +143,7 @@ class Editor:
             FileNotFoundError: If there is no such configuration.
             ValueError: If it is not the configuration of an edit run, or a change is invalid.
         """
-        configured = read_sections(config)
+        configured = read_sections(str(config))
         model_name = configured["model"].pop("model_name")
         unused = (*(LOADING if isinstance(model, nn.Module) else ()), *(("optimizer",) if "lr" in changes else ()))
         settings = {name: value for name, value in configured.pop("model").items() if name not in unused}
@@ -201,15 +209,16 @@ class Editor:
                 new_tokens=new_tokens,
             )
 
-    def edit(self, facts: Facts, *, evaluate: bool = True, run_dir: str | None = None) -> EditReport:
+    def edit(self, facts: Facts, *, evaluate: bool = True, run_dir: str | Path | None = None) -> EditReport:
         """Write facts into the model's weights, after what earlier calls have written (the command ``fit``).
 
         Either all of them are written or, if anything fails or the call is interrupted, none.
 
         Args:
             facts: Records as in a file (COUNTERFACT, zsRE or flat ones: ``prompt`` with ``{}``, ``subject``,
-                ``target_new``), :class:`~pmet_lightning.Edit` objects, or what --data.path takes: a file or a hub data
-                set, or a list or tuple of several.
+                ``target_new``), :class:`~pmet_lightning.Edit` objects, a table (pandas, polars, pyarrow, datasets) or a
+                mapping of parallel lists with such columns, or what --data.path takes: a file or a hub data set, or a
+                list or tuple of several.
             evaluate: Whether the model is evaluated on the facts before and after.
             run_dir: A new folder for all files that a run of the command line stores; ``None`` stores nothing.
 
@@ -271,7 +280,8 @@ class Editor:
         """
         with new_folder(folder, "Editor.save:") as unfinished:
             save_model(self.model, unfinished)
-            self.tokenizer.save_pretrained(unfinished)
+            self._processor.save_pretrained(unfinished)
+            copy_processor_files(str(getattr(self.model, "name_or_path", "")), unfinished)
             if self._spread.edited.deltas:
                 write_card(unfinished, self._manifest(), weights=self._spread.edited.deltas)
 
@@ -307,14 +317,12 @@ class Editor:
             data = EditDataModule(**{**self._data_settings, "path": paths})
             data.attach(self.tokenizer)
         else:
-            single = isinstance(facts, (Mapping, Edit))
-            given = [facts] if single else facts
-            edits = as_edits(given, zsre_target=self._data_settings["zsre_target"])  # type: ignore[arg-type]
+            edits = as_edits(as_rows(facts), zsre_target=self._data_settings["zsre_target"])
             data = EditDataModule.of(edits, self.tokenizer, **self._data_settings)
         data.setup("fit")
         return data
 
-    def _trainer(self, callbacks: Sequence[Callback], run_dir: str | None, evaluate: bool) -> L.Trainer:
+    def _trainer(self, callbacks: Sequence[Callback], run_dir: str | Path | None, evaluate: bool) -> L.Trainer:
         """Make Lightning's trainer, for the model's device and this process only."""
         kinds = {"cpu": ("cpu", 1), "cuda": ("gpu", [self._device.index or 0])}
         accelerator, devices = kinds.get(self._device.type, (self._device.type, 1))
@@ -328,7 +336,7 @@ class Editor:
             **({} if evaluate else {"num_sanity_val_steps": 0, "limit_val_batches": 0}),
         }
         if run_dir is not None:
-            return EditTrainer(run_dir, callbacks=list(callbacks), **options)
+            return EditTrainer(str(run_dir), callbacks=list(callbacks), **options)
         bars = [EditProgressBar()] if self._progress else []
         return L.Trainer(**{**EDIT_RUN, **options, "logger": False, "callbacks": [*callbacks, *bars]})
 
@@ -341,7 +349,7 @@ class Editor:
     def _weight_checksums(self) -> dict[str, str]:
         """Checksums of the edited weights."""
         sites, checksums = self._module.sites, {}
-        for projection_id in itertools.product(self._spread.sites, self._module.layers):
+        for projection_id in sites.written(self._spread.sites, self._module.layers):
             weight = sites.module(*projection_id).weight
             assert isinstance(weight, Tensor)
             checksums[sites.weight_name(*projection_id)] = f"{weight.dtype} {checksum(weight.detach())}"

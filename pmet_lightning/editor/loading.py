@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from pmet_lightning.data.encoder import load_tokenizer
-from pmet_lightning.model.loading import forget_gguf, load_model
+from pmet_lightning.model.gguf import forget_gguf
+from pmet_lightning.model.loading import load_model
+from pmet_lightning.model.quantization import refuse_quantized
 from pmet_lightning.utils.resources import check_device
 
 # Classes whose ``module`` is the model.
@@ -35,7 +38,7 @@ def load(name: str, settings: Mapping[str, Any], device: str | torch.device | No
         FileNotFoundError: If there is no model of that name.
         ValueError: If the device cannot be used.
     """
-    options = {key: settings[key] for key in LOADING if key in settings}
+    options = {key: settings[key] for key in (*LOADING, "trust_remote_code") if key in settings}
     model = load_model(name, **options)
     if options.get("device_map") is None:
         model.to(check_device(None if device is None else str(device), "device"))
@@ -64,10 +67,10 @@ def check_model(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     unusable = [name for name in LOADING if settings.get(name) not in (None, "auto")]
     if unusable:
         raise ValueError(f"Editor: {', '.join(unusable)} says how to load a model, but this one is loaded already")
+    refuse_quantized(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point():
-            found = "on the meta device" if parameter.is_meta else f"quantised ({parameter.dtype})"
-            raise ValueError(f"Editor: {name} is {found}; expected a model whose weights can be written")
+        if parameter.is_meta:
+            raise ValueError(f"Editor: {name} is on the meta device; expected a model whose weights can be written")
     forget_gguf(model)  # its weights are dense: what is left is that it could not be saved
     return model
 
@@ -99,21 +102,41 @@ def _refuse_adapters(model: nn.Module) -> None:
         )
 
 
-def load_tokenizer_for(name: str, tokenizer: Any) -> Any:
+def load_tokenizer_for(name: str, tokenizer: Any, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer that is given, or load one.
 
     Args:
         name: Name of the model.
-        tokenizer: An object, a name, or ``None`` for the model's own.
+        tokenizer: An object, a folder or name, or ``None`` for the model's own.
+        trust_remote_code: Whether code in its folder may run.
 
     Raises:
         FileNotFoundError: If there is no tokenizer of that name.
     """
-    if tokenizer is not None and not isinstance(tokenizer, str):
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         return tokenizer
     try:
-        return load_tokenizer(tokenizer or name)
+        return load_tokenizer(str(tokenizer or name), trust_remote_code)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"Editor: no tokenizer for the model {name!r}; pass one as tokenizer ({error})"
         ) from error
+
+
+def tokenizer_in(given: Any) -> Any:
+    """The tokenizer itself: what is given, or what a processor of images, sounds and texts holds.
+
+    Args:
+        given: A tokenizer of transformers, or one of its processors.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    tokenizer = given if hasattr(given, "is_fast") else getattr(given, "tokenizer", None)
+    if not hasattr(tokenizer, "is_fast"):
+        raise TypeError(
+            f"Editor: the tokenizer is a {type(given).__name__}, expected one of transformers (AutoTokenizer), a "
+            "processor that has one (AutoProcessor), or the folder or name to load it from; for a Tokenizer of the "
+            "library tokenizers, pass PreTrainedTokenizerFast(tokenizer_object=...)"
+        )
+    return tokenizer

@@ -13,6 +13,8 @@ from typing_extensions import TypedDict
 if TYPE_CHECKING:
     import torch
 
+    from pmet_lightning.data.chat import Chat
+    from pmet_lightning.data.join import Join
     from pmet_lightning.data.token_rows import PaddingSide
     from pmet_lightning.evaluation.editable import TextSettings
     from pmet_lightning.model.architectures import Architecture
@@ -48,10 +50,12 @@ class ModelSettings(TypedDict, total=False):
     tokens_per_batch: int
     free_tokens: int
     texts: TextSettings | Mapping[str, Any] | None
-    chat: bool
+    chat: Chat
+    join: Join
     keep_float32: bool
     patch: str | None
     device_map: DeviceMap | None
+    trust_remote_code: bool
 
 
 class EditorSettings(ModelSettings, total=False):

@@ -15,15 +15,24 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from pmet_lightning.data.chat import Chat
 from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
+from pmet_lightning.data.join import Join
 from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import PaddingSide
 from pmet_lightning.evaluation.consistency import References
 from pmet_lightning.evaluation.fluency import fluency, sample_texts
 from pmet_lightning.evaluation.probes import ProbeResult, RecordResult, compare_with_clean, score_probes
 from pmet_lightning.evaluation.scores import EditScores, table_of
-from pmet_lightning.model.architectures import Architecture, architecture_of, depth_of, suggest_layers, written_sites
+from pmet_lightning.model.architectures import (
+    Architecture,
+    architecture_of,
+    depth_of,
+    embedding_rows,
+    suggest_layers,
+    written_sites,
+)
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.fsdp import load_in_turn, shard
 from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load_model, set_plain_outputs
@@ -73,13 +82,18 @@ class EditableModel(L.LightningModule):
             ones; 0 generates none.
         texts: Texts generated from the records' generation prompts for fluency and consistency; null generates none.
         chat: Whether prompts are user messages in the tokenizer's chat template, and targets the beginning of
-            the assistant's answer.
+            the assistant's answer; or the messages that precede a user's: a system prompt, earlier turns (a list of
+            {role, content}).
+        join: How a prompt that is no chat and its answer are joined: 'space', 'none' (the answer as it is), or 'auto',
+            a space but after an opening quote or bracket and in scripts without spaces.
         keep_float32: Whether the output projections of the edited layers of a half-precision model are held in
             float32, so that no part of an edit is rounded away in memory (``export --dtype float32`` keeps it in a
             folder).
         patch: A patch.safetensors to apply after loading.
         device_map: Placement of the parts of a model that is larger than one device, such as auto (needs accelerate;
             one process). Null leaves it to the trainer, whose ModelParallelStrategy shards over processes instead.
+        trust_remote_code: Whether Python code in the model's folder or repository may run, for models that transformers
+            does not have.
     """
 
     def __init__(
@@ -93,10 +107,12 @@ class EditableModel(L.LightningModule):
         tokens_per_batch: PositiveInt = 8192,
         free_tokens: NonNegativeInt = 16,
         texts: TextSettings | None = None,
-        chat: bool = False,
+        chat: Chat = False,
+        join: Join = "auto",
         keep_float32: bool = False,
         patch: str | None = None,
         device_map: DeviceMap | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         # A subclass's too; the run logs them itself. Lightning could not pickle an optimizer that is a lambda.
@@ -111,7 +127,8 @@ class EditableModel(L.LightningModule):
         self.padding_side: PaddingSide = padding_side
         self.tokens_per_batch = tokens_per_batch
         self.free_tokens, self.texts = free_tokens, texts
-        self.chat, self.keep_float32, self.patch, self.device_map = chat, keep_float32, patch, device_map
+        self.chat, self.join, self.trust_remote_code = chat, join, trust_remote_code
+        self.keep_float32, self.patch, self.device_map = keep_float32, patch, device_map
 
         self.lm: nn.Module | None = None
         self._attached: tuple[nn.Module, Any] | None = None
@@ -151,8 +168,10 @@ class EditableModel(L.LightningModule):
 
         Raises:
             ValueError: If the layers do not fit the model's depth.
+            VocabularyError: If the tokenizer is not the model's.
         """
-        config: Any = load_config(self.model_name) if self._attached is None else self._attached[0].config
+        given, trusted = self._attached, self.trust_remote_code
+        config: Any = load_config(self.model_name, trusted) if given is None else given[0].config
         self._architecture = architecture_of(config, self.architecture_override)
         self.depth = depth = depth_of(config)
         if self.layers_wanted is None:
@@ -168,8 +187,9 @@ class EditableModel(L.LightningModule):
             self._references = References.of(self.texts.references, self.texts.references_subset)
             log.info("consistency: similarity to %s", self._references.label)
         if self._encoder is None:
-            tokenizer = load_tokenizer(self.model_name) if self._attached is None else self._attached[1]
-            self._encoder = PromptEncoder.of(tokenizer, self.chat)
+            tokenizer = load_tokenizer(self.model_name, trusted) if given is None else given[1]
+            rows = embedding_rows(config if given is None else given[0])
+            self._encoder = PromptEncoder.of(tokenizer, self.chat, self.join, rows=rows)
 
     def configure_model(self) -> None:
         """Load the language model, once."""
@@ -182,9 +202,8 @@ class EditableModel(L.LightningModule):
             self.__dict__["lm"] = model  # not as a submodule: Lightning would move all of it to one device
         self.base_fingerprint = fingerprint(model)
         if self.keep_float32:
-            for layer in self.layers:
-                for site in written_sites("attn+ffn"):
-                    keep_in_float32(self.sites.module(site, layer))
+            for projection_id in self.sites.written(written_sites("attn+ffn"), self.layers):
+                keep_in_float32(self.sites.module(*projection_id))
         if self.patch is not None:
             apply_patch(model, self.sites, self.patch, self.base_fingerprint)
             self.base_fingerprint = fingerprint(model)  # second moments and further edits are of the patched weights
@@ -199,7 +218,8 @@ class EditableModel(L.LightningModule):
                 "ModelParallelStrategy as --trainer.strategy and no device map"
             )
         with load_in_turn(self):
-            model = load_model(self.model_name, self.dtype_name, self.attn_implementation, self.device_map)
+            options = (self.dtype_name, self.attn_implementation, self.device_map, self.trust_remote_code)
+            model = load_model(self.model_name, *options)
             set_plain_outputs(model)
             if self.device_mesh is not None:
                 shard(model, self._architecture.layers, self.device_mesh)

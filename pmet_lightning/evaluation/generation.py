@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from pmet_lightning.data.encoder import PromptEncoder
+from pmet_lightning.data.join import is_spaceless
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
 from pmet_lightning.model.generation_config import own_generation_config
 from pmet_lightning.model.kv_prefix import Prefix
@@ -17,7 +19,7 @@ from pmet_lightning.model.prefix_passes import drop_last_token
 
 NEW_TOKENS = 16
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_END_OF_SENTENCE = re.compile(r"\n|(?<=[.!?])(?:\s|$)")
+_END_OF_SENTENCE = re.compile(r"\n|(?<=[.!?])(?:\s|$)|(?<=[\u3002\uff01\uff1f\uff61])")
 
 
 @torch.no_grad()
@@ -96,11 +98,20 @@ def normalize_text(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", plain).split())
 
 
+def _letters(text: str) -> str:
+    """Letters, their marks and digits only: all there is to compare in a script that puts no space between words."""
+    return "".join(c for c in text.casefold() if c.isalnum() or unicodedata.category(c).startswith("M"))
+
+
 def is_exact(text: str, answer: str) -> bool:
     """Whether the first sentence is the answer."""
+    if is_spaceless(answer):
+        return _letters(first_sentence(text)) == _letters(answer)
     return normalize_text(first_sentence(text)) == normalize_text(answer)
 
 
 def contains(text: str, answer: str) -> bool:
-    """Whether the answer occurs, as whole words, in the text."""
+    """Whether the answer occurs, as whole words where its script has such, in the text."""
+    if is_spaceless(answer):
+        return _letters(answer) in _letters(text)
     return f" {normalize_text(answer)} " in f" {normalize_text(text)} "

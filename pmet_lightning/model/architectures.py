@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pmet_lightning.model.quantization import refuse_quantized_config
 from pmet_lightning.utils.errors import PmetError
 
 SiteName = Literal["attn", "ffn", "hidden"]
@@ -40,14 +41,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cohere": _LLAMA,
     "cohere2": _LLAMA,
     "falcon": _BLOOM,
+    "falcon_h1": replace(_LLAMA, ffn="feed_forward.down_proj"),
     "gemma": _LLAMA,
     "gemma2": _OUTER_NORMS,
     "gemma3": replace(_OUTER_NORMS, layers="model.language_model.layers"),
     "gemma3_text": _OUTER_NORMS,
+    "gemma4_text": _OUTER_NORMS,
     "gpt2": Architecture("transformer.h", "attn.c_proj", "mlp.c_proj"),
     "gpt_neo": Architecture("transformer.h", "attn.attention.out_proj", "mlp.c_proj"),
     "gpt_neox": Architecture("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h"),
     "gptj": Architecture("transformer.h", "attn.out_proj", "mlp.fc_out"),
+    "lfm2": Architecture("model.layers", "self_attn.out_proj", "feed_forward.w2"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "olmo": _LLAMA,
@@ -58,6 +62,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_5_text": _LLAMA,
     "smollm3": _LLAMA,
     "stablelm": _LLAMA,
 }
@@ -80,7 +85,9 @@ def architecture_of(config: Any, override: Architecture | None = None) -> Archit
     Raises:
         UnknownArchitectureError: If the model is a mixture of experts, or the type is not in the table and there is
             no override.
+        QuantizationError: If its weights are quantised.
     """
+    refuse_quantized_config(config)
     text = config.get_text_config()
     experts = next((int(getattr(text, name)) for name in _EXPERT_COUNTS if getattr(text, name, None)), 1)
     if experts > 1:
@@ -106,6 +113,13 @@ def architecture_of(config: Any, override: Architecture | None = None) -> Archit
 def depth_of(config: Any) -> int:
     """Number of layers."""
     return int(config.get_text_config().num_hidden_layers)
+
+
+def embedding_rows(model_or_config: Any) -> int | None:
+    """Number of rows of the embedding of a model or, from its configuration, of one that is not loaded; if known."""
+    if hasattr(model_or_config, "get_input_embeddings"):
+        return int(model_or_config.get_input_embeddings().weight.shape[0])
+    return getattr(model_or_config.get_text_config(), "vocab_size", None)
 
 
 def suggest_layers(depth: int) -> list[int]:

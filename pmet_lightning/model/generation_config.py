@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from pmet_lightning.utils.tensor_files import explain_write_errors
+
 log = logging.getLogger(__name__)
 
 # Settings that have no meaning without sampling, or without beams; transformers ignores them and refuses to save them.
@@ -62,8 +64,11 @@ def save_model(model: nn.Module, folder: Any) -> None:
     Args:
         model: The language model.
         folder: An existing folder.
+
+    Raises:
+        OSError: If it cannot be written, for example because the disk is full.
     """
-    with _replaced(model, _repaired(getattr(model, "generation_config", None))):
+    with _replaced(model, _repaired(getattr(model, "generation_config", None))), explain_write_errors(folder):
         model.save_pretrained(folder)  # type: ignore[operator]
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from pmet_lightning.model.gguf import forget_gguf, unpacked
+from pmet_lightning.model.quantization import refuse_quantized
+from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.pretrained import is_gguf, load_pretrained
 from pmet_lightning.utils.resources import locate
 
@@ -19,15 +22,20 @@ DtypeName = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 DeviceMap = str | dict[str, int | str]
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """The model's configuration, without its weights.
+
+    Args:
+        name: The folder or name.
+        trust_remote_code: Whether code in the model's folder may run.
 
     Raises:
         FileNotFoundError: If there is no such folder and the hub does not know it or cannot be reached.
+        PmetError: If it needs code of its own, which is not trusted.
     """
     from transformers import AutoConfig
 
-    return load_pretrained(AutoConfig, name)
+    return load_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -35,6 +43,7 @@ def load_model(
     dtype: DtypeName = "auto",
     attn_implementation: str | None = None,
     device_map: DeviceMap | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The causal language model, frozen and in eval mode.
 
@@ -43,19 +52,22 @@ def load_model(
     Raises:
         FileNotFoundError: As :func:`load_config`.
         ImportError: If there is a device map or a GGUF file, and a package that it needs is not installed.
+        PmetError: If weights are missing or quantised, or a file is broken.
         ValueError: If the devices of the map have no room for the whole model.
     """
     from transformers import AutoModelForCausalLM
 
     options = {"attn_implementation": attn_implementation, "device_map": device_map}
-    given = {option: value for option, value in options.items() if value is not None}
+    given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
+    given["trust_remote_code"] = trust_remote_code
     requested = "auto" if dtype == "auto" else getattr(torch, dtype)
     # Converting to float64 after loading keeps buffers (rotary tables) as computed in the file's own precision.
     loaded = "auto" if dtype in ("auto", "float64") else requested
     if is_gguf(locate(name)):
-        given |= _unpacked()
-    model = load_pretrained(AutoModelForCausalLM, name, dtype=loaded, **given)
+        given |= unpacked()
+    model, report = load_pretrained(AutoModelForCausalLM, name, dtype=loaded, output_loading_info=True, **given)
     forget_gguf(model)
+    _check_complete(report, name)
     if dtype == "float64":
         model = model.double()
     offloaded = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.is_meta]
@@ -64,36 +76,22 @@ def load_model(
             f"--model.device_map {device_map} leaves {len(offloaded)} weights on no device (first {offloaded[0]}); "
             "expected devices with room for all of them: offloaded weights cannot be edited"
         )
+    refuse_quantized(model)
     fuse_gelu(model)
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _unpacked() -> dict[str, Any]:
-    """The argument that has transformers unpack a GGUF file; older versions do nothing else."""
-    import transformers
-
-    return (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    )
-
-
-def forget_gguf(model: nn.Module) -> None:
-    """Take from a model with unpacked weights the mark of a quantized one, with which transformers refuses to save it.
-
-    Args:
-        model: Any model; one that does not come from a GGUF file stays as it is.
-    """
-    config: Any = model.config
-    quantization = getattr(config, "quantization_config", None)
-    method = getattr(quantization, "quant_method", None) or (quantization or {}).get("quant_method")
-    if str(getattr(method, "value", method)) != "gguf":
-        return
-    del config.quantization_config
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            setattr(model, name, None)
-    model.__dict__.pop("is_quantized", None)
+def _check_complete(report: Mapping[str, Any], name: str) -> None:
+    """Refuse a model some of whose weights transformers has drawn at random, because no file holds them."""
+    missing, unused = (sorted(map(str, report.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys"))
+    if missing:
+        instead = f"; unused in them: {', '.join(unused[:3])}" if unused else ""
+        raise PmetError(
+            f"the files of {name!r} lack {len(missing)} of the model's weights ({', '.join(missing[:3])}{instead}), "
+            "which would be random; expected a whole causal language model, as save_pretrained writes it, under the "
+            "names of its config.json"
+        )
 
 
 def fuse_gelu(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

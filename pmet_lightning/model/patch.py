@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pmet_lightning.model.projections import Sites, add_to_weight, is_transposed
 from pmet_lightning.utils.errors import PmetError
-from pmet_lightning.utils.files import atomic_path, write_json
+from pmet_lightning.utils.files import write_json
+from pmet_lightning.utils.tensor_files import save_tensors
 
 FORMAT = 1
 
@@ -31,11 +31,10 @@ def save_patch(path: str | Path, deltas: Mapping[str, Tensor], manifest: Mapping
         deltas: ΔW by weight name, shape [out, in] whatever the weight's own layout.
         manifest: Base model, its fingerprint, settings, versions.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     described = {"format": FORMAT, **manifest, "weights": {n: list(d.shape) for n, d in deltas.items()}}
     stored = {name: delta.detach().cpu().contiguous() for name, delta in deltas.items()}
-    with atomic_path(path) as temporary:
-        save_file(stored, temporary, metadata={"manifest": json.dumps(described)})
+    save_tensors(path, stored, {"manifest": json.dumps(described)})
     write_json(path.with_suffix(".json"), described)
 
 
@@ -46,7 +45,7 @@ def load_patch(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: If there is no such file.
         PatchError: If the file is not a patch.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no patch {str(path)!r}; expected the patch.safetensors of a run folder")
     try:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.data.token_rows import RowBatch
+from pmet_lightning.data.token_rows import RowBatch, TokenRow, pad_rows
+from pmet_lightning.model.architectures import depth_of
 from pmet_lightning.model.forward import model_inputs
 from pmet_lightning.model.hooks import narrow_input
 from pmet_lightning.model.kv_prefix import Prefix
@@ -67,7 +68,7 @@ def compute_prefix(model: nn.Module, head: RowBatch) -> Prefix | None:
     """
     # Tokens before padding do not attend to it, whatever a family does at a position that may attend to nothing. But a
     # sliding window would keep the padding and drop tokens: such rows are padded on the left instead.
-    cache = _plain_cache(run_rows(model.base_model, head), len(head))  # type: ignore[arg-type]
+    cache = _plain_cache(model, run_rows(model.base_model, head), len(head))  # type: ignore[arg-type]
     return None if cache is None else _right_aligned(model, head, cache, head.input_ids.shape[1])
 
 
@@ -100,7 +101,8 @@ def _compute_after_contexts(model: nn.Module, heads: RowBatch, context_R: Tensor
         return None if roots is None else compute_prefix(model, heads)
     wanted = shared[group].unsqueeze(1) + columns[: max(int(rest.max()), 1)]
     tails = _columns(heads, wanted, torch.zeros_like(lengths), lengths - 1)
-    cache = _plain_cache(run_rows(model.base_model, tails, roots.select(group)), len(heads))  # type: ignore[arg-type]
+    output = run_rows(model.base_model, tails, roots.select(group))  # type: ignore[arg-type]
+    cache = _plain_cache(model, output, len(heads))
     if any(layer.keys.shape[-2] < most + tails.input_ids.shape[1] for layer in cache.layers):
         return compute_prefix(model, heads)
     mask_RP = columns >= len(columns) - lengths.unsqueeze(1)
@@ -121,7 +123,7 @@ def read_prompts(model: nn.Module, rows: RowBatch, keep: bool = True) -> tuple[T
     with narrow_input(model.get_output_embeddings(), rows.label_positions()):  # type: ignore[operator]
         # No token attends to padding on the right, and attention is faster without a mask.
         output = run_rows(model, rows, masked=False, keep=keep)
-    cache = _plain_cache(output, len(rows)) if keep else None
+    cache = _plain_cache(model, output, len(rows)) if keep else None
     if cache is None:
         return output.logits, None
     last = rows.label_columns[:, 0]
@@ -180,11 +182,20 @@ def run_rows(
     return part(**model_inputs(part, rows, prefix, masked=masked, keep=keep))
 
 
-def _plain_cache(output: Any, rows: int) -> Any:
-    """The cache in an output; ``None`` unless it holds plain keys and values of each row."""
+def has_plain_cache(model: nn.Module, device: torch.device) -> bool:
+    """Whether tokens before others can be run once: whether all that a model keeps of them are keys and values.
+
+    It is not so where some layers are convolutions or have a recurrent state, or use the keys of another layer.
+    """
+    row = pad_rows([TokenRow([0])], 0).to(device)
+    return _plain_cache(model, run_rows(model.base_model, row), 1) is not None  # type: ignore[arg-type]
+
+
+def _plain_cache(model: nn.Module, output: Any, rows: int) -> Any:
+    """The cache in an output; ``None`` unless it holds plain keys and values of each row in each of its layers."""
     cache = getattr(output, "past_key_values", None)
     layers: Sequence[Any] = getattr(cache, "layers", ())
-    if layers and all(is_plain_layer(layer, rows) for layer in layers):
+    if len(layers) == depth_of(model.config) and all(is_plain_layer(layer, rows) for layer in layers):
         return cache
     log.info("the model caches no plain keys and values of each token: whole rows are run at every step")
     return None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.model.architectures import Architecture, SiteName, UnknownArchitectureError
+from pmet_lightning.model.architectures import Architecture, ProjectionId, SiteName, UnknownArchitectureError
 from pmet_lightning.model.fsdp import local_part, local_rows, sum_over_shards
 
 
@@ -22,23 +24,23 @@ class Sites:
 
     @classmethod
     def of(cls, model: nn.Module, architecture: Architecture) -> Sites:
-        """Bind an architecture to a model.
+        """Bind an architecture to a model. Not every layer needs to have every module: a hybrid has several kinds.
 
         Raises:
             UnknownArchitectureError: If the described paths do not exist in the model.
         """
         try:
-            layers = model.get_submodule(architecture.layers)
+            layers: Any = model.get_submodule(architecture.layers)
             for path in (architecture.attn, architecture.ffn, architecture.attn_norm, architecture.ffn_norm):
-                if path is not None:
-                    layers[0].get_submodule(path)  # type: ignore[operator,union-attr,index]
+                if path is not None and not any(_has(layer, path) for layer in layers):
+                    layers[0].get_submodule(path)
         except AttributeError as error:
             raise UnknownArchitectureError(
                 f"the architecture {architecture} does not fit {type(model).__name__}: {error}"
             ) from error
-        sites = cls(layers, architecture)  # type: ignore[arg-type]
+        sites = cls(layers, architecture)
         for site in ("attn", "ffn"):
-            if isinstance(sites.norm(site, 0), nn.LayerNorm):
+            if isinstance(sites.norm(site, sites.layers_with(site)[0]), nn.LayerNorm):
                 raise UnknownArchitectureError(
                     f"the norm after the {site} output projection is a LayerNorm; expected a root-mean-square norm, "
                     "the only kind whose output can be mapped back to the projection's"
@@ -49,15 +51,45 @@ class Sites:
         return self.architecture.attn if site == "attn" else self.architecture.ffn
 
     def module(self, site: SiteName, layer: int) -> nn.Module:
-        """The module whose output is a^l (``attn``), m^l (``ffn``) or h^l (``hidden``)."""
+        """The module whose output is a^l (``attn``), m^l (``ffn``) or h^l (``hidden``).
+
+        Raises:
+            UnknownArchitectureError: If the layer has none.
+        """
         if site == "hidden":
             return self.layers[layer]
+        if not self.has(site, layer):
+            kind = "attention" if site == "attn" else "FFN"
+            raise UnknownArchitectureError(
+                f"layer {layer} has no {kind} output projection {self._path(site)!r}: the model has several kinds of "
+                f"layers (a hybrid). Expected one of the layers {self.layers_with(site)}, which have it; choose among "
+                "them with --model.layers, or describe the projection with --model.architecture"
+            )
         return self.layers[layer].get_submodule(self._path(site))
+
+    def has(self, site: SiteName, layer: int) -> bool:
+        """Whether a layer has the module: in a hybrid, some have no attention, or no FFN."""
+        return site == "hidden" or _has(self.layers[layer], self._path(site))
+
+    def layers_with(self, site: SiteName) -> list[int]:
+        """The layers that have a site."""
+        return [layer for layer in range(len(self.layers)) if self.has(site, layer)]
+
+    def written(self, sites: Sequence[SiteName], layers: Sequence[int]) -> list[ProjectionId]:
+        """The projections of some sites in some layers, in the order of writing; attention is left out where it lacks.
+
+        Raises:
+            UnknownArchitectureError: If a layer has no FFN.
+        """
+        found: list[ProjectionId] = [(s, layer) for layer in layers for s in sites if s == "ffn" or self.has(s, layer)]
+        for projection_id in found:
+            self.module(*projection_id)
+        return found
 
     def ffn_block(self, layer: int) -> nn.Module | None:
         """The module of a layer that is its whole FFN, in families that have one with hidden states as only input."""
         path, _, _ = self.architecture.ffn.rpartition(".")
-        if not path or self.architecture.attn.startswith(f"{path}."):
+        if not path or not _has(self.layers[layer], path) or self.architecture.attn.startswith(f"{path}."):
             return None
         block = self.layers[layer].get_submodule(path)
         return block if len(inspect.signature(block.forward).parameters) == 1 else None
@@ -73,7 +105,7 @@ class Sites:
         """The norm between a projection and the residual stream, in families that have one."""
         paths = {"attn": self.architecture.attn_norm, "ffn": self.architecture.ffn_norm, "hidden": None}
         path = paths[site]
-        return None if path is None else self.layers[layer].get_submodule(path)
+        return None if path is None or not _has(self.layers[layer], path) else self.layers[layer].get_submodule(path)
 
     def weight_name(self, site: SiteName, layer: int) -> str:
         """Name of a site's weight in the model's ``state_dict``."""
@@ -82,7 +114,15 @@ class Sites:
     @property
     def width(self) -> int:
         """Width of the residual stream (the embedding's may differ, as in OPT-350m)."""
-        return out_features(self.module("ffn", 0))
+        return out_features(self.module("ffn", self.layers_with("ffn")[0]))
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    try:
+        layer.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def is_projection(module: nn.Module) -> bool:

@@ -20,7 +20,6 @@ from pathlib import Path
 import lightning as L
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pmet_lightning.data.corpus import CorpusError, pack_rows
@@ -32,8 +31,8 @@ from pmet_lightning.moments.store import MomentError, MomentKey, MomentStore
 from pmet_lightning.moments.sums import MomentSums
 from pmet_lightning.solver.packed import pack_lower, symmetrize, unpack_lower, unpack_symmetric
 from pmet_lightning.utils.distributed import ProcessGroup
-from pmet_lightning.utils.files import atomic_path
 from pmet_lightning.utils.progress import counter
+from pmet_lightning.utils.tensor_files import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +149,8 @@ class Collection:
     def _blocks(self) -> Iterator[list[TokenRow]]:
         settings = self.settings
         texts = self._counted(general_texts(self.module, settings.corpus, settings.subset, settings.seed))
-        rows = pack_rows(itertools.islice(texts, settings.samples), self.module.tokenizer, settings.length)
+        encoder, texts = self.module.encoder, itertools.islice(texts, settings.samples)
+        rows = pack_rows(texts, encoder.tokenizer, settings.length, encoder.rows)
         if settings.samples is None:
             rows = itertools.islice(rows, math.ceil(self.most / settings.length))
         while block := list(itertools.islice(rows, BLOCK)):
@@ -206,8 +206,8 @@ class Collection:
             if (site, layer) in self.previous:
                 tensors[f"previous-{site}-{layer}"] = pack_lower(self.previous[site, layer].cpu())
         if self.processes.is_writer:
-            with atomic_path(self._path(self.blocks_done, self.processes.rank)) as temporary:
-                save_file(tensors, temporary, metadata={"tokens": str(self.sums.tokens)})
+            path = self._path(self.blocks_done, self.processes.rank)
+            save_tensors(path, tensors, {"tokens": str(self.sums.tokens)})
         self.trainer.strategy.barrier()
         for block, path in self._own_files().items():
             if block != self.blocks_done:

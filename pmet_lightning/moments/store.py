@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pmet_lightning.model.architectures import ProjectionId
@@ -24,7 +23,7 @@ from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.solver.cholesky import Factor, factorize
 from pmet_lightning.solver.packed import pack_lower, unpack_lower, unpack_symmetric
 from pmet_lightning.utils.errors import PmetError
-from pmet_lightning.utils.files import atomic_path
+from pmet_lightning.utils.tensor_files import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class MomentStore:
     """
 
     def __init__(self, folder: str | Path, read_only: bool = False) -> None:
-        self.folder, self.read_only = Path(folder), read_only
+        self.folder, self.read_only = Path(folder).expanduser(), read_only
 
     def path(self, projection_id: ProjectionId) -> Path:
         """The file of a site and layer."""
@@ -92,8 +91,8 @@ class MomentStore:
             "width": len(moment_II),
             "checksum": checksum(lower),
         }
-        with atomic_path(self.path(projection_id)) as temporary:
-            save_file({"lower": lower}, temporary, metadata={name: str(value) for name, value in metadata.items()})
+        described = {name: str(value) for name, value in metadata.items()}
+        save_tensors(self.path(projection_id), {"lower": lower}, described)
 
     def check(self, projection_id: ProjectionId, model: str, width: int, weight_name: str) -> None:
         """Check that a moment is there and is of this model, layer and width, without reading all of it.
@@ -157,9 +156,8 @@ class MomentStore:
             pass  # absent or broken: computed again
         factor = factorize(lambda: self.load(projection_id, width, weight_name).to(device).double())
         if not self.read_only:
-            with atomic_path(path) as temporary:
-                metadata = {"checksum": moment_checksum, "ridge": repr(factor.ridge)}
-                save_file({"lower": pack_lower(factor.lower_II.cpu())}, temporary, metadata=metadata)
+            metadata = {"checksum": moment_checksum, "ridge": repr(factor.ridge)}
+            save_tensors(path, {"lower": pack_lower(factor.lower_II.cpu())}, metadata)
         return factor
 
     def _npz(self, weight_name: str) -> Path | None:

@@ -17,7 +17,8 @@ from pmet_lightning.write.weight_spread import WeightSpread
 _WITHOUT_EFFECT = {
     *(f"model.{name}" for name in ("padding_side", "tokens_per_batch", "targets_folder", "micro_batch")),
     *(f"model.{name}" for name in ("suffix_only", "compile_ffn", "device_map", "attn_implementation")),
-    *(f"data.{name}" for name in ("tokenizer", "chat", "evaluation_batch", "stream_wait")),
+    *(f"data.{name}" for name in ("tokenizer", "chat", "join", "evaluation_batch", "stream_wait")),
+    *(f"{section}.trust_remote_code" for section in ("model", "data")),
     *(f"moments.{name}" for name in ("folder", "save_every", "write")),
 }
 _SAMPLED = {f"model.{name}" for name in ("context_count", "context_length", "seed")}  # of contexts that are not given

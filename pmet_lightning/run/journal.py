@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pmet_lightning.utils.files import name_in_errors
+
 LEDGER = "ledger.jsonl"
 BATCHES = "batches.jsonl"
 
@@ -95,7 +97,7 @@ def _length(path: Path, max_lines: int) -> _Length:
 
 def _append(path: Path, lines: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with name_in_errors(path), path.open("a", encoding="utf-8") as file:
         file.write("".join(f"{line}\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())

@@ -134,7 +134,7 @@ def run_fit(config: str, overrides: Mapping[str, Any] | None = None, command: Fi
     """
     cli = build_fit(config, overrides, command)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    return Path(cli.trainer.run_dir)
+    return Path(cli.trainer.run_dir).expanduser()
 
 
 def _cli_of(command: str) -> tuple[type[SingleCommandCLI], str]:

@@ -18,7 +18,7 @@ _IDENTITY = ("fingerprint", "layers", "optimizer", "contexts", "moments")
 # Settings that do not affect ΔW, or that the identity describes more exactly.
 _NOT_COMPARED = {
     *(f"model.{name}" for name in ("model_name", "layers", "dtype", "optimizer", "contexts", "context_count")),
-    *(f"model.{name}" for name in ("context_length", "seed", "free_tokens", "texts", "patch")),
+    *(f"model.{name}" for name in ("context_length", "seed", "free_tokens", "texts", "patch", "trust_remote_code")),
 }
 
 

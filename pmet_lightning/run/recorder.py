@@ -52,7 +52,7 @@ class RunRecorder(L.Callback):
     """
 
     def __init__(self, folder: str | Path, resume: bool = False) -> None:
-        self.folder, self.resume = Path(folder), resume
+        self.folder, self.resume = Path(folder).expanduser(), resume
         self.state, self.journal, self.patch = RunState(self.folder), Journal(self.folder), PatchFile(self.folder)
         self.records = True
         self.written = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -16,12 +17,15 @@ from pmet_lightning.utils.resources import locate_config
 from pmet_lightning.write.drift import Drift
 from pmet_lightning.write.weight_spread import WeightSpread
 
+_LINKED = ("chat", "join", "trust_remote_code")  # settings of the model that the data need too
+
 
 def add_shared_sections(parser: LightningArgumentParser) -> None:
     """Add the section ``drift``, and link the values that two sections share."""
     parser.add_lightning_class_args(Drift, "drift")
     parser.link_arguments("model.model_name", "data.tokenizer")
-    parser.link_arguments("model.chat", "data.chat")
+    for name in _LINKED:
+        parser.link_arguments(f"model.{name}", f"data.{name}")
 
 
 def add_editing_sections(parser: LightningArgumentParser) -> None:
@@ -34,7 +38,7 @@ def add_editing_sections(parser: LightningArgumentParser) -> None:
 
 SECTIONS = ("model", "data", "moments", "spread", "drift")
 _OTHERS = ("seed_everything", "trainer")  # sections of a configuration that only the command line has
-_NOT_TAKEN = {"data": ("path", "tokenizer", "chat"), "moments": ("write",)}  # passed to edit(), or linked to others
+_NOT_TAKEN = {"data": ("path", "tokenizer", *_LINKED), "moments": ("write",)}  # passed to edit(), or linked to others
 _PLACEHOLDER = "facts"
 
 
@@ -68,7 +72,7 @@ def make_objects(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> 
         ValueError: If there is no such setting, or a value is not valid for it.
     """
     parser = section_parser()
-    settings = {name: dict(section) for name, section in sections.items()}
+    settings = {name: _plain(section) for name, section in sections.items()}
     settings["model"] = {**settings.get("model", {}), "model_name": model_name}
     settings["data"] = {"path": _PLACEHOLDER, **settings.get("data", {})}
     try:
@@ -82,6 +86,17 @@ def make_objects(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> 
     data = {name: value for name, value in vars(parsed.data).items() if name != "tokenizer"}
     made = (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(parsed)
     return EditObjects(made.model, made.moments, made.spread, made.drift, data)
+
+
+def _plain(value: Any) -> Any:
+    """Settings as a configuration holds them: paths as texts, arrays and ranges as lists, numbers of NumPy plain."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [_plain(part) for part in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.tolist() if hasattr(value, "dtype") and hasattr(value, "tolist") else value
 
 
 def read_sections(config: str) -> dict[str, dict[str, Any]]:

@@ -66,7 +66,7 @@ class ContextStore:
 
     def __init__(self, folder: str | Path, depends: Mapping[str, Any]) -> None:
         name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
-        self.path = Path(folder) / f"contexts-{name}.json"
+        self.path = Path(folder).expanduser() / f"contexts-{name}.json"
 
     def load(self) -> list[str] | None:
         """The stored contexts, or ``None``; an unreadable file counts as absent and is replaced."""

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pmet_lightning.model.architectures import SiteName
-from pmet_lightning.utils.files import atomic_path
+from pmet_lightning.utils.tensor_files import save_tensors
 
 # What is kept of each step of an edit: the loss and its weighted parts, P(o*) over the contexts and at the bare prompt.
 PARTS = ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt")
@@ -56,7 +55,7 @@ class TargetStore:
     """
 
     def __init__(self, folder: str | Path, depends: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self._base = json.dumps(depends, sort_keys=True, default=str)
 
     def path(self, identity: str) -> Path:
@@ -80,11 +79,9 @@ class TargetStore:
     def save(self, identity: str, target: Target) -> None:
         """Store a target; a reader never sees a partial file."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.contiguous() for name, value in target.values.items()}
-        with atomic_path(self.path(identity)) as temporary:
-            save_file(
-                tensors | {_HISTORY: target.history_SP}, temporary, metadata={"record": json.dumps(target.record)}
-            )
+        tensors: dict[str, Tensor] = {name: value.contiguous() for name, value in target.values.items()}
+        tensors[_HISTORY] = target.history_SP
+        save_tensors(self.path(identity), tensors, {"record": json.dumps(target.record)})
 
 
 def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:

@@ -7,7 +7,7 @@ optimization); as soon as some have stopped, others take their slots (continuous
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,11 +21,13 @@ from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.architectures import SiteName
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.partial_forward import PartialForward
+from pmet_lightning.model.prefix_passes import has_plain_cache
 from pmet_lightning.targets.active_batch import DeltaSlots
 from pmet_lightning.targets.batch_size import ModelSize
 from pmet_lightning.targets.contexts import ContextStore, check_contexts, sample_contexts
 from pmet_lightning.targets.loop import Request, Rules, TargetLoop, choose_micro_batch
 from pmet_lightning.targets.store import Target, TargetStore
+from pmet_lightning.targets.suffix_check import suffix_agrees
 from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.metric_names import LIVE
 from pmet_lightning.utils.progress import counter
@@ -131,6 +133,7 @@ class TargetOptimizer(EditableModel):
         self.contexts: list[str] = []
         self._store: TargetStore | None = None
         self._store_batch = -1
+        self._suffix_works: bool | None = None  # for this model, once that was looked at
 
     def setup(self, stage: str) -> None:
         """Check the layers and the model family by the configuration alone, before any weight is read."""
@@ -145,11 +148,22 @@ class TargetOptimizer(EditableModel):
         """Load the model."""
         loaded = self.lm is not None
         super().configure_model()
+        self._drop_absent_attention()
         if self.compile_ffn and not loaded:
             for block in map(self.sites.ffn_block, self._above):
                 if block is not None:
                     # Hooks stay outside of what is compiled: they come and go.
                     block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+
+    def _drop_absent_attention(self) -> None:
+        """Without attention in the target layer, which hybrids have, only the FFN's output gets a delta."""
+        if "attn" in self.optimized_sites and not self.sites.has("attn", self.target_layer):
+            log.warning(
+                "layer %d has no attention (the layers %s have): only its FFN output gets a delta",
+                self.target_layer, self.sites.layers_with("attn"),
+            )  # fmt: skip
+            self.optimized_sites = ("ffn",)
+            del self.deltas["attn"]
 
     @property
     def delta_dtype(self) -> torch.dtype:
@@ -237,14 +251,16 @@ class TargetOptimizer(EditableModel):
         requests = [
             Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question) for edit in edits
         ]
+        modules = {site: self.sites.module(site, self.target_layer) for site in self.optimized_sites}
         optimizer = self.optimizers()
         sharded = self._trainer is not None and ProcessGroup.of(self.trainer).sharded
+        self._check_suffix(requests[0], modules, direct=not sharded)
         broadcast = ProcessGroup.of(self.trainer).broadcast_if_sharded if sharded else None
         count = choose_micro_batch(self.micro_batch, requests, self._size(), self.device)
         slots = self._slots(count if broadcast is None else broadcast(count))
         loop = TargetLoop(
             model=self.model,
-            modules={site: self.sites.module(site, self.target_layer) for site in self.optimized_sites},
+            modules=modules,
             slots=slots,
             optimizer=optimizer.optimizer,  # type: ignore[union-attr]
             step=optimizer.step,  # type: ignore[union-attr]
@@ -257,6 +273,16 @@ class TargetOptimizer(EditableModel):
             broadcast=broadcast,
         )
         yield from loop.run(requests)
+
+    def _check_suffix(self, request: Request, modules: Mapping[SiteName, nn.Module], direct: bool) -> None:
+        """Find out, once, whether passes may begin at a layer of this model."""
+        if self._suffix_works is not None or not self._suffix_only:
+            return
+        if self.architecture_override is None:
+            self._suffix_works = has_plain_cache(self.model, self.device)
+        else:
+            rows, partial_forward = request.rows[:-1], self._partial_forward(direct)
+            self._suffix_works = suffix_agrees(self.model, modules, partial_forward, rows, self.width, self.device)
 
     def find_targets(self, edits: Sequence[Edit]) -> list[Target]:
         """The targets of some edits, in their order; raises what :meth:`iter_targets` does."""
@@ -277,7 +303,8 @@ class TargetOptimizer(EditableModel):
         layers = [self.sites.module("hidden", i) for i in range(self.depth)]
         modules = [module for i in self._above for module in self.sites.token_modules(i)]
         top = self.depth - 1
-        last = [self.sites.module("attn", top), self.sites.ffn_block(top) or self.sites.module("ffn", top)]
+        blocks = [self.sites.ffn_block(top) or self.sites.module("ffn", top)] if self.sites.has("ffn", top) else []
+        last = [*blocks, *([self.sites.module("attn", top)] if self.sites.has("attn", top) else [])]
         return PartialForward(layers, self.target_layer + 1, modules, last, direct)
 
     @property
@@ -287,8 +314,8 @@ class TargetOptimizer(EditableModel):
 
     @property
     def _suffix_only(self) -> bool:
-        """``suffix_only``, if there is a layer above L for a pass to begin at."""
-        return self.suffix_only and self.target_layer + 1 < self.depth
+        """``suffix_only``, if there is a layer above L for a pass to begin at, and what precedes it can be kept."""
+        return self.suffix_only and self.target_layer + 1 < self.depth and self._suffix_works is not False
 
     def _size(self) -> ModelSize:
         """The size of the model, which decides how many edits fit into memory."""

@@ -16,13 +16,14 @@ from typing import Any
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends without an exception."""
-    target = Path(path)
+    target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # some writers create files that only their owner can read
-        os.replace(temporary, target)
+        with name_in_errors(target):
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # some writers create files that only their owner can read
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,6 +43,24 @@ def check_new_file(path: str | Path, option: str) -> None:
 
 
 @contextmanager
+def name_in_errors(path: str | Path) -> Iterator[None]:
+    """Name the file in errors of what is written inside: Python reports a full disk without one.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: As it was raised inside, with a file name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def new_folder(path: str | Path, option: str) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends without an exception.
 
@@ -52,7 +71,7 @@ def new_folder(path: str | Path, option: str) -> Iterator[Path]:
     Raises:
         FileExistsError: If it is a file or a folder that is not empty.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{option} {path}: expected a new or empty folder, found one that holds something")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Loading by a shipped name, a local folder, a GGUF file or a hub name, with one error for whatever is missing."""
+"""Loading by a shipped name, a folder, a GGUF file or a hub name, with one error for what is missing or broken."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.utils.errors import PmetError
+from pmet_lightning.utils.memory import is_out_of_memory
+from pmet_lightning.utils.model_files import find_fault
 from pmet_lightning.utils.resources import locate
 
 _GGUF_PACKAGES = ("gguf", "accelerate")  # transformers reads the file with the one and fills the model with the other
 
 
 def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
-    """Load from a shipped folder, a local folder, a GGUF file or the hub.
+    """Load from a shipped folder, a local folder, a GGUF file or the hub, with one error for what is missing or broken.
 
     Args:
         auto_class: A class of transformers with ``from_pretrained``.
@@ -21,9 +24,9 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
         kwargs: Further arguments of ``from_pretrained``.
 
     Raises:
-        FileNotFoundError: If there is nothing of that name.
+        FileNotFoundError: If there is no such folder or hub name, or a file is not in it.
         ImportError: If a package that reads GGUF files is not installed.
-        ValueError: If the GGUF file cannot be read, or transformers does not read its architecture.
+        PmetError: If a file is broken, or transformers cannot read it; the message names it.
     """
     path = locate(name)
     folder, options = (
@@ -31,19 +34,11 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     )
     try:
         return auto_class.from_pretrained(folder, **options)
-    except OSError as error:
-        where = "the folder has no model" if Path(path).exists() else "no such folder, and not on the hub"
-        raise FileNotFoundError(
-            f"cannot load {name!r} ({where}): {str(error).splitlines()[0]}. Set --model.model_name to a folder "
-            "made by save_pretrained, to a GGUF file, to a hub name, or to the shipped 'atlas'."
-        ) from error
-    except (ValueError, NotImplementedError, KeyError) as error:
-        if not is_gguf(path):
+    except Exception as error:  # the libraries below have many types of their own for a broken file
+        explained = _explain(error, name, path)
+        if explained is None:
             raise
-        raise ValueError(
-            f"cannot load {name!r}: {str(error).splitlines()[0]}; expected a GGUF file of a model family that "
-            "transformers reads from GGUF. For others, take a folder made by save_pretrained"
-        ) from error
+        raise explained from error
 
 
 def is_gguf(name: str) -> bool:
@@ -52,10 +47,47 @@ def is_gguf(name: str) -> bool:
 
 
 def _gguf_options(name: str, path: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with which transformers reads one file of a folder or a hub repository."""
+    """The arguments with which transformers reads one file of a folder or a hub repository.
+
+    Raises:
+        ImportError: If a package is missing.
+    """
     missing = [package for package in _GGUF_PACKAGES if find_spec(package) is None]
     if missing:
         raise ImportError(
             f'{name!r} is a GGUF file, which needs {" and ".join(missing)}: pip install "pmet-lightning[gguf]"'
         )
     return {**options, "gguf_file": Path(path).name}
+
+
+def _explain(error: Exception, name: str, path: str) -> Exception | None:
+    """The error to raise in the place of a library's; ``None`` where that says it all."""
+    if is_out_of_memory(error):
+        return None
+    fault = find_fault(path)
+    if fault is not None:
+        return PmetError(f"cannot load {name!r}: {fault}")
+    if "trust_remote_code" in str(error):
+        return PmetError(
+            f"cannot load {name!r}: it has code of its own, which would run on this computer; read that code, and if "
+            "you trust it, set --model.trust_remote_code true (in Python: Editor(..., trust_remote_code=True))"
+        )
+    first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+    is_empty = Path(path).is_dir() and not (Path(path) / "config.json").is_file()
+    if isinstance(error, OSError) or is_empty:
+        where = "the folder has no model" if Path(path).exists() else "no such folder, and not on the hub"
+        return FileNotFoundError(
+            f"cannot load {name!r} ({where}): {first_line}. Set --model.model_name to a folder "
+            "made by save_pretrained, to a GGUF file, to a hub name, or to the shipped 'atlas'."
+        )
+    if is_gguf(path):
+        return PmetError(
+            f"cannot load {name!r}: {first_line}; expected a GGUF file of a model family that transformers reads from "
+            "GGUF. For others, take a folder made by save_pretrained"
+        )
+    if isinstance(error, (ValueError, ImportError)):
+        return None
+    return PmetError(
+        f"cannot load {name!r}: {type(error).__name__}: {first_line}. Expected a folder made by save_pretrained whose "
+        "files belong together."
+    )

@@ -47,8 +47,8 @@ def locate_config(name: str) -> str:
     Raises:
         FileNotFoundError: If there is neither; the message lists what ships.
     """
-    if Path(name).exists():
-        return name
+    if Path(name).expanduser().exists():
+        return str(Path(name).expanduser())
     for folder in _config_folders():
         if (folder / name).is_file():
             return str(folder / name)

@@ -141,7 +141,7 @@ class Drift(HyperparametersMixin, L.Callback):
         if self._rows is None:
             assert self.text is not None
             texts = general_texts(module, self.text, self.text_subset, self.seed)
-            packed = itertools.islice(pack_rows(texts, module.tokenizer, self.length), self.rows)
+            packed = itertools.islice(pack_rows(texts, module.tokenizer, self.length, module.encoder.rows), self.rows)
             # Every token but the first is predicted from those before it.
             rows = [TokenRow(row.ids[:-1], labels=tuple(row.ids[1:])) for row in packed if len(row.ids) > 1]
             self._rows = ProcessGroup.of(trainer).shard(rows)

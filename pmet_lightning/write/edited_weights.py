@@ -5,7 +5,6 @@ Legend: O = out-features, I = in-features (d_k).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,7 +123,7 @@ class EditedWeights:
 
     def _weights(self, module: EditableModel) -> dict[ProjectionId, Tensor]:
         found = {}
-        for projection_id in itertools.product(self.sites, module.layers):
+        for projection_id in module.sites.written(self.sites, module.layers):
             weight = module.sites.module(*projection_id).weight
             assert isinstance(weight, Tensor)
             found[projection_id] = weight

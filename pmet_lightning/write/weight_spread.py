@@ -154,7 +154,8 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         )
         _warn_if_overloaded(module, len(edits))
         site_targets = {site: self._site_target(module, targets, site) for site in self.sites}
-        projections = {(s, layer): module.sites.module(s, layer) for layer in module.layers for s in self.sites}
+        written = module.sites.written(self.sites, module.layers)
+        projections = {projection_id: module.sites.module(*projection_id) for projection_id in written}
         value_sites = [*(target.projection_id for target in site_targets.values()), ("hidden", module.target_layer)]
         *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
         tracker = ResidualTracker(
@@ -171,10 +172,10 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             tracker.record_overshoot(stream_nF)
             all_targets = processes.all_gather_objects(targets, len(edits))
         means = {site: float(values_N.nanmean()) for site, values_N in left.items()}
-        written = add_outcomes(reports, means, tracker.overshoots[1:])
-        log_writes(written, edit_batch)
+        layers = add_outcomes(reports, means, tracker.overshoots[1:])
+        log_writes(layers, edit_batch)
         residual_left = tuple(left["ffn"].nan_to_num(0.0).tolist())
-        return WriteReport(edit_batch, tuple(edits), tuple(all_targets), written, residual_left)
+        return WriteReport(edit_batch, tuple(edits), tuple(all_targets), layers, residual_left)
 
     def _measure_and_write(
         self,

@@ -10,16 +10,19 @@ import torch
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pmet_lightning.data import encoder as module
+from pmet_lightning.data.chat import ChatFrame
+from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.encoder import (
     LocationError,
     PromptEncoder,
     fill,
     load_tokenizer,
     offsets_by_decoding,
-    with_leading_space,
 )
+from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.records import parse_record
 from pmet_lightning.data.token_rows import IGNORE, TokenRow, by_token_budget, pad_rows
+from tests.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_the_subject_ends_where_its_last_token_ends(encoder, tokenizer, prompt, 
 @pytest.mark.parametrize("target", ["Lisbon", " Lisbon", "New Zealand of old 17", "é"])
 def test_the_labels_are_the_target(encoder, tokenizer, prompt, subject, context, target):
     row = encoder.encode(prompt, subject, context=context, target=target)
-    whole = context.replace("{}", prompt.replace("{}", subject)) + with_leading_space(target)
+    whole = context.replace("{}", prompt.replace("{}", subject)) + " " + target.strip()
     assert tokenizer.decode(list(row.labels)).strip() == target.strip()
     assert tokenizer.decode([*row.ids, row.labels[-1]]) == whole
     assert row.ids[len(row.ids) - len(row.labels) + 1 :] == list(row.labels[:-1])
@@ -236,7 +239,7 @@ def test_offsets_by_decoding_are_those_of_the_fast_tokenizer(shared, triples, na
         assert places[0] == places[1], text
 
 
-@pytest.mark.parametrize("chat", [None, ("[user] ", " [model] ")])
+@pytest.mark.parametrize("chat", [None, ChatFrame("[user] ", " [model]", " ")])
 @pytest.mark.parametrize("slow", [False, True])
 def test_texts_together_and_one_by_one(chat, slow):
     encoder = PromptEncoder(ByT5Tokenizer() if slow else load_tokenizer("atlas"), chat)
@@ -287,3 +290,40 @@ def test_a_text_is_tokenised_once(tokenizer, monkeypatch):
     assert asked == ["a river", "a lake", "a hill"]
     encoder.encode("a river")  # the oldest is gone
     assert asked[3:] == ["a river"]
+
+
+@pytest.mark.parametrize("dropped", [("tokenizer.json", "tokenizer_config.json"), ("tokenizer.json",)])
+@pytest.mark.parametrize("family", ["gptj", "llama", "gemma", "qwen2", "bloom", "gpt_neox"])
+def test_a_folder_without_a_tokenizer_says_so(tmp_path, family, dropped):
+    folder = save_tiny(family, tmp_path / "model")
+    load_tokenizer(folder)
+    for name in dropped:
+        (tmp_path / "model" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*model.*expected tokenizer\.json"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_of_bytes_needs_no_files(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["\ud83d is", "Vera \udc00"])
+def test_half_a_character_is_named(encoder, text):
+    with pytest.raises(LocationError, match="half of a character .* at position [05]"):
+        encoder.encode_all([text])
+
+
+@pytest.mark.parametrize("field", ["prompt", "subject", "target_new", "rephrase_prompt", "locality_ground_truth"])
+def test_a_record_with_half_a_character_is_named(tokenizer, tmp_path, field):
+    record = {
+        "prompt": "{} is in", "subject": "Vera", "target_new": "Rome", "rephrase_prompt": "Where is Vera? In",
+        "locality_prompt": "Ada is in", "locality_ground_truth": "Oslo",
+    }  # fmt: skip
+    (tmp_path / "facts.json").write_text(
+        json.dumps([record | {"subject": "Tora"}, record | {field: record[field] + " \ud83d"}])
+    )
+    data = EditDataModule(str(tmp_path / "facts.json"))
+    data.attach(tokenizer)
+    with pytest.raises(RecordError, match="facts.json, record 1: .* holds half of a character"):
+        data.setup("fit")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from pmet_lightning.data.chat import ChatFrame
 from pmet_lightning.data.corpus import CorpusError
 from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
 from pmet_lightning.evaluation import consistency as references_module
@@ -279,7 +280,7 @@ def test_a_chat_s_template_is_no_text(loaded):
     """It does not count among the tokens, and is not in the text; the answer is set off by a space."""
     model, tokenizer = loaded
     bare = PromptEncoder(tokenizer)
-    chat = PromptEncoder(tokenizer, ("The user asks about it: ", " The answer is"))
+    chat = PromptEncoder(tokenizer, ChatFrame("The user asks about it: ", " The answer is"))
     prompt = PROMPTS[0]
     (found,) = sample_texts(model, chat, [prompt], length=20, tokens_per_batch=99, device=CPU)
     framed = f"The user asks about it: {prompt} The answer is"

@@ -29,6 +29,14 @@ CPU = torch.device("cpu")
         ("", "Paris", False, False),
         (" Ice-hockey!", "ice hockey", True, True),
         (" London. Paris.", "Paris", False, True),
+        ("北京。它很大。", "北京", True, True),
+        (" “北京”", "北京", True, True),
+        ("北京市,", "北京", False, True),
+        ("上海！北京。", "北京", False, True),
+        ("上海", "北京", False, False),
+        ("กรุงเทพ", "กรุงเทพ", True, True),
+        ("東京タワー です", "東京タワー", False, True),
+        ("서울은", "서울", False, False),
     ],
 )
 def test_answers_are_compared_as_usual(text, answer, exact, inside):
