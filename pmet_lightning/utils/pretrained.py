@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pmet_lightning.utils.errors import PmetError
+from pmet_lightning.utils.gguf_cache import load_part
 from pmet_lightning.utils.memory import is_out_of_memory
 from pmet_lightning.utils.model_files import find_fault
 from pmet_lightning.utils.resources import locate
@@ -29,11 +30,10 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
         PmetError: If a file is broken, or transformers cannot read it; the message names it.
     """
     path = locate(name)
-    folder, options = (
-        (path, kwargs) if not is_gguf(path) else (str(Path(path).parent), _gguf_options(name, path, kwargs))
-    )
+    if is_gguf(path):
+        _check_gguf_packages(name)
     try:
-        return auto_class.from_pretrained(folder, **options)
+        return _load_gguf(auto_class, path, kwargs) if is_gguf(path) else auto_class.from_pretrained(path, **kwargs)
     except Exception as error:  # the libraries below have many types of their own for a broken file
         explained = _explain(error, name, path)
         if explained is None:
@@ -46,18 +46,24 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(".gguf")
 
 
-def _gguf_options(name: str, path: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with which transformers reads one file of a folder or a hub repository.
-
-    Raises:
-        ImportError: If a package is missing.
-    """
+def _check_gguf_packages(name: str) -> None:
     missing = [package for package in _GGUF_PACKAGES if find_spec(package) is None]
     if missing:
         raise ImportError(
             f'{name!r} is a GGUF file, which needs {" and ".join(missing)}: pip install "pmet-lightning[gguf]"'
         )
-    return {**options, "gguf_file": Path(path).name}
+
+
+def _load_gguf(auto_class: Any, path: str, options: dict[str, Any]) -> Any:
+    """Load from a GGUF file, local or in a hub repository."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    file = Path(path)
+    if file.is_file():
+        if auto_class in (AutoConfig, AutoTokenizer):
+            return load_part(auto_class, file, **options)
+        options = {"config": load_part(AutoConfig, file), **options}
+    return auto_class.from_pretrained(str(file.parent), gguf_file=file.name, **options)
 
 
 def _explain(error: Exception, name: str, path: str) -> Exception | None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmet_lightning import Editor
 from pmet_lightning.cli.dispatch import main
-from pmet_lightning.model.loading import load_model
+from pmet_lightning.data.encoder import load_tokenizer
+from pmet_lightning.model.loading import load_config, load_model
+from pmet_lightning.utils import gguf_cache
+from pmet_lightning.utils.errors import PmetError
 from tests.harness import as_arguments, tiny_settings
 from tests.tiny import RECORDS, save_tiny
 
@@ -80,6 +84,13 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: str) -> None:
     writer.add_add_bos_token(False)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Nothing is kept in the user's own cache."""
+    monkeypatch.setattr(gguf_cache, "FOLDER", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     return save_tiny("llama", tmp_path_factory.mktemp("llama"))
@@ -132,6 +143,29 @@ def test_editor(file, given, tmp_path):
     assert all(torch.equal(saved.state_dict()[name], weight) for name, weight in editor.model.state_dict().items())
 
 
+def test_configuration_and_tokenizer_are_parsed_once(file, cache, tmp_path):
+    """What is kept equals what is parsed; a file that has changed is parsed again."""
+    first, second = (load_config(str(file)) for _ in range(2))
+    assert first.to_dict() | {"_name_or_path": ""} == second.to_dict() | {"_name_or_path": ""}
+    text = "The mother tongue of Danila Morvane is 1.10, naïve and 北京"
+    ids = [load_tokenizer(str(file))(text).input_ids for _ in range(2)]
+    plain = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    assert ids == [plain(text).input_ids] * 2
+    assert len(list(cache.iterdir())) == 1
+    other = tmp_path / "copy.gguf"
+    other.write_bytes(file.read_bytes())
+    load_config(str(other))
+    assert len(list(cache.iterdir())) == 2
+    os.utime(other, (1, 1))
+    load_config(str(other))
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault(file, cache):
+    cache.write_text("a file where the folder would be")
+    assert load_config(str(file)).num_hidden_layers == 4
+
+
 def test_the_package_is_missing(file, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -143,14 +177,14 @@ def test_the_package_is_missing(file, monkeypatch):
 
 def test_the_architecture_is_unknown(folder, tmp_path):
     path = write_gguf(folder, tmp_path / "other.gguf", "a-family-of-tomorrow")
-    with pytest.raises(ValueError, match=r"other\.gguf.*a-family-of-tomorrow.*expected a GGUF file of a model family"):
+    with pytest.raises(PmetError, match=r"other\.gguf.*a-family-of-tomorrow.*expected a GGUF file of a model family"):
         load_model(str(path))
 
 
 def test_no_gguf_file(tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"not a model at all")
-    with pytest.raises(ValueError, match=r"broken\.gguf"):
+    with pytest.raises(PmetError, match=r"broken\.gguf"):
         load_model(str(broken))
     with pytest.raises(FileNotFoundError, match=r"missing\.gguf"):
         load_model(str(tmp_path / "missing.gguf"))
