@@ -16,10 +16,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from pmet_lightning import EditDataModule, Editor
 from pmet_lightning.baselines.finetuning import FineTuning
+from pmet_lightning.baselines.retrieval import Retrieval
 from pmet_lightning.cli.dispatch import FILE_COMMANDS, TRAINER_COMMANDS
 from pmet_lightning.model.architectures import ARCHITECTURES
 from pmet_lightning.run.settings import add_shared_sections, section_parser
 from pmet_lightning.run.trainer import EditTrainer
+from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from tests.conftest import ROOT
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -27,18 +29,27 @@ TEXTS = PAGES | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
 COMMANDS = (*TRAINER_COMMANDS, *FILE_COMMANDS)
 
 
+def _baseline_parser(module) -> LightningArgumentParser:
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(module, "model")
+    parser.add_lightning_class_args(EditDataModule, "data")
+    add_shared_sections(parser)
+    return parser
+
+
 @pytest.fixture(scope="module")
 def options():
     """The options of each command."""
-    edit, baseline = section_parser(), LightningArgumentParser(exit_on_error=False)
-    baseline.add_lightning_class_args(FineTuning, "model")
-    baseline.add_lightning_class_args(EditDataModule, "data")
-    add_shared_sections(baseline)
     found = {}
-    for parser in (edit, baseline):
+    for module, commands in (
+        (TargetOptimizer, ("fit", "validate", "test", "stats")),
+        (FineTuning, ("finetune",)),
+        (Retrieval, ("retrieve",)),
+    ):
+        parser = section_parser() if module is TargetOptimizer else _baseline_parser(module)
         parser.add_lightning_class_args(EditTrainer, "trainer")
         dests = {action.dest for action in parser._actions} | {"config", "print_config"}
-        found |= dict.fromkeys(["finetune"] if parser is baseline else ["fit", "validate", "test", "stats"], dests)
+        found |= dict.fromkeys(commands, dests)
     found["stats"] = found["stats"] | {"list"}
     for command, module in FILE_COMMANDS.items():
         function = getattr(import_module(module), command)

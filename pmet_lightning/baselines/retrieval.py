@@ -31,8 +31,9 @@ class Retrieval(EditableModel):
         self.automatic_optimization = False
         self._facts: dict[str, list[str]] = defaultdict(list)  # sentences by subject
 
-    def configure_optimizers(self) -> None:
+    def configure_optimizers(self) -> Any:
         """Nothing is optimized."""
+        return []
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Take note of the facts."""

@@ -16,7 +16,6 @@ from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.loading import DtypeName, load_model
 from pmet_lightning.model.patch import apply_patch, load_patch
 from pmet_lightning.model.projections import Sites
-from pmet_lightning.report.model_card import write_card
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.processor_files import copy_processor_files
 
@@ -46,6 +45,8 @@ def export(
         FileExistsError: If the folder is not empty.
         PatchError: If the base model is not the one that was edited.
     """
+    from pmet_lightning.report.model_card import write_card  # seconds of imports, which --help does not wait for
+
     given = Path(run).expanduser()
     patch = given / "patch.safetensors" if given.is_dir() else given
     _, manifest = load_patch(patch)

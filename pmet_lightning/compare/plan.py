@@ -53,8 +53,9 @@ class Run:
             "data.limit": self.edits,
             "data.skip": self.skip,
             "data.shuffle": self.seed,
-            "model.seed": self.seed,
         }
+        if method.command != "retrieve":  # which draws nothing
+            settings["model.seed"] = self.seed
         if method.command == "fit":
             settings.setdefault("model.targets_folder", str(folder / "targets"))
         return settings
