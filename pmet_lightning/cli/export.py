@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from pmet_lightning.model.architectures import Architecture, architecture_of
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.loading import DtypeName, load_config, load_model
-from pmet_lightning.model.patch import apply_patch, load_patch
+from pmet_lightning.model.patch import apply_patch, load_patch, rounding_of
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.report.model_card import write_card
 from pmet_lightning.utils.files import new_folder
 
 log = logging.getLogger(__name__)
+
+MUCH_LOST = 0.01  # of the norm of dW: less does not show in scores
 
 
 def export(
@@ -36,7 +39,8 @@ def export(
         out: The folder to write; must be new or empty.
         base: Folder or hub name of the base model; by default the one that the run used.
         architecture: Module paths of a model family that is not recognized.
-        dtype: Precision of the written weights; 'auto' keeps the model's, to which ΔW may be rounded.
+        dtype: Precision of the written weights; 'auto' keeps the model's, unless the run had the edited weights in
+            float32 (--model.keep_float32) and more than 1 % of ΔW's norm would be rounded away: then float32.
 
     Raises:
         FileNotFoundError: If the patch or the base model does not exist.
@@ -44,19 +48,47 @@ def export(
         PatchError: If the base model is not the one that was edited.
     """
     patch = Path(run) / "patch.safetensors" if Path(run).is_dir() else Path(run)
-    _, manifest = load_patch(patch)
+    deltas, manifest = load_patch(patch)
     with new_folder(out, "--out") as unfinished:
         name = base or manifest["model"]
         model = load_model(name, manifest["dtype"])
         sites = Sites.of(model, architecture_of(load_config(name), architecture))
         base_fingerprint = fingerprint(model)  # of the weights in the precision in which they were edited
-        if dtype != "auto":
-            model = model.to(getattr(torch, dtype))
+        model = model.to(_written_dtype(model, deltas, manifest, dtype))
         apply_patch(model, sites, patch, base_fingerprint)
         save_model(model, unfinished)
         load_tokenizer(name).save_pretrained(unfinished)
         write_card(unfinished, {**manifest, "model": name}, _scores(patch.parent / "scores.json"))
     log.info("the edited model is in %s", out)
+
+
+def _written_dtype(
+    model: torch.nn.Module, deltas: Mapping[str, torch.Tensor], manifest: Mapping[str, Any], dtype: DtypeName
+) -> torch.dtype:
+    """The precision that a folder is written in; says what it does to ΔW.
+
+    A folder has one precision. transformers loads a folder of several in that of its configuration, and the float32
+    weights in it would be rounded then, so that all are float32 or none.
+    """
+    own: torch.dtype = getattr(torch, manifest["dtype"])
+    wanted: torch.dtype = own if dtype == "auto" else getattr(torch, dtype)
+    lost = rounding_of(model, deltas, wanted)
+    kept_float32 = bool(manifest["settings"].get("model.keep_float32"))
+    if dtype == "auto" and kept_float32 and lost > MUCH_LOST:
+        log.warning(
+            "writing all weights in float32: the run held the edited ones in it, and %s would lose %.1f %% of the norm "
+            "of dW; --dtype %s writes the smaller folder with that loss", manifest["dtype"], 100 * lost,
+            manifest["dtype"],
+        )  # fmt: skip
+        return torch.float32
+    if lost > MUCH_LOST:
+        level = logging.WARNING if kept_float32 or wanted != own else logging.INFO
+        as_in_run = "" if level == logging.WARNING else ", as in the run itself"
+        log.log(
+            level, "%s keeps dW up to a rounding of %.1f %% of its norm%s%s", str(wanted).removeprefix("torch."), 100 * lost, as_in_run,
+            "; --dtype float32 keeps all of it" if level == logging.WARNING else "",
+        )  # fmt: skip
+    return wanted
 
 
 def _scores(path: Path) -> dict[str, Any] | None:

@@ -283,6 +283,12 @@ class Editor:
         Raises:
             FileExistsError: If the folder is not empty.
         """
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        if self._module.keep_float32 and len(dtypes) > 1:
+            log.warning(
+                "Editor.save: the edited weights are written in float32, which transformers rounds to the precision of "
+                "the others unless the folder is loaded with dtype=torch.float32; export of a patch writes one precision"
+            )
         with new_folder(folder, "Editor.save:") as unfinished:
             save_model(self.model, unfinished)
             self.tokenizer.save_pretrained(unfinished)

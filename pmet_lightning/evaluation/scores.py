@@ -37,13 +37,14 @@ class EditScores(Metric):
     """Mean over the questions of a record first, then over records, times 100 (docs/evaluation.md).
 
     ``compute`` gives, for each of efficacy, generalisation, specificity, portability and multihop (the best of a
-    record's questions), and for the score (the harmonic mean of the first three), the value, ``…_low`` and ``…_high``
-    (95 % bootstrap interval over records, seeded; none of a single record); and ``count``, the records. Except for the score there are also
-    ``…_magnitude`` and ``…_accuracy`` (every token of the answer is the argmax). What was asked in free generation adds
-    ``…_exact``, ``…_contains`` and ``…_gap``, the teacher-forced value minus ``…_contains``; what was asked of the
-    unedited model too adds ``specificity_kept`` (the neighbors' answers, token by token), ``specificity_kl`` (nats) and
-    ``specificity_top1``, ``…_top5`` and ``…_top10`` (overlap of the likeliest next tokens); texts add ``fluency`` and
-    ``consistency``. What was not asked is left out, and so is the score without its three parts.
+    record's questions), and for the score (the harmonic mean of the first three), the value, ``…_low`` and
+    ``…_high`` (95 % bootstrap interval over records, seeded; none of a single record); and ``count``, the records.
+    Except for the score there are also ``…_magnitude`` and ``…_accuracy`` (every token of the answer is the
+    argmax). What was asked in free generation adds ``…_exact``, ``…_contains`` and ``…_gap``, the teacher-forced
+    value minus ``…_contains``; what was asked of the unedited model too adds ``specificity_kept`` (the neighbors'
+    answers, token by token), ``specificity_kl`` (nats) and ``specificity_top1``, ``…_top5`` and ``…_top10``
+    (overlap of the likeliest next tokens); texts add ``fluency`` and ``consistency``. What was not asked is left
+    out, and so is the score without its three parts.
 
     Records are identified by their position: one that several processes have seen counts once.
     """
@@ -101,11 +102,13 @@ def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
         table |= _with_interval(name, mean, resampled[name], counts[name]) if name in resampled else {name: mean}
     for kind in FREE_KINDS:
         if f"{kind}_contains" in asked:
-            gaps = [values[kind] - values[f"{kind}_contains"] for values in (means, resampled)]
-            table |= _with_interval(f"{kind}_gap", *gaps, counts[kind])
+            gap, gaps = (values[kind] - values[f"{kind}_contains"] for values in (means, resampled))
+            table |= _with_interval(f"{kind}_gap", gap, gaps, counts[kind])
     if all(kind in asked for kind in CORE):
-        both = [torch.stack([values[kind] for kind in CORE], dim=-1) for values in (means, resampled)]
-        table |= _with_interval("score", *map(harmonic_mean, both), len(rows))
+        score, scores = (
+            harmonic_mean(torch.stack([values[kind] for kind in CORE], dim=-1)) for values in (means, resampled)
+        )
+        table |= _with_interval("score", score, scores, len(rows))
     return table
 
 

@@ -1,8 +1,8 @@
 """What a run records after each edit batch, and reads when it is resumed: append-only files.
 
 ``ledger.jsonl`` has a line for each edit, ``batches.jsonl`` one for each edit batch; both are written before the patch,
-whose manifest says how many edit batches are valid. ``answers.jsonl`` has the answers to the questions of each edit, of a
-stream after each edit batch, of all other runs at the end.
+whose manifest says how many edit batches are valid. ``answers.jsonl`` has the answers to the questions of each edit, of
+a stream after each edit batch, of all other runs at the end.
 """
 
 from __future__ import annotations
