@@ -70,24 +70,21 @@ def _written_dtype(
     A folder has one precision. transformers loads a folder of several in that of its configuration, and the float32
     weights in it would be rounded then, so that all are float32 or none.
     """
-    own: torch.dtype = getattr(torch, manifest["dtype"])
+    dtype_name = manifest["dtype"]
+    own: torch.dtype = getattr(torch, dtype_name)
     wanted: torch.dtype = own if dtype == "auto" else getattr(torch, dtype)
     lost = rounding_of(model, deltas, wanted)
     kept_float32 = bool(manifest["settings"].get("model.keep_float32"))
-    if dtype == "auto" and kept_float32 and lost > MUCH_LOST:
-        log.warning(
-            "writing all weights in float32: the run held the edited ones in it, and %s would lose %.1f %% of the norm "
-            "of dW; --dtype %s writes the smaller folder with that loss", manifest["dtype"], 100 * lost,
-            manifest["dtype"],
-        )  # fmt: skip
+    if lost <= MUCH_LOST:
+        return wanted
+    said = f"{str(wanted).removeprefix('torch.')} would round away {100 * lost:.1f} % of the norm of dW"
+    if dtype == "auto" and kept_float32:
+        log.warning("%s: all weights are written in float32; --dtype %s writes the smaller folder", said, dtype_name)
         return torch.float32
-    if lost > MUCH_LOST:
-        level = logging.WARNING if kept_float32 or wanted != own else logging.INFO
-        as_in_run = "" if level == logging.WARNING else ", as in the run itself"
-        log.log(
-            level, "%s keeps dW up to a rounding of %.1f %% of its norm%s%s", str(wanted).removeprefix("torch."), 100 * lost, as_in_run,
-            "; --dtype float32 keeps all of it" if level == logging.WARNING else "",
-        )  # fmt: skip
+    if wanted == own and not kept_float32:
+        log.info("%s, as in the run itself, whose scores are with that", said.replace("would round", "rounds"))
+    else:
+        log.warning("%s; --dtype float32 keeps all of it", said.replace("would round", "rounds"))
     return wanted
 
 

@@ -286,8 +286,8 @@ class Editor:
         dtypes = {parameter.dtype for parameter in self.model.parameters()}
         if self._module.keep_float32 and len(dtypes) > 1:
             log.warning(
-                "Editor.save: the edited weights are written in float32, which transformers rounds to the precision of "
-                "the others unless the folder is loaded with dtype=torch.float32; export of a patch writes one precision"
+                "Editor.save: the edited weights are written in float32, and transformers rounds them to the precision "
+                "of the others unless the folder is loaded with dtype=torch.float32; the command export avoids that"
             )
         with new_folder(folder, "Editor.save:") as unfinished:
             save_model(self.model, unfinished)
