@@ -73,11 +73,17 @@ class Damage:
 
     Attributes:
         level: From its thresholds; ``not measured`` without a text.
-        factor: Perplexity relative to that of the unedited model, or e^KL if that is more; NaN if not measured.
+        factor: Perplexity relative to that of the unedited model; ``None`` if not measured.
+        kl: KL(unedited ‖ edited) of the next token in nats; ``None`` if not measured.
     """
 
     level: DamageLevel
-    factor: float = math.nan
+    factor: float | None = None
+    kl: float | None = None
+
+    def __str__(self) -> str:
+        factor = [] if self.factor is None else [f"perplexity of unrelated text × {self.factor:.3g}"]
+        return ", ".join([*factor, *([] if self.kl is None else [f"KL {self.kl:.3g} nats"])])
 
 
 @dataclass(frozen=True)
@@ -102,14 +108,14 @@ class Verdict:
 
     def plain(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
-        factor = self.damage.factor
+        damage = {"perplexity_factor": self.damage.factor, "kl": self.damage.kl}
         return {
             "facts": self.facts,
             "said": self.said,
             "not_said": dict(self.causes),
             "asked": "at the end" if self.at_the_end else "right after the edit batch",
             "damage": self.damage.level,
-            "damage_factor": round(factor, 3) if math.isfinite(factor) else None,
+            **{name: None if value is None or not math.isfinite(value) else value for name, value in damage.items()},
             **({"undone": list(self.undone)} if self.undone else {}),
         }
 
@@ -171,7 +177,8 @@ def damage_of(
 ) -> Damage:
     """What the edits did to unrelated text, from its perplexity and KL.
 
-    e^KL is on the scale of the perplexity: the factor by which it would grow on text of the unedited model's own.
+    e^KL is on the scale of the perplexity, the factor by which it would grow on text of the unedited model's own, and has
+    the same thresholds.
 
     Args:
         scores: Scores ``before`` and ``after``.
@@ -181,16 +188,16 @@ def damage_of(
             evaluation at the end.
     """
     before, after = (scores.get(phase, {}) for phase in ("before", "after"))
-    factors = [] if last_factor is None else [last_factor]
-    if "perplexity" in before and "perplexity" in after:
-        factors.append(after["perplexity"] / before["perplexity"])
-    if "kl" in after:
-        factors.append(math.exp(min(after["kl"], 700.0)) if after["kl"] == after["kl"] else math.inf)
-    if not factors:
+    both = "perplexity" in before and "perplexity" in after
+    factor = after["perplexity"] / before["perplexity"] if both else last_factor
+    kl = after.get("kl")
+    if factor is None and kl is None:
         return Damage("not measured")
-    # A perplexity that is no number is that of a model that gives none.
-    factor = max(math.inf if value != value else value for value in factors)
-    return Damage("damaged" if factor >= damaged_from else "warning" if factor >= warn_from else "none", factor)
+    # Not below rather than above: what is no number is of a model that gives none.
+    if not ((factor or 0.0) < damaged_from and (kl or 0.0) < math.log(damaged_from)):
+        return Damage("damaged", factor, kl)
+    quiet = (factor or 0.0) < warn_from and (kl or 0.0) < math.log(warn_from)
+    return Damage("none" if quiet else "warning", factor, kl)
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:
@@ -210,12 +217,11 @@ def damage_line(damage: Damage) -> str:
     """The damage in one line."""
     if damage.level == "not measured":
         return "damage to the model: not measured; set --drift.text to a file of plain text"
-    change = f"perplexity of unrelated text × {damage.factor:.3g}"
     remedies = "a larger --spread.lam, a smaller --model.clamp, or fewer edits"
     return {
-        "none": f"the model is not damaged ({change})",
-        "warning": f"WARNING: the edits have changed the rest of the model ({change}); try {remedies}",
-        "damaged": f"DAMAGED: the model is no longer usable ({change}); do not keep these edits, and try {remedies}",
+        "none": f"the model is not damaged ({damage})",
+        "warning": f"WARNING: the edits have changed the rest of the model ({damage}); try {remedies}",
+        "damaged": f"DAMAGED: the model is no longer usable ({damage}); do not keep these edits, and try {remedies}",
     }[damage.level]
 
 

@@ -66,27 +66,32 @@ def test_who_is_asked_again():
 
 
 @pytest.mark.parametrize(
-    ("after", "level", "factor"),
+    ("after", "level"),
     [
-        ({"perplexity": 10.0}, "none", 1.0),
-        ({"perplexity": 14.9}, "none", 1.49),
-        ({"perplexity": 15.0}, "warning", WARN_FROM),
-        ({"perplexity": 30.0}, "damaged", DAMAGED_FROM),
-        ({"perplexity": 10.0, "kl": math.log(2)}, "warning", 2.0),
-        ({"perplexity": 10.0, "kl": 1e6}, "damaged", math.exp(700)),
-        ({"perplexity": math.nan}, "damaged", math.inf),
-        ({"perplexity": 10.0, "kl": math.nan}, "damaged", math.inf),
-        ({}, "not measured", math.nan),
+        ({"perplexity": 10.0}, "none"),
+        ({"perplexity": 5.0, "kl": 0.0}, "none"),
+        ({"perplexity": 10 * WARN_FROM - 0.1}, "none"),
+        ({"perplexity": 10 * WARN_FROM}, "warning"),
+        ({"perplexity": 10 * DAMAGED_FROM - 0.1}, "warning"),
+        ({"perplexity": 10 * DAMAGED_FROM}, "damaged"),
+        ({"perplexity": 10.0, "kl": math.log(2)}, "warning"),
+        ({"perplexity": 10.0, "kl": 1.2}, "damaged"),
+        ({"perplexity": math.nan}, "damaged"),
+        ({"perplexity": math.inf}, "damaged"),
+        ({"perplexity": 10.0, "kl": math.nan}, "damaged"),
+        ({}, "not measured"),
     ],
 )
-def test_the_damage(after, level, factor):
+def test_the_damage(after, level):
     found = damage_of({"before": {"perplexity": 10.0}, "after": after})
     assert found.level == level
-    assert found.factor == pytest.approx(factor, nan_ok=True)
+    assert found.kl == after.get("kl") or found.kl != found.kl
+    if "perplexity" in after:
+        assert found.factor == pytest.approx(after["perplexity"] / 10, nan_ok=True)
 
 
 def test_the_damage_without_an_evaluation_and_with_other_limits():
-    assert damage_of({}) == Damage("not measured") or math.isnan(damage_of({}).factor)
+    assert damage_of({}) == Damage("not measured")
     assert damage_of({}, last_factor=4.0) == Damage("damaged", 4.0)
     scores = {"before": {"perplexity": 1.0}, "after": {"perplexity": 4.0}}
     assert damage_of(scores, warn_from=5.0, damaged_from=9.0) == Damage("none", 4.0)
@@ -99,7 +104,7 @@ def test_the_verdict_counts_and_says_what_to_do():
     assert list(found.causes.items()) == [("not_written", 2), ("overwritten", 1)]
     assert found.plain() == {
         "facts": 4, "said": 1, "not_said": {"not_written": 2, "overwritten": 1}, "asked": "at the end",
-        "damage": "damaged", "damage_factor": 6.2, "undone": ["Eve lives in"],
+        "damage": "damaged", "perplexity_factor": 6.2, "kl": None, "undone": ["Eve lives in"],
     }  # fmt: skip
     text = "\n".join(verdict_lines(found))
     assert "says 1 of 4 new facts" in text
@@ -116,4 +121,5 @@ def test_every_cause_has_a_remedy_but_the_unknown_one():
 def test_damage_that_was_not_measured_is_said():
     found = judge((), Damage("not measured"))
     assert verdict_lines(found) == ["damage to the model: not measured; set --drift.text to a file of plain text"]
-    assert found.plain()["damage_factor"] is None
+    assert found.plain()["perplexity_factor"] is None
+    assert judge((), Damage("damaged", math.inf)).plain()["perplexity_factor"] is None, "JSON has no infinity"
