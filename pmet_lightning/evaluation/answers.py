@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pmet_lightning.data.records import Edit
+from pmet_lightning.data.records import Edit, Probe
+from pmet_lightning.evaluation.generation import says
 from pmet_lightning.evaluation.probes import ProbeResult, RecordResult
 
 AnswerLine = dict[str, Any]
@@ -29,7 +30,7 @@ def answer_line(edit: Edit, result: RecordResult) -> AnswerLine:
             "prompt": probe.prompt,
             "expected": probe.answer,
             "answer": found.answer,
-            "right": is_right(found),
+            "right": is_right(probe, found),
         }
         for probe, found in asked
     ]
@@ -42,9 +43,11 @@ def answer_line(edit: Edit, result: RecordResult) -> AnswerLine:
     }
 
 
-def is_right(found: ProbeResult) -> bool:
-    """Whether the right answer is in the generated text or, of a question that is not asked freely, is the argmax."""
-    return bool(found.accuracy if found.contains is None else found.contains)
+def is_right(probe: Probe, found: ProbeResult) -> bool:
+    """Whether the model says a right answer or, to a question that is not asked freely, has it as the argmax."""
+    if found.contains is None:
+        return bool(found.accuracy)
+    return any(says(found.answer, form) for form in probe.answers)
 
 
 def has_old_object(edit: Edit) -> bool:

@@ -104,3 +104,13 @@ def is_exact(text: str, answer: str) -> bool:
 def contains(text: str, answer: str) -> bool:
     """Whether the answer occurs, as whole words, in the text."""
     return f" {normalize_text(answer)} " in f" {normalize_text(text)} "
+
+
+def says(text: str, answer: str) -> bool:
+    """Whether a generated text gives the answer before it goes on to something else.
+
+    The answer occurs in the first sentence, or the text begins with it (there may be a full stop in an answer). A later
+    sentence may name it by chance: "water polo. The sport that Felix plays is cricket" does not say cricket.
+    """
+    begins = f"{normalize_text(text)} ".startswith(f"{normalize_text(answer)} ")
+    return begins or contains(first_sentence(text), answer)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pmet_lightning.evaluation.generation import contains
+from pmet_lightning.evaluation.generation import says
 
 # A probability above one half is above every rival's, so that greedy decoding takes it: P(o*) at the end of the
 # optimization tells that a target vector was found, P(o*) after the write that the weights hold it.
@@ -152,7 +152,7 @@ def to_ask_again(lines: Sequence[Mapping[str, Any]], asked: Collection[int]) -> 
 
 def said_at_once(line: Mapping[str, Any]) -> bool:
     """Whether the model said the new object right after the edit batch of a ledger line."""
-    return bool(line["said"] if "said" in line else contains(line.get("answer", ""), line.get("target", "")))
+    return bool(line["said"] if "said" in line else says(line.get("answer", ""), line.get("target", "")))
 
 
 def judge(ended: Sequence[Outcome], damage: Damage, at_the_end: bool = True, undone: Iterable[str] = ()) -> Verdict:

@@ -11,7 +11,7 @@ from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.data.encoder import fill
 from pmet_lightning.data.records import Edit, Probe
 from pmet_lightning.evaluation.editable import EditableModel
-from pmet_lightning.evaluation.generation import contains, greedy_texts
+from pmet_lightning.evaluation.generation import greedy_texts, says
 from pmet_lightning.evaluation.probes import score_probes
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.distributed import ProcessGroup
@@ -82,7 +82,7 @@ def measure_ledger(module: TargetOptimizer, report: WriteReport) -> list[dict[st
                 "residual_left": report.residual_left[i],
                 "p_prompt_after": score[0].magnitude,
                 "answer": answer,
-                "said": any(contains(answer, form) for form in _accepted(edit)),
+                "said": any(says(answer, form) for form in _accepted(edit)),
             }
         )
     return processes.all_gather_objects(lines, count)
@@ -104,7 +104,7 @@ def ask_again(module: EditableModel, lines: Sequence[Mapping[str, Any]]) -> list
         tokens_per_batch=module.tokens_per_batch,
         device=module.device,
     )
-    found = [(answer, contains(answer, line["target"])) for answer, line in zip(answers, own, strict=True)]
+    found = [(answer, says(answer, line["target"])) for answer, line in zip(answers, own, strict=True)]
     return processes.all_gather_objects(found, len(lines))
 
 
