@@ -16,8 +16,8 @@ def answer_line(edit: Edit, result: RecordResult) -> AnswerLine:
     """The questions of an edit with their answers at one evaluation.
 
     What was edited is answered by free generation. A question about a neighbor is answered by the likeliest token at
-    each position of its answer, which the evaluation knows at no cost: generating text for each of COUNTERFACT's ten
-    neighbors would multiply the time of an evaluation (docs/evaluation.md).
+    each position of its answer, which the evaluation knows at no cost: the first is what greedy decoding would say,
+    and generating text for COUNTERFACT's ten neighbors too makes an evaluation 40 % longer (docs/evaluation.md).
 
     Args:
         edit: The edit.

@@ -150,7 +150,7 @@ def test_a_ruined_real_model(shared, tmp_path):
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path):
-    settings = tiny_settings(tmp_path, save_tiny("gptj", tmp_path / "model"))
+    settings = tiny_settings(tmp_path, save_tiny("gptj", tmp_path / "model")) | {"model.layers": [1, 2]}
     for fault in ({"model.layers": [9]}, {"moments.corpus": str(tmp_path / "none.txt")}, {"data.path": "none.json"}):
         with pytest.raises((ValueError, OSError)):
             main(["fit", "--config", "pmet.yaml", *as_arguments(settings | fault)])
@@ -163,7 +163,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path):
 
 
 def test_validate_leaves_scores_and_answers_beside_those_of_a_run(tmp_path, caplog):
-    settings = tiny_settings(tmp_path, save_tiny("gptj", tmp_path / "model"))
+    settings = tiny_settings(tmp_path, save_tiny("gptj", tmp_path / "model")) | {"model.layers": [1, 2]}
     main(["fit", "--config", "pmet.yaml", *as_arguments(settings)])
     fitted = json.loads((tmp_path / "run" / "scores.json").read_text())
     with caplog.at_level("INFO"):
@@ -179,7 +179,7 @@ def test_validate_leaves_scores_and_answers_beside_those_of_a_run(tmp_path, capl
 
 
 def test_the_answers_of_a_stream_are_kept_by_edit_batch(tmp_path):
-    settings = tiny_settings(tmp_path, save_tiny("gptj", tmp_path / "model"))
+    settings = tiny_settings(tmp_path, save_tiny("gptj", tmp_path / "model")) | {"model.layers": [1, 2]}
     records = tmp_path / "records.jsonl"
     facts = json.loads((tmp_path / "records.json").read_text())
     records.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
@@ -193,7 +193,7 @@ def test_the_answers_of_a_stream_are_kept_by_edit_batch(tmp_path):
 
 
 def test_a_baseline_has_a_verdict_without_causes(tmp_path):
-    settings = tiny_settings(tmp_path, save_tiny("gptj", tmp_path / "model"))
+    settings = tiny_settings(tmp_path, save_tiny("gptj", tmp_path / "model")) | {"model.layers": [1, 2]}
     kept = {name: value for name, value in settings.items() if not name.startswith(("moments", "model.steps"))}
     cli = build_fit("finetune.yaml", kept | {"model.layers": [2], "model.epochs": 1}, "finetune")
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
@@ -203,8 +203,8 @@ def test_a_baseline_has_a_verdict_without_causes(tmp_path):
 
 @pytest.mark.parametrize(("keep", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_export_keeps_what_the_run_kept(tmp_path, caplog, keep, dtype):
-    settings = tiny_settings(tmp_path, save_tiny("gptj", tmp_path / "model"))
-    half = {"model.dtype": "bfloat16", "model.keep_float32": keep, "model.layers": [1, 2]}
+    settings = tiny_settings(tmp_path, save_tiny("gptj", tmp_path / "model")) | {"model.layers": [1, 2]}
+    half = {"model.dtype": "bfloat16", "model.keep_float32": keep, "model.layers": [1, 2], "model.clamp": 0.02}
     main(["fit", "--config", "pmet.yaml", *as_arguments(settings | half)])
     with caplog.at_level("INFO"):
         main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "auto")])
