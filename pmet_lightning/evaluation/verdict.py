@@ -177,8 +177,8 @@ def damage_of(
 ) -> Damage:
     """What the edits did to unrelated text, from its perplexity and KL.
 
-    e^KL is on the scale of the perplexity, the factor by which it would grow on text of the unedited model's own, and has
-    the same thresholds.
+    e^KL is on the scale of the perplexity, the factor by which it would grow on text of the unedited model's own, and
+    has the same thresholds.
 
     Args:
         scores: Scores ``before`` and ``after``.
