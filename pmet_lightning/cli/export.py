@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from pmet_lightning.model.architectures import Architecture, architecture_of
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.loading import DtypeName, load_model
-from pmet_lightning.model.patch import apply_patch, load_patch
+from pmet_lightning.model.patch import apply_patch, load_patch, rounding_of
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.processor_files import copy_processor_files
 
 log = logging.getLogger(__name__)
+
+MUCH_LOST = 0.01  # of the norm of dW: less does not show in scores
 
 
 def export(
@@ -37,7 +40,8 @@ def export(
         out: The folder to write; must be new or empty.
         base: Folder or hub name of the base model; by default the one that the run used.
         architecture: Module paths of a model family that is not recognized.
-        dtype: Precision of the written weights; 'auto' keeps the model's, to which ΔW may be rounded.
+        dtype: Precision of the written weights; 'auto' keeps the model's, unless the run had the edited weights in
+            float32 (--model.keep_float32) and more than 1 % of ΔW's norm would be rounded away: then float32.
         trust_remote_code: Whether Python code in the model's folder or repository may run.
 
     Raises:
@@ -49,20 +53,45 @@ def export(
 
     given = Path(run).expanduser()
     patch = given / "patch.safetensors" if given.is_dir() else given
-    _, manifest = load_patch(patch)
+    deltas, manifest = load_patch(patch)
     with new_folder(out, "--out") as unfinished:
         name = base or manifest["model"]
         model = load_model(name, manifest["dtype"], trust_remote_code=trust_remote_code)
         sites = Sites.of(model, architecture_of(model.config, architecture))
         base_fingerprint = fingerprint(model)  # of the weights in the precision in which they were edited
-        if dtype != "auto":
-            model = model.to(getattr(torch, dtype))
+        model = model.to(_written_dtype(model, deltas, manifest, dtype))
         apply_patch(model, sites, patch, base_fingerprint)
         save_model(model, unfinished)
         load_tokenizer(name, trust_remote_code).save_pretrained(unfinished)
         copy_processor_files(name, unfinished)
         write_card(unfinished, {**manifest, "model": name}, _scores(patch.parent / "scores.json"))
     log.info("the edited model is in %s", out)
+
+
+def _written_dtype(
+    model: torch.nn.Module, deltas: Mapping[str, torch.Tensor], manifest: Mapping[str, Any], dtype: DtypeName
+) -> torch.dtype:
+    """The precision that a folder is written in; says what it does to ΔW.
+
+    A folder has one precision. transformers loads a folder of several in that of its configuration, and the float32
+    weights in it would be rounded then, so that all are float32 or none.
+    """
+    dtype_name = manifest["dtype"]
+    own: torch.dtype = getattr(torch, dtype_name)
+    wanted: torch.dtype = own if dtype == "auto" else getattr(torch, dtype)
+    lost = rounding_of(model, deltas, wanted)
+    kept_float32 = bool(manifest["settings"].get("model.keep_float32"))
+    if lost <= MUCH_LOST:
+        return wanted
+    said = f"{str(wanted).removeprefix('torch.')} would round away {100 * lost:.1f} % of the norm of dW"
+    if dtype == "auto" and kept_float32:
+        log.warning("%s: all weights are written in float32; --dtype %s writes the smaller folder", said, dtype_name)
+        return torch.float32
+    if wanted == own and not kept_float32:
+        log.info("%s, as in the run itself, whose scores are with that", said.replace("would round", "rounds"))
+    else:
+        log.warning("%s; --dtype float32 keeps all of it", said.replace("would round", "rounds"))
+    return wanted
 
 
 def _scores(path: Path) -> dict[str, Any] | None:

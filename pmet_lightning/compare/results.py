@@ -114,8 +114,8 @@ def _draw_scores(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
         points = [row for row in results if row["method"] == method and "score" in row]
         scores = [row["score"] for row in points]
         errors = [
-            [max(0.0, row["score"] - row["score_low"]) for row in points],
-            [max(0.0, row["score_high"] - row["score"]) for row in points],
+            [max(0.0, row["score"] - row.get("score_low", row["score"])) for row in points],
+            [max(0.0, row.get("score_high", row["score"]) - row["score"]) for row in points],
         ]
         axes.errorbar([row["edits"] for row in points], scores, yerr=errors, marker="o", capsize=3, label=method)
     axes.set(xscale="log", xlabel="edits in one batch", ylabel="Score", ylim=(0, 102))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pmet_lightning.data.datamodule import EditDataModule
+from pmet_lightning.data.encoder import fill
 from pmet_lightning.data.readers import as_edits
 from pmet_lightning.data.records import Edit
 from pmet_lightning.data.tables import as_rows
@@ -27,8 +28,9 @@ from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.patch import save_patch
 from pmet_lightning.report.model_card import write_card
-from pmet_lightning.run.ledger import EditLedger
+from pmet_lightning.run.ledger import EditLedger, ask_again
 from pmet_lightning.run.manifest import manifest_of, moments_of
+from pmet_lightning.run.outcome import answers_before_and_after, outcome_of
 from pmet_lightning.run.settings import make_objects, read_sections
 from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
 from pmet_lightning.utils.files import new_folder
@@ -118,6 +120,7 @@ class Editor:
         self._clean: Snapshot | None = None  # before the first edit
         # Before the last call: the weights, the number of edit batches and the number of edits.
         self._last: tuple[Snapshot, int, int] | None = None
+        self._said: list[dict[str, Any]] = []  # ledger lines of earlier calls whose facts the model says
         self._checksums = self._weight_checksums()
 
     @classmethod
@@ -177,7 +180,7 @@ class Editor:
         self._module.reset_results()
         with preserve_caller_state(self.model, self._device):
             self._trainer([self._drift], None, True).validate(self._module, data, verbose=False)
-        return dict(self._module.results.get("test", {}))
+        return dict(self._module.results.get("validate", {}))
 
     def ask(self, prompts: str | Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
         """Let the model, as it is now, continue each prompt by greedy decoding.
@@ -236,17 +239,28 @@ class Editor:
         self._drift.ended = ""
         try:
             with preserve_caller_state(self.model, self._device):
-                callbacks = [self._moments, self._spread, self._drift, ledger]
-                self._trainer(callbacks, run_dir, evaluate).fit(self._module, data)
+                trainer = self._trainer([self._moments, self._spread, self._drift, ledger], run_dir, evaluate)
+                trainer.fit(self._module, data)
+                outcome = outcome_of(trainer, self._module, ledger.edits, self._undone(ledger.edits))
+            self._drift.check(outcome.verdict.damage)
         except BaseException:
             self._spread.edited.restore(before)
             raise
         self._last = before, self._module.batches_done, self._module.edits_done
+        self._said += [line for line, ended in zip(ledger.edits, outcome.edits, strict=True) if ended.said]
         self._clean = self._clean or before
         self._module.batches_done += ledger.count
         self._module.edits_done += len(ledger.edits)
         self._checksums = self._weight_checksums()
-        return EditReport(dict(self._module.results), tuple(ledger.edits), tuple(ledger.layers), self._drift.ended)
+        return EditReport(
+            dict(self._module.results),
+            tuple(ledger.edits),
+            tuple(ledger.layers),
+            self._drift.ended,
+            outcome.verdict,
+            outcome.edits,
+            tuple(answers_before_and_after(self._module)),
+        )
 
     def undo(self) -> None:
         """Undo the last call of :meth:`edit`: the weights are bit by bit what they were before it.
@@ -278,6 +292,12 @@ class Editor:
         Raises:
             FileExistsError: If the folder is not empty.
         """
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        if self._module.keep_float32 and len(dtypes) > 1:
+            log.warning(
+                "Editor.save: the edited weights are written in float32, and transformers rounds them to the precision "
+                "of the others unless the folder is loaded with dtype=torch.float32; the command export avoids that"
+            )
         with new_folder(folder, "Editor.save:") as unfinished:
             save_model(self.model, unfinished)
             self._processor.save_pretrained(unfinished)
@@ -340,10 +360,21 @@ class Editor:
         bars = [EditProgressBar()] if self._progress else []
         return L.Trainer(**{**EDIT_RUN, **options, "logger": False, "callbacks": [*callbacks, *bars]})
 
+    def _undone(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Questions of earlier calls about the same subjects that the model, as it is now, no longer answers."""
+        self._said = [line for line in self._said if _asks(line) not in set(map(_asks, lines))]  # replaced on purpose
+        subjects = {line["subject"] for line in lines}
+        earlier = [line for line in self._said if line["subject"] in subjects]
+        if not earlier:
+            return []
+        answers = ask_again(self._module, earlier)
+        return [_asks(line) for line, (_, said) in zip(earlier, answers, strict=True) if not said]
+
     def _restore(self, before: Snapshot, batches: int, edits: int) -> None:
         self._check_unchanged()
         self._spread.edited.restore(before)
         self._module.batches_done, self._module.edits_done, self._last = batches, edits, None
+        self._said = [line for line in self._said if line["edit_batch"] < batches]
         self._checksums = self._weight_checksums()
 
     def _weight_checksums(self) -> dict[str, str]:
@@ -364,6 +395,11 @@ class Editor:
                 "else has changed the model, so the editor's second moments and patch no longer match it; make a new "
                 "Editor for the model as it is now"
             )
+
+
+def _asks(line: Mapping[str, Any]) -> str:
+    """The question of a ledger line."""
+    return fill(line["prompt"], line["subject"])[0]
 
 
 def _paths_of(facts: Facts) -> str | list[str] | None:

@@ -21,6 +21,7 @@ from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
 from pmet_lightning.data.join import Join
 from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import PaddingSide
+from pmet_lightning.evaluation.answers import AnswerLine, answer_line, old_objects
 from pmet_lightning.evaluation.consistency import References
 from pmet_lightning.evaluation.fluency import fluency, sample_texts
 from pmet_lightning.evaluation.probes import ProbeResult, RecordResult, compare_with_clean, score_probes
@@ -38,11 +39,12 @@ from pmet_lightning.model.fsdp import load_in_turn, shard
 from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load_model, set_plain_outputs
 from pmet_lightning.model.patch import apply_patch
 from pmet_lightning.model.projections import Sites, keep_in_float32
+from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
 log = logging.getLogger(__name__)
 
-Phase = Literal["before", "after", "test"]
+Phase = Literal["before", "after", "validate"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ class EditableModel(L.LightningModule):
         self.scores = EditScores()
         self.results: dict[str, dict[str, float]] = {}
         self.record_rows: dict[str, torch.Tensor] = {}
+        self.answers: dict[str, dict[int, AnswerLine]] = {}  # by phase and position
+        self._own_answers: dict[int, AnswerLine] = {}  # of this process, in the current evaluation
         self.curves: list[dict[str, float]] = []  # a point for each step, for the report
         self._encoder: PromptEncoder | None = None
         self._architecture: Architecture | None = None
@@ -161,7 +165,7 @@ class EditableModel(L.LightningModule):
     def reset_results(self) -> None:
         """Forget what was evaluated and logged, for a run that is reported separately from those before it."""
         self.results, self.record_rows, self.curves, self.inner_step = {}, {}, [], 0
-        self._before = {}
+        self._before, self.answers, self._own_answers = {}, {}, {}
 
     def setup(self, stage: str) -> None:
         """Check the layers and the family from the configuration alone, before any weight is read.
@@ -288,7 +292,7 @@ class EditableModel(L.LightningModule):
     def phase(self) -> Phase:
         """The phase of the current evaluation: Lightning's sanity check before the first edit is 'before'."""
         if self.trainer.state.fn != TrainerFn.FITTING:
-            return "test"
+            return "validate"
         return "before" if self.trainer.sanity_checking else "after"
 
     def evaluate(self, edits: Sequence[Edit], positions: Sequence[int]) -> list[RecordResult]:
@@ -345,6 +349,7 @@ class EditableModel(L.LightningModule):
             results = self.evaluate(batch.edits, batch.positions)
         if self.phase == "before":
             self._before |= {result.position: list(result.probes) for result in results}
+        self._own_answers |= {r.position: answer_line(e, r) for e, r in zip(batch.edits, results, strict=True)}
         self.scores.update(results)
 
     def test_step(self, batch: EditBatch, batch_idx: int) -> None:
@@ -356,9 +361,12 @@ class EditableModel(L.LightningModule):
         with self.scores.sync_context():
             rows = self.scores.record_rows() if len(self.scores.rows) else None
         self.scores.reset()
+        found = ProcessGroup.of(self.trainer).all_gather_lists(list(self._own_answers.items()))
+        self.answers[self.phase], self._own_answers = dict(sorted(found, key=lambda item: item[0])), {}
         if rows is not None:
             self.record_rows[self.phase] = rows
             self.report({name: float(value) for name, value in table_of(rows).items()})
+            self.report(old_objects(self.answers[self.phase].values()))
 
     def on_test_epoch_end(self) -> None:
         """As :meth:`on_validation_epoch_end`."""
@@ -367,5 +375,5 @@ class EditableModel(L.LightningModule):
     def report(self, values: Mapping[str, float]) -> None:
         """Add metrics to the current evaluation; a callback may do so in its own ``on_validation_epoch_end``."""
         self.results.setdefault(self.phase, {}).update(values)
-        if self.phase == "test":
+        if self.phase == "validate":
             self.log_dict(dict(values))

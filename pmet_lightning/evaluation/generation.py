@@ -115,3 +115,13 @@ def contains(text: str, answer: str) -> bool:
     if is_spaceless(answer):
         return _letters(answer) in _letters(text)
     return f" {normalize_text(answer)} " in f" {normalize_text(text)} "
+
+
+def says(text: str, answer: str) -> bool:
+    """Whether a generated text gives the answer before it goes on to something else.
+
+    The answer occurs in the first sentence, or the text begins with it (there may be a full stop in an answer). A later
+    sentence may name it by chance: "water polo. The sport that Felix plays is cricket" does not say cricket.
+    """
+    begins = f"{normalize_text(text)} ".startswith(f"{normalize_text(answer)} ")
+    return begins or contains(first_sentence(text), answer)

@@ -38,6 +38,7 @@ class ProbeResult:
         top1: Whether the likeliest next token is that of the unedited model.
         top5: Overlap of the five likeliest next tokens.
         top10: Overlap of the ten likeliest next tokens.
+        answer: The text that the model generates; of a question that it was not asked freely, ``tokens`` as text.
     """
 
     kind: ProbeKind
@@ -53,6 +54,7 @@ class ProbeResult:
     top1: float | None = None
     top5: float | None = None
     top10: float | None = None
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,12 @@ def score_probes(
         of_forms.setdefault(i, []).append(scores[row])
     rival = {i: scores[row].nll for row, (i, _) in enumerate(rivals, start=len(forms))}
     scored = [_result(probe, of_forms[i], rival.get(i)) for i, probe in enumerate(flat)]
+    scored = [replace(result, answer=encoder.decode(result.tokens)) for result in scored]
     for row, i in enumerate(asked, start=len(forms) + len(rivals)):
         text = encoder.decode(generated[row])
         exact = any(is_exact(text, answer) for answer in flat[i].answers)
         found = any(contains(text, answer) for answer in flat[i].answers)
-        scored[i] = replace(scored[i], exact=float(exact), contains=float(found))
+        scored[i] = replace(scored[i], exact=float(exact), contains=float(found), answer=text)
     results = iter(scored)
     return [[next(results) for _ in record] for record in probes]
 

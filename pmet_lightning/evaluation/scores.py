@@ -37,13 +37,14 @@ class EditScores(Metric):
     """Mean over the questions of a record first, then over records, times 100 (docs/evaluation.md).
 
     ``compute`` gives, for each of efficacy, generalisation, specificity, portability and multihop (the best of a
-    record's questions), and for the score (the harmonic mean of the first three), the value, ``…_low`` and ``…_high``
-    (95 % bootstrap interval over records, seeded); and ``count``, the records. Except for the score there are also
-    ``…_magnitude`` and ``…_accuracy`` (every token of the answer is the argmax). What was asked in free generation adds
-    ``…_exact``, ``…_contains`` and ``…_gap``, the teacher-forced value minus ``…_contains``; what was asked of the
-    unedited model too adds ``specificity_kept`` (the neighbors' answers, token by token), ``specificity_kl`` (nats) and
-    ``specificity_top1``, ``…_top5`` and ``…_top10`` (overlap of the likeliest next tokens); texts add ``fluency`` and
-    ``consistency``. What was not asked is left out, and so is the score without its three parts.
+    record's questions), and for the score (the harmonic mean of the first three), the value, ``…_low`` and
+    ``…_high`` (95 % bootstrap interval over records, seeded; none of a single record); and ``count``, the records.
+    Except for the score there are also ``…_magnitude`` and ``…_accuracy`` (every token of the answer is the
+    argmax). What was asked in free generation adds ``…_exact``, ``…_contains`` and ``…_gap``, the teacher-forced
+    value minus ``…_contains``; what was asked of the unedited model too adds ``specificity_kept`` (the neighbors'
+    answers, token by token), ``specificity_kl`` (nats) and ``specificity_top1``, ``…_top5`` and ``…_top10``
+    (overlap of the likeliest next tokens); texts add ``fluency`` and ``consistency``. What was not asked is left
+    out, and so is the score without its three parts.
 
     Records are identified by their position: one that several processes have seen counts once.
     """
@@ -95,16 +96,19 @@ def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
     with_interval = [name for name in asked if "magnitude" not in name]
     columns = rows[:, [asked[name] for name in with_interval]]
     resampled = dict(zip(with_interval, resample_means(columns), strict=True))
+    counts = dict(zip(with_interval, (~columns.isnan()).sum(dim=0).tolist(), strict=True))
     table = {"count": torch.tensor(float(len(rows)))}
     for name, mean in means.items():
-        table |= _with_interval(name, mean, resampled[name]) if name in resampled else {name: mean}
+        table |= _with_interval(name, mean, resampled[name], counts[name]) if name in resampled else {name: mean}
     for kind in FREE_KINDS:
         if f"{kind}_contains" in asked:
-            gaps = [values[kind] - values[f"{kind}_contains"] for values in (means, resampled)]
-            table |= _with_interval(f"{kind}_gap", *gaps)
+            gap, gaps = (values[kind] - values[f"{kind}_contains"] for values in (means, resampled))
+            table |= _with_interval(f"{kind}_gap", gap, gaps, counts[kind])
     if all(kind in asked for kind in CORE):
-        both = [torch.stack([values[kind] for kind in CORE], dim=-1) for values in (means, resampled)]
-        table |= _with_interval("score", *map(harmonic_mean, both))
+        score, scores = (
+            harmonic_mean(torch.stack([values[kind] for kind in CORE], dim=-1)) for values in (means, resampled)
+        )
+        table |= _with_interval("score", score, scores, len(rows))
     return table
 
 
@@ -124,7 +128,7 @@ def score_difference(record_rows_NC: Tensor, others_NC: Tensor) -> dict[str, Ten
     both = [100 * rows[:, columns] for rows in (record_rows_NC, others_NC)]
     value, other = (harmonic_mean(rows.nanmean(dim=0)) for rows in both)
     resampled, others = (harmonic_mean(resample_means(rows).T) for rows in both)
-    return _with_interval("difference", value - other, resampled - others)
+    return _with_interval("difference", value - other, resampled - others, len(record_rows_NC))
 
 
 def _record_means(record: Sequence[ProbeResult]) -> list[float]:
@@ -144,6 +148,9 @@ def _text_scores(result: RecordResult) -> list[float]:
     return [float("nan") if value is None else value for value in values]
 
 
-def _with_interval(name: str, value: Tensor, resampled: Tensor) -> dict[str, Tensor]:
+def _with_interval(name: str, value: Tensor, resampled: Tensor, count: int) -> dict[str, Tensor]:
+    """A value with its interval; the resamples of a single record are all that record, and say nothing."""
+    if count < 2:
+        return {name: value}
     low, high = confidence_interval(resampled)
     return {name: value, f"{name}_low": low, f"{name}_high": high}

@@ -56,6 +56,25 @@ def load_patch(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise PatchError(f"{path}: not a patch of this program ({error})") from error
 
 
+def rounding_of(model: nn.Module, deltas: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+    """Share of ‖ΔW‖ that is lost where W + ΔW is stored in a precision: ‖stored change − ΔW‖ / ‖ΔW‖ of all weights.
+
+    Args:
+        model: The base model.
+        deltas: ΔW by weight name, shape [out, in].
+        dtype: The precision.
+    """
+    lost = norm = 0.0
+    for name, delta_OI in deltas.items():
+        projection = model.get_submodule(name.removesuffix(".weight"))
+        weight: Tensor = projection.weight.detach().to(delta_OI.dtype)  # type: ignore[operator,union-attr,assignment]
+        delta = (delta_OI.T if is_transposed(projection) else delta_OI).to(weight.device)
+        stored = (weight + delta).to(dtype).to(delta.dtype) - weight
+        lost += float((stored - delta).double().square().sum())
+        norm += float(delta.double().square().sum())
+    return (lost / norm) ** 0.5 if norm else 0.0
+
+
 def apply_patch(model: nn.Module, sites: Sites, path: str | Path, model_fingerprint: str) -> dict[str, Any]:
     """Add a patch's ΔW to a model's weights.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pmet_lightning.data.encoder import fill
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.scores import CORE, row_scores
+from pmet_lightning.evaluation.verdict import Outcome
 
 
 def columns_of(points: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
@@ -39,6 +40,18 @@ def edit_lines(
         line | {phase: found.get(position, {}) for phase, found in scores.items()}
         for position, line in enumerate(described, start=first)
     ]
+
+
+def add_outcomes(lines: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], first: int = 0) -> None:
+    """Add to the lines of the edits how each ended: ``said``, ``cause`` and the model's last ``answer``.
+
+    Args:
+        lines: As :func:`edit_lines` gives them.
+        outcomes: The outcome of each edit that was written, from the first one on.
+        first: Position of the first line.
+    """
+    for line, outcome in zip(lines, outcomes[first:], strict=False):
+        line |= {"answer": outcome.answer, "said": outcome.said, "cause": outcome.cause}
 
 
 def _described(edit: Edit) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmet_lightning.evaluation.scores import CORE, KINDS, METRICS
+from pmet_lightning.evaluation.verdict import CAUSES
 from pmet_lightning.report.html import (
     BLUE,
     GREEN,
@@ -25,6 +26,7 @@ from pmet_lightning.report.html import (
     svg,
     write_page,
 )
+from pmet_lightning.report.tables import headline_suffix
 from pmet_lightning.utils.files import write_json
 
 if TYPE_CHECKING:
@@ -80,7 +82,9 @@ def write_report(data: Mapping[str, Any], folder: Path, drawn: Mapping[str, Figu
         "data": known,
         "at": lambda *path: _at(known, *path),
         "rows": {name: _rows(known, name) for name in ("edits", "layers", "edit_batches", "relations")},
-        "worst": _worst(_rows(known, "edits")),
+        "worst": worst(_rows(known, "edits")),
+        "causes": CAUSES,
+        "headline": headline_suffix(_at(known, "scores", "after") or _at(known, "scores", "before") or {}),
         "plots": {name: svg(figure, name) for name, figure in (figures(known) if drawn is None else drawn).items()},
         "most_relations": MOST_RELATIONS,
         "core": CORE,
@@ -115,13 +119,17 @@ def _short(text: Any, length: int = 26) -> str:
     return words if len(words) <= length else f"{words[: length - 1]}…"
 
 
-def _worst(edits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The edits with the lowest mean score after writing; among equals, those with the most residual left first."""
+def worst(edits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The edits that the page shows: those that are not said first, then those with the lowest mean score.
 
-    def order(edit: dict[str, Any]) -> tuple[float, float]:
+    Among equals, those with the most residual left come first.
+    """
+
+    def order(edit: dict[str, Any]) -> tuple[bool, float, float]:
         scores = _known([number(_at(edit, "after", name)) for name in CORE])
         left = _known([number(edit.get("residual_left"))])
-        return math.fsum(scores) / len(scores) if scores else math.inf, -left[0] if left else math.inf
+        mean = math.fsum(scores) / len(scores) if scores else math.inf
+        return edit.get("said") is not False, mean, -left[0] if left else math.inf
 
     return sorted(edits, key=order)[:WORST]
 

@@ -7,25 +7,44 @@ from typing import Any
 
 from pmet_lightning.evaluation.scores import METRICS, TEXTS
 
+_TABLES = {"": "  forced", "_contains": "  freely"}  # rows below the headline
+
 
 def score_table(results: Mapping[str, Mapping[str, float]]) -> str:
     """A small table of the scores, with 95 % intervals: a row for each evaluation.
 
-    The row "freely" below it shows how often the answer appears in the text that the model generates.
+    The row "freely" below it shows how often the answer appears in the text that the model generates. Where records
+    have no old object, that is the headline, and the row "forced" below it shows the share of the answer's tokens.
     """
     lines = [f"{'':8}" + "".join(f"{name:>24}" for name in METRICS)]
     for phase, table in results.items():
-        for label, suffix in ((phase, ""), ("  freely", "_contains")):
-            if suffix == "" or any(f"{name}{suffix}" in table for name in METRICS):
+        first = headline_suffix(table)
+        for suffix in (first, "" if first else "_contains"):
+            if suffix in ("", first) or any(f"{name}{suffix}" in table for name in METRICS):
                 cells = [score_cell(table, f"{name}{suffix}") for name in METRICS]
+                label = phase if suffix == first else _TABLES[suffix]
                 lines.append(f"{label:8}" + "".join(f"{cell:>24}" for cell in cells))
     counts = {int(table["count"]) for table in results.values() if "count" in table}
+    if any(map(headline_suffix, results.values())):
+        lines.append("no old object to compare with: share of answers that say the new one; forced: of its tokens")
     return "\n".join([*lines, f"records: {', '.join(map(str, sorted(counts)))}"])
 
 
+def headline_suffix(table: Mapping[str, float]) -> str:
+    """Suffix of the scores that come first: generated answers where any record has no old object.
+
+    Without one, efficacy is the share of the answer's tokens that are right under teacher forcing, which is above zero
+    for an answer that is wrong.
+    """
+    return "_contains" if table.get("old_objects", 100.0) < 100 and "efficacy_contains" in table else ""
+
+
 def score_cell(table: Mapping[str, float], name: str) -> str:
-    """A score with its interval, or a dash."""
-    return f"{table[name]:.1f} [{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]" if name in table else "-"
+    """A score with its interval, if it has one, or a dash."""
+    if name not in table:
+        return "-"
+    interval = f" [{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]" if f"{name}_low" in table else ""
+    return f"{table[name]:.1f}{interval}"
 
 
 def other_lines(results: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -20,6 +20,7 @@ _WITHOUT_EFFECT = {
     *(f"data.{name}" for name in ("tokenizer", "chat", "join", "evaluation_batch", "stream_wait")),
     *(f"{section}.trust_remote_code" for section in ("model", "data")),
     *(f"moments.{name}" for name in ("folder", "save_every", "write")),
+    *(f"drift.{name}" for name in ("warn_from", "damaged_from", "fail_if_damaged")),
 }
 _SAMPLED = {f"model.{name}" for name in ("context_count", "context_length", "seed")}  # of contexts that are not given
 _COLLECTED = {f"moments.{name}" for name in ("corpus", "corpus_subset", "samples", "tolerance", "length", "seed")}

@@ -1,7 +1,8 @@
-"""What a run records after each edit batch, and reads when it is resumed: two append-only files.
+"""What a run records after each edit batch, and reads when it is resumed: append-only files.
 
-``ledger.jsonl`` has a line for each edit, ``batches.jsonl`` one for each edit batch. Both are written before the patch,
-whose manifest says how many edit batches are valid.
+``ledger.jsonl`` has a line for each edit, ``batches.jsonl`` one for each edit batch; both are written before the patch,
+whose manifest says how many edit batches are valid. ``answers.jsonl`` has the answers to the questions of each edit, of
+a stream after each edit batch, of all other runs at the end.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pmet_lightning.utils.files import name_in_errors
+from pmet_lightning.utils.files import atomic_path, name_in_errors
 
 LEDGER = "ledger.jsonl"
 BATCHES = "batches.jsonl"
+ANSWERS = "answers.jsonl"
+VALIDATED = "answers-validate.jsonl"  # of the command validate
 
 
 class Journal:
-    """The two files of a run folder.
+    """The files of a run folder.
 
     Args:
         folder: The run folder.
@@ -28,14 +31,23 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.ledger_path, self.batches_path = folder / LEDGER, folder / BATCHES
+        self.answers_path = folder / ANSWERS
 
-    def add(self, ledger: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> None:
+    def add(
+        self,
+        ledger: Sequence[Mapping[str, Any]],
+        entry: Mapping[str, Any],
+        answers: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Append one edit batch.
 
         Args:
             ledger: Lines of its edits.
             entry: What is recorded of the batch itself.
+            answers: Lines of answers, for a stream.
         """
+        if answers:
+            _append(self.answers_path, [json.dumps(line, ensure_ascii=False) for line in answers])
         _append(self.ledger_path, [json.dumps(line, ensure_ascii=False) for line in ledger])
         _append(self.batches_path, [json.dumps({**entry, "edits": len(ledger)})])
 
@@ -59,11 +71,28 @@ class Journal:
         for path, kept in zip((self.batches_path, self.ledger_path), found, strict=True):
             if path.is_file():
                 os.truncate(path, kept.bytes)
+        answers = _length(self.answers_path, edits)
+        if self.answers_path.is_file():
+            os.truncate(self.answers_path, answers.bytes)
         return edits
+
+    def write_answers(self, lines: Iterable[Mapping[str, Any]], name: str = ANSWERS) -> None:
+        """Write the answers of an evaluation as one file.
+
+        Args:
+            lines: One for each edit.
+            name: Name of the file.
+        """
+        with atomic_path(self.answers_path.with_name(name)) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
 
     def edits(self) -> Iterator[dict[str, Any]]:
         """Lines of the edits."""
         return (json.loads(line) for line in _lines(self.ledger_path))
+
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """Lines of answers, in the order of the edits."""
+        return (json.loads(line) for line in _lines(self.answers_path))
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """What is recorded of each edit batch."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 
 from pmet_lightning.data.datamodule import EditBatch
-from pmet_lightning.data.records import Probe
-from pmet_lightning.evaluation.generation import greedy_texts
+from pmet_lightning.data.encoder import fill
+from pmet_lightning.data.records import Edit, Probe
+from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.evaluation.generation import greedy_texts, says
 from pmet_lightning.evaluation.probes import score_probes
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.distributed import ProcessGroup
@@ -79,6 +82,33 @@ def measure_ledger(module: TargetOptimizer, report: WriteReport) -> list[dict[st
                 "residual_left": report.residual_left[i],
                 "p_prompt_after": score[0].magnitude,
                 "answer": answer,
+                "said": any(says(answer, form) for form in _accepted(edit)),
             }
         )
     return processes.all_gather_objects(lines, count)
+
+
+def ask_again(module: EditableModel, lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+    """What the model, as it is now, says to the edit prompts of some ledger lines, and whether it is their target.
+
+    Args:
+        module: The module with the model; all processes of its run take part, each with its own lines.
+        lines: Ledger lines, the same on every process.
+    """
+    processes = ProcessGroup.of(module.trainer)
+    own = processes.shard(lines)
+    answers = greedy_texts(
+        module.model,
+        module.encoder,
+        [fill(line["prompt"], line["subject"])[0] for line in own],
+        tokens_per_batch=module.tokens_per_batch,
+        device=module.device,
+    )
+    found = [(answer, says(answer, line["target"])) for answer, line in zip(answers, own, strict=True)]
+    return processes.all_gather_objects(found, len(lines))
+
+
+def _accepted(edit: Edit) -> list[str]:
+    """All forms of the new object that count as said."""
+    forms = [form for probe in edit.probes if probe.kind == "efficacy" for form in probe.answers]
+    return list(dict.fromkeys([edit.target, *forms]))

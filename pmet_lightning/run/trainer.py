@@ -85,8 +85,9 @@ class EditTrainer(L.Trainer):
         self.recorder.check_free()
         if isinstance(self.profiler, PhaseProfiler):
             self.profiler.restart()
-        with ignore_expected_warnings():
+        with self.recorder.no_folder_of_a_failed_start(), ignore_expected_warnings():
             super().fit(*args, **kwargs)
+        self.recorder.check_damage(self)
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the questions of the edits and show the scores."""

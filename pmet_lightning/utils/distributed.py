@@ -108,6 +108,12 @@ class ProcessGroup:
         parts = [self.strategy.broadcast(list(own), src=rank) for rank in range(self.size)]
         return [parts[index % self.size][index // self.size] for index in range(count)]
 
+    def all_gather_lists(self, own: Sequence[Item]) -> list[Item]:
+        """The items of all processes, however many each has, those of the first process first; on every process."""
+        if self.size == 1:
+            return list(own)
+        return [item for rank in range(self.size) for item in self.strategy.broadcast(list(own), src=rank)]
+
     def all_reduce_sum(self, own: Tensor) -> Tensor:
         """The sum over the processes, on every process; a new tensor."""
         if self.size == 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -21,10 +21,12 @@ from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.evaluation.sampled_corpus import general_texts
+from pmet_lightning.evaluation.verdict import DAMAGED_FROM, WARN_FROM, Damage, damage_line, damage_of
 from pmet_lightning.model.forward import label_logits
 from pmet_lightning.model.scoring import kl_divergence, target_scores
 from pmet_lightning.utils.callbacks import find_callback
 from pmet_lightning.utils.distributed import ProcessGroup
+from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.metric_names import EDIT_BATCHES
 from pmet_lightning.utils.types import PositiveFloat, PositiveInt
 from pmet_lightning.write.weight_spread import WeightSpread
@@ -33,6 +35,10 @@ from pmet_lightning.write.write_report import WriteReport
 log = logging.getLogger(__name__)
 
 _MAX_LOGITS = 2**27
+
+
+class DamagedModelError(PmetError):
+    """The edits have damaged the model, and that was to be an error."""
 
 
 class Drift(HyperparametersMixin, L.Callback):
@@ -51,6 +57,10 @@ class Drift(HyperparametersMixin, L.Callback):
             the run ends.
         max_growth: Limit of the norm of a weight's total ΔW, relative to that of the weight; beyond it the run ends.
         on_limit: Whether the edit batch that exceeds a limit is kept ('stop') or taken back ('rollback').
+        warn_from: Growth of the perplexity (or e^KL) from which on the verdict at the end of a run is a warning.
+        damaged_from: Growth from which on the verdict is 'damaged'.
+        fail_if_damaged: Whether a run with that verdict ends with an error, after its files are written: exit code 2 on
+            the command line; ``Editor.edit`` takes the edits back.
     """
 
     def __init__(
@@ -63,9 +73,14 @@ class Drift(HyperparametersMixin, L.Callback):
         max_perplexity: PositiveFloat | None = None,
         max_growth: PositiveFloat | None = None,
         on_limit: Literal["stop", "rollback"] = "rollback",
+        warn_from: PositiveFloat = WARN_FROM,
+        damaged_from: PositiveFloat = DAMAGED_FROM,
+        fail_if_damaged: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        self.warn_from, self.damaged_from, self.fail_if_damaged = warn_from, damaged_from, fail_if_damaged
+        self._last_factor: float | None = None  # of the perplexity, after the last edit batch that is kept
         if max_perplexity is not None and text is None:
             raise ValueError("--drift.max_perplexity needs text to measure it on; set --drift.text")
         self.max_perplexity, self.max_growth, self.on_limit = max_perplexity, max_growth, on_limit
@@ -122,6 +137,7 @@ class Drift(HyperparametersMixin, L.Callback):
             found["perplexity"], limits["perplexity"] = perplexity / self._first_perplexity, self.max_perplexity
         for logger in trainer.loggers:
             logger.log_metrics({f"{EDIT_BATCHES}/drift_{name}": value for name, value in found.items()}, number)
+        previous, self._last_factor = self._last_factor, found.get("perplexity", self._last_factor)
         exceeded = [name for name, limit in limits.items() if limit is not None and not found[name] <= limit]
         if not exceeded:
             return
@@ -130,11 +146,31 @@ class Drift(HyperparametersMixin, L.Callback):
         )
         taken_back = self.on_limit == "rollback"
         if taken_back:
+            self._last_factor = previous
             spread.edited.undo()
             del outputs["written"]
         self.advice = _advice(batch.edits, taken_back)
         log.warning("%s; the run ends here: %s", self.ended, self.advice)
         trainer.should_stop = True
+
+    def damage(self, scores: Mapping[str, Mapping[str, float]]) -> Damage:
+        """What all edits so far did to the text, those of earlier calls of an ``Editor`` included.
+
+        Args:
+            scores: Scores before and after, as far as there are some.
+        """
+        first = {} if self._first_perplexity is None else {"perplexity": self._first_perplexity}
+        since_first = {**scores, "before": {**scores.get("before", {}), **first}}
+        return damage_of(since_first, self.warn_from, self.damaged_from, self._last_factor)
+
+    def check(self, damage: Damage) -> None:
+        """Refuse a damaged model, if that is wanted.
+
+        Raises:
+            DamagedModelError: If the edits have damaged it.
+        """
+        if self.fail_if_damaged and damage.level == "damaged":
+            raise DamagedModelError(f"{damage_line(damage)} (--drift.fail_if_damaged true)")
 
     def _own_rows(self, trainer: L.Trainer, module: EditableModel) -> list[TokenRow]:
         """This process's rows of text."""

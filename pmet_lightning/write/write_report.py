@@ -96,6 +96,7 @@ class BatchOutputs(TypedDict, total=False):
         ledger: A line for every edit, measured once on the model just written.
         rows_before: Score rows of the edits before they were written; for a stream.
         rows_at_once: Score rows of the edits right after they were written; if there are several edit batches.
+        answers: Answers to the questions of the edits right before and right after they were written; for a stream.
     """
 
     targets: list[Target]
@@ -103,6 +104,7 @@ class BatchOutputs(TypedDict, total=False):
     ledger: list[dict[str, Any]]
     rows_before: Tensor
     rows_at_once: Tensor
+    answers: list[dict[str, Any]]
 
 
 def add_outcomes(

@@ -116,7 +116,7 @@ def test_validate_is_evaluate(base, tmp_path, make, caplog):
     cli = build_fit(str(config), {**paths, "trainer.enable_progress_bar": False})
     cli.trainer.validate(cli.model, cli.datamodule)
     editor, _ = make()
-    assert editor.evaluate(FACTS) == editor.evaluate(path) == cli.model.results["test"]
+    assert editor.evaluate(FACTS) == editor.evaluate(path) == cli.model.results["validate"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["predict"], ["--config", "pmet.yaml"]], ids=str)

@@ -47,11 +47,12 @@ def run(tmp_path_factory):
 def test_what_a_run_leaves(run):
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "contexts.json", "ledger.jsonl", "metrics.csv", "patch.safetensors", "patch.json",
-            "scores.json", "state.json"} <= names  # fmt: skip
+            "scores.json", "state.json", "answers.jsonl"} <= names  # fmt: skip
     assert not [name for name in names if name.endswith(".tmp")]
-    assert json.loads((run / "state.json").read_text()) == {
-        "status": "finished", "edit_batches_written": 2, "edits_written": 12
-    }  # fmt: skip
+    state = json.loads((run / "state.json").read_text())
+    verdict = state.pop("verdict")
+    assert state == {"status": "finished", "edit_batches_written": 2, "edits_written": 12}
+    assert verdict["facts"] == 12
     assert len(json.loads((run / "contexts.json").read_text())) == 3
 
 
@@ -183,7 +184,7 @@ def test_validate_sees_the_patched_model(run, tmp_path, caplog):
     with caplog.at_level("INFO"):
         main([*arguments, "--trainer.logger", "false", "--model.patch", str(run / "patch.safetensors")])
     after = json.loads((run / "scores.json").read_text())["after"]
-    line = next(line for line in caplog.text.splitlines() if line.startswith("test "))
+    line = next(line for line in caplog.text.splitlines() if line.startswith("validate"))
     shown = [float(value) for value in re.findall(r"(\S+) \[", line)]
     assert shown == pytest.approx([after[name] for name in METRICS], abs=0.06)
 
