@@ -58,13 +58,14 @@ class TracingOptions:
         noise: Noise on the subject's embeddings, in standard deviations of all subjects' embeddings.
         draws: Draws of the noise for each fact; 0 skips tracing.
         seed: Seed of the noise.
-        window: Layers whose attention or FFN outputs are restored together (the papers on large models use 10).
+        window: Layers whose attention or FFN outputs are restored together; null uses 10 of 48 layers, as ROME does for
+            GPT-2 XL, and as large a share, rounded down, of any other model's: 1 of fewer than 10.
     """
 
     noise: NonNegativeFloat = 3.0
     draws: NonNegativeInt = 3
     seed: NonNegativeInt = 0
-    window: PositiveInt = 1
+    window: PositiveInt | None = None
 
 
 def analyze(

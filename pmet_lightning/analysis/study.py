@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pmet_lightning.analysis.components import component_measures
 from pmet_lightning.analysis.facts import KnownFact, Question, ask, followed, is_said, next_token, with_own_answers
@@ -18,10 +17,11 @@ from pmet_lightning.analysis.layer_choice import Proposal, propose
 from pmet_lightning.analysis.lens import Lens
 from pmet_lightning.analysis.measures import Measure, concatenate_measures
 from pmet_lightning.analysis.streams import is_parallel
-from pmet_lightning.analysis.tracing import SUBJECT_LAST, Tracer, draw_noise, embedding_spread, trace
+from pmet_lightning.analysis.tracing import SUBJECT_LAST, Tracer, default_window, draw_noise, embedding_spread, trace
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
 from pmet_lightning.model.projections import Sites
+from pmet_lightning.utils.log_progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Scope:
         noise: Noise on the subject's embeddings, in standard deviations of all subjects' embeddings.
         draws: Draws of the noise for each fact; 0 skips causal tracing.
         seed: Seed of the noise.
-        window: Layers restored together.
+        window: Layers restored together; ``None`` depends on the model's depth.
         tokens_per_batch: Maximum number of padded tokens in one forward pass.
     """
 
@@ -45,7 +45,7 @@ class Scope:
     noise: float
     draws: int
     seed: int
-    window: int
+    window: int | None
     tokens_per_batch: int
 
 
@@ -100,6 +100,7 @@ class Study:
         encoder: Encodes the prompts.
         scope: How much is measured.
         left_out: Facts that were left out, by reason.
+        window: Layers restored together.
     """
 
     model: nn.Module
@@ -113,6 +114,7 @@ class Study:
         self.lens = Lens(self.model, self.sites, self.device)
         row = pad_rows([TokenRow([0, 0], 1)], 0).to(self.device)
         self.parallel = is_parallel(self.model, self.sites, row)
+        self.window = self.scope.window or default_window(len(self.sites.layers))
         self._asked: list[Question] = []
         self._noise: list[Tensor] = []
 
@@ -157,14 +159,16 @@ class Study:
     def _components(self, questions: Sequence[Question], phase: str) -> dict[str, Measure]:
         found: dict[str, list[Measure]] = {}
         order: list[int] = []
-        for part in tqdm(self._batches(questions, 1), desc=f"Components {phase}", leave=False, disable=None):
-            some = [questions[i] for i in part]
-            measured = component_measures(
-                self.model, self.sites, self.lens, some, self.parallel, self.encoder.pad_id, self.scope.top
-            )
-            order += part
-            for name, measure in measured.items():
-                found.setdefault(name, []).append(measure)
+        with progress(len(questions), f"Components {phase}") as bar:
+            for part in self._batches(questions, 1):
+                some = [questions[i] for i in part]
+                measured = component_measures(
+                    self.model, self.sites, self.lens, some, self.parallel, self.encoder.pad_id, self.scope.top
+                )
+                order += part
+                for name, measure in measured.items():
+                    found.setdefault(name, []).append(measure)
+                bar.update(len(part))
         return {name: _in_order(concatenate_measures(parts), order) for name, parts in found.items()}
 
     def _trace(
@@ -174,20 +178,20 @@ class Study:
             self.model,
             self.sites,
             self.lens.tuples,
-            self.scope.window,
+            self.window,
             self.encoder.pad_id,
             self.scope.tokens_per_batch,
             self.device,
         )
         parts, order, corrupt = [], [], torch.zeros(len(questions), dtype=torch.float64)
-        for part in tqdm(
-            self._batches(questions, self.scope.draws), desc=f"Tracing {phase}", leave=False, disable=None
-        ):
-            tokens = [questions[i].answers[answers[i]] for i in part]
-            traced = trace(tracer, [questions[i] for i in part], tokens, [noise[i] for i in part])
-            parts.append(traced.effect)
-            corrupt[part] = traced.corrupt
-            order += part
+        depth = len(self.sites.layers)
+        with progress(len(questions) * depth * (depth + 1) // 2, f"Tracing {phase}") as bar:
+            for part in self._batches(questions, self.scope.draws):
+                tokens = [questions[i].answers[answers[i]] for i in part]
+                traced = trace(tracer, [questions[i] for i in part], tokens, [noise[i] for i in part], bar.update)
+                parts.append(traced.effect)
+                corrupt[part] = traced.corrupt
+                order += part
         return _in_order(concatenate_measures(parts), order), corrupt
 
     def _batches(self, questions: Sequence[Question], rows: int) -> list[list[int]]:
