@@ -18,7 +18,6 @@ from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, Measure, inte
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
 
-
 SHOWN, REFUTED = "shown", "refuted"
 
 

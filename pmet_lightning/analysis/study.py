@@ -59,6 +59,7 @@ class Findings:
         answers: The name of the tracked answer of each.
         measures: By name; ``effect`` is that of causal tracing.
         p: P of the true answer, the new answer, and the tracked answer with the subject corrupted, shape [N, 3].
+        window: Layers whose attention or FFN outputs were restored together.
     """
 
     phase: str
@@ -66,15 +67,16 @@ class Findings:
     answers: list[str]
     measures: dict[str, Measure]
     p: Tensor
+    window: int = 1
 
     def of(self, facts: Sequence[int]) -> Findings:
         """The findings on some of the facts, by their indices."""
-        return Findings(
-            self.phase,
-            [self.questions[i] for i in facts],
-            [self.answers[i] for i in facts],
-            {name: measure.of(facts) for name, measure in self.measures.items()},
-            self.p[list(facts)],
+        return replace(
+            self,
+            questions=[self.questions[i] for i in facts],
+            answers=[self.answers[i] for i in facts],
+            measures={name: measure.of(facts) for name, measure in self.measures.items()},
+            p=self.p[list(facts)],
         )
 
     def of_followed(self, name: str, **labels: Any) -> Tensor:
@@ -154,7 +156,7 @@ class Study:
         p = torch.cat([predictions[kept, 2:], torch.full((len(kept), 1), torch.nan, dtype=torch.float64)], dim=1)
         if self.scope.draws:
             measures["effect"], p[:, 2] = self._trace(questions, answers, [self._noise[i] for i in kept], phase)
-        return Findings(phase, questions, answers, measures, p), kept
+        return Findings(phase, questions, answers, measures, p, self.window), kept
 
     def _components(self, questions: Sequence[Question], phase: str) -> dict[str, Measure]:
         found: dict[str, list[Measure]] = {}
