@@ -27,6 +27,7 @@ _COLORS = {ATTN: ORANGE, FFN: BLUE, TRUE: GREEN, NEW: PURPLE}
 _LINES = {"before": "-", "after": "--"}
 _TITLES = {SUBJECT: "subject's last token", LAST: "prompt's last token"}
 PLACES = {SUBJECT: SUBJECT_LAST, LAST: LAST_TOKEN}
+_NAMES = {ATTN: "attention", FFN: "FFN"}
 _RESTORED = {"hidden": "residual stream", ATTN: "attention output", FFN: "FFN output"}
 
 
@@ -92,7 +93,7 @@ def _similarity(phases: Sequence[Findings]) -> Figure:
             for findings in phases:
                 for component in COMPONENTS:
                     values = findings.measures[measure].at(token=token, component=component)
-                    _line(ax, values, _label(component, findings, phases), component, findings.phase)
+                    _line(ax, values, _label(_NAMES[component], findings, phases), component, findings.phase)
             ax.set_title(f"{title}, {_TITLES[token]}")
     return _finish(figure, axes)
 
@@ -117,7 +118,7 @@ def _contribution(phases: Sequence[Findings]) -> Figure:
         for findings in phases:
             for component in COMPONENTS:
                 values = findings.of_followed("contribution", token=token, component=component)
-                _line(ax, values, _label(component, findings, phases), component, findings.phase)
+                _line(ax, values, _label(_NAMES[component], findings, phases), component, findings.phase)
         ax.set_title(f"added to the answer's logit, {_TITLES[token]}")
     return _finish(figure, axes)
 
@@ -133,7 +134,7 @@ def _effect(phases: Sequence[Findings]) -> Figure:
         for findings in phases:
             for component in COMPONENTS:
                 values = findings.measures["effect"].at(component=component, place=PLACES[token])
-                _line(ax, values, _label(component, findings, phases), component, findings.phase)
+                _line(ax, values, _label(_NAMES[component], findings, phases), component, findings.phase)
         ax.set_title(f"rise of P(answer) when restored, {_TITLES[token]}")
     return _finish(figure, axes)
 

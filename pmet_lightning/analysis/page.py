@@ -49,7 +49,7 @@ def write_analysis_page(
         "phases": [f.phase for f in phases],
         "conclusions": {f.phase: conclusion(claims, f.phase) for f in phases},
         "claims": [claim.to_dict() for claim in claims],
-        "proposals": [line for f in phases for line in proposal_lines(f)],
+        "proposals": [line for f in phases for line in proposal_lines(f, named=len(phases) > 1)],
         "copy": copy_line(first),
         "plots": {name: svg(figure, name) for name, figure in drawn.items()},
         "facts": [_fact(first, i) for i in range(min(MOST_FACTS, len(first.questions)))],

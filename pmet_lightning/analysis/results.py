@@ -132,13 +132,19 @@ def _columns(findings: Findings) -> dict[str, list[float]]:
     return {name: values.nanmean(dim=0).tolist() for name, values in columns.items()}
 
 
-def proposal_lines(findings: Findings) -> list[str]:
-    """The proposed layers and how sure they are, in words; nothing without causal tracing."""
+def proposal_lines(findings: Findings, *, named: bool = True) -> list[str]:
+    """The proposed layers and how sure they are, in words; nothing without causal tracing.
+
+    Args:
+        findings: The findings of a phase.
+        named: Whether to begin with the phase.
+    """
     proposal = findings.proposal()
     if proposal is None:
         return []
     effect, lead = proposal.effect, proposal.lead
-    line = f"{findings.phase}: layers proposed {proposal.layers}: {proposal.verdict}. "
+    line = f"{findings.phase}: layers proposed " if named else "Layers proposed "
+    line += f"{proposal.layers}: {proposal.verdict}. "
     if effect["count"] < LEAST_FACTS:
         line += f"The peak of {effect['count']} facts is layer {proposal.peak}"
     else:

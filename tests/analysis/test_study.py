@@ -194,7 +194,7 @@ def test_of_each_fact_its_own_answer_is_shown(tmp_path):
     fetched = found.of_followed("contribution", token="last", component="attn")
     only(fetched, 2, 5.0)
     ax = figures([found])["contribution"].axes[1]
-    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}["attn"]
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}["attention"]
     assert drawn == pytest.approx(fetched.mean(dim=0).tolist())
     rows = summary_lines([found], [])
     added = rows[next(i for i, row in enumerate(rows) if row.startswith("added to logit")) + 3]
