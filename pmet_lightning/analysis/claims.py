@@ -6,7 +6,7 @@ above zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from pmet_lightning.analysis.facts import NEW, TRUE
 from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, Measure, interval
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
+
+SHOWN, REFUTED = "shown", "refuted"
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """Whether the prediction, or its opposite, is shown, or that there are too few facts to say."""
+        """``shown``, ``not shown``, ``refuted`` (the opposite is shown), or that there are too few facts to say."""
         if self.found["count"] < LEAST_FACTS:
             return TOO_FEW
         if self.found["low"] > 0:
-            return "shown"
-        return "the opposite is shown" if self.found["high"] < 0 else "not shown"
+            return SHOWN
+        return REFUTED if self.found["high"] < 0 else "not shown"
 
     def to_dict(self) -> dict[str, Any]:
         """As written to analysis.json."""
@@ -59,6 +61,25 @@ def claims_of(before: Findings, after: Findings | None) -> list[Claim]:
         if findings is not None:
             claims += _phase_claims(findings)
     return claims if after is None else claims + _edit_claims(before, after)
+
+
+def conclusion(claims: Sequence[Claim], phase: str) -> str:
+    """Whether the claim as a whole is shown in one phase, in words.
+
+    Args:
+        claims: As returned by :func:`claims_of`.
+        phase: ``before`` or ``after`` an edit.
+
+    Returns:
+        ``shown`` if all predictions are, ``refuted`` if one is, else ``not shown``; and how many are what.
+    """
+    verdicts = [claim.verdict for claim in claims if claim.phase == phase]
+    if TOO_FEW in verdicts:
+        return TOO_FEW
+    shown, refuted = verdicts.count(SHOWN), verdicts.count(REFUTED)
+    verdict = SHOWN if shown == len(verdicts) else REFUTED if refuted else "not shown"
+    details = f"{shown} of {len(verdicts)} predictions shown" + (f", {refuted} refuted" if refuted else "")
+    return f"{verdict} ({details})"
 
 
 def _edit_claims(before: Findings, after: Findings) -> list[Claim]:

@@ -58,13 +58,14 @@ class TracingOptions:
         noise: Noise on the subject's embeddings, in standard deviations of all subjects' embeddings.
         draws: Draws of the noise for each fact; 0 skips tracing.
         seed: Seed of the noise.
-        window: Layers whose attention or FFN outputs are restored together (the papers on large models use 10).
+        window: Layers whose attention or FFN outputs are restored together; null uses 10 of 48 layers, as ROME does for
+            GPT-2 XL, and as large a share, rounded down, of any other model's: 1 of fewer than 10.
     """
 
     noise: NonNegativeFloat = 3.0
     draws: NonNegativeInt = 3
     seed: NonNegativeInt = 0
-    window: PositiveInt = 1
+    window: PositiveInt | None = None
 
 
 def analyze(
@@ -77,7 +78,7 @@ def analyze(
     """Analyze a model: what attention and FFN do with facts it knows, and which layers to edit.
 
     Args:
-        out: Folder of analysis.json, CSV files, figures and TensorBoard events; must be new or empty.
+        out: Folder of analysis.html, analysis.json, CSV files, figures and TensorBoard events; must be new or empty.
         model: The model, and a patch to compare it with.
         data: The facts.
         tracing: Causal tracing.
@@ -96,7 +97,8 @@ def analyze(
         from pmet_lightning.analysis.claims import claims_of
         from pmet_lightning.analysis.facts import read_facts
         from pmet_lightning.analysis.figures import figures, write_figures
-        from pmet_lightning.analysis.results import summary_lines, write_results
+        from pmet_lightning.analysis.page import PAGE, write_analysis_page
+        from pmet_lightning.analysis.results import closing_lines, summary_lines, write_results
 
         facts = read_facts(data.path, zsre_target=data.zsre_target, **data.selection())
         study = _study(model, data, tracing, top)
@@ -106,11 +108,14 @@ def analyze(
         counts = {"read": len(facts), "used": len(phases[0].questions), "left_out": dict(study.left_out)}
         settings = {"model": asdict(model), "data": asdict(data), "tracing": asdict(tracing), "top": top}
         write_results(folder, settings, counts, phases, claims)
-        write_figures(figures(phases), folder)
+        drawn = figures(phases)
+        write_analysis_page(folder, settings, counts, phases, claims, drawn)
+        write_figures(drawn, folder)
     log.info("%s", "\n".join(summary_lines(phases, claims)))
     for reason, count in study.left_out.items():
         log.info("left out: %d of %d facts (%s)", count, len(facts), reason)
-    log.info("everything else is in %s", out)
+    log.info("the page %s/%s shows all this, the files beside it have the numbers", out, PAGE)
+    log.info("%s", "\n".join(closing_lines(phases, claims)))
 
 
 def _study(model: ModelOptions, data: DataOptions, tracing: TracingOptions, top: int) -> Study:

@@ -16,7 +16,7 @@ from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_records
 from pmet_lightning.data.records import ZsreTarget, parse_record, parse_records, template_of
 from pmet_lightning.data.token_rows import IGNORE, TokenRow, by_token_budget, pad_rows
-from pmet_lightning.model.forward import label_logits
+from pmet_lightning.model.forward import label_logits, most_logit_rows
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,9 @@ def answer_ranks(model: nn.Module, rows: Sequence[TokenRow], pad_id: int, tokens
     """
     ranks = [0] * len(rows)
     device = next(model.parameters()).device
-    for indices in by_token_budget([len(row.ids) for row in rows], tokens_per_batch):
+    labels = max((len(row.labels) for row in rows), default=1)
+    most = max(1, most_logit_rows(model) // labels)
+    for indices in by_token_budget([len(row.ids) for row in rows], tokens_per_batch, most):
         batch = pad_rows([rows[i] for i in indices], pad_id).to(device)
         logits_RKV = label_logits(model, batch)
         own_RK1 = logits_RKV.gather(-1, batch.label_ids.clamp_min(0).unsqueeze(-1))
@@ -192,7 +194,8 @@ def next_token(model: nn.Module, questions: Sequence[Question], pad_id: int, tok
     """
     found = torch.full((len(questions), 4), torch.nan, dtype=torch.float64)
     device = next(model.parameters()).device
-    for indices in by_token_budget([len(q.ids) for q in questions], tokens_per_batch):
+    lengths = [len(q.ids) for q in questions]
+    for indices in by_token_budget(lengths, tokens_per_batch, most_logit_rows(model)):
         rows = pad_rows([TokenRow(questions[i].ids, labels=(0,)) for i in indices], pad_id).to(device)
         p_RV = label_logits(model, rows)[:, 0].float().softmax(-1).cpu()
         for i, p_V in zip(indices, p_RV, strict=True):

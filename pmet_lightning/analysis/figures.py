@@ -10,9 +10,10 @@ from matplotlib import rc_context
 
 from pmet_lightning.analysis.components import ATTN, COMPONENTS, FFN, LAST, SUBJECT, TOKENS
 from pmet_lightning.analysis.facts import NEW, TRUE
+from pmet_lightning.analysis.layer_choice import NO_EVIDENCE
 from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, summarize
 from pmet_lightning.analysis.study import Findings
-from pmet_lightning.analysis.tracing import POSITIONS, RESTORED
+from pmet_lightning.analysis.tracing import LAST_TOKEN, POSITIONS, RESTORED, SUBJECT_LAST
 from pmet_lightning.report.html import BLUE, GREEN, ORANGE, PURPLE, STYLE, panels, write_svg
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ _WIDTH = 9.4
 _COLORS = {ATTN: ORANGE, FFN: BLUE, TRUE: GREEN, NEW: PURPLE}
 _LINES = {"before": "-", "after": "--"}
 _TITLES = {SUBJECT: "subject's last token", LAST: "prompt's last token"}
+PLACES = {SUBJECT: SUBJECT_LAST, LAST: LAST_TOKEN}
+_NAMES = {ATTN: "attention", FFN: "FFN"}
 _RESTORED = {"hidden": "residual stream", ATTN: "attention output", FFN: "FFN output"}
 
 
 def figures(phases: Sequence[Findings]) -> dict[str, Figure]:
-    """The figures of one or two phases: ``similarity``, ``lens``, ``contribution`` and ``tracing``.
+    """The figures of one or two phases: ``similarity``, ``lens``, ``contribution``, ``effect`` and ``tracing``.
 
     Args:
         phases: The findings of each phase.
@@ -37,7 +40,7 @@ def figures(phases: Sequence[Findings]) -> dict[str, Figure]:
     with rc_context(STYLE):
         drawn = {"similarity": _similarity(phases), "lens": _lens(phases), "contribution": _contribution(phases)}
         if "effect" in phases[0].measures:
-            drawn["tracing"] = _tracing(phases)
+            drawn |= {"effect": _effect(phases), "tracing": _tracing(phases)}
         if (count := len(phases[0].questions)) < LEAST_FACTS:
             for figure in drawn.values():
                 text = f"Facts: {count}. No intervals: {TOO_FEW} how others would differ"
@@ -90,7 +93,7 @@ def _similarity(phases: Sequence[Findings]) -> Figure:
             for findings in phases:
                 for component in COMPONENTS:
                     values = findings.measures[measure].at(token=token, component=component)
-                    _line(ax, values, _label(component, findings, phases), component, findings.phase)
+                    _line(ax, values, _label(_NAMES[component], findings, phases), component, findings.phase)
             ax.set_title(f"{title}, {_TITLES[token]}")
     return _finish(figure, axes)
 
@@ -115,8 +118,24 @@ def _contribution(phases: Sequence[Findings]) -> Figure:
         for findings in phases:
             for component in COMPONENTS:
                 values = findings.of_followed("contribution", token=token, component=component)
-                _line(ax, values, _label(component, findings, phases), component, findings.phase)
+                _line(ax, values, _label(_NAMES[component], findings, phases), component, findings.phase)
         ax.set_title(f"added to the answer's logit, {_TITLES[token]}")
+    return _finish(figure, axes)
+
+
+def _effect(phases: Sequence[Findings]) -> Figure:
+    """The indirect effect of attention and FFN with intervals, and the proposed layers."""
+    figure, axes = panels(_WIDTH, 2.8, 1, 2, sharey=True)
+    proposal = phases[0].proposal()
+    if proposal is not None and proposal.verdict != NO_EVIDENCE:
+        axes[0].axvspan(proposal.layers[0] - 0.5, proposal.layers[-1] + 0.5, color=STYLE["grid.color"], alpha=0.6, lw=0)
+    for ax, token in zip(axes, TOKENS, strict=True):
+        ax.axhline(0, color=STYLE["xtick.color"], lw=0.8)
+        for findings in phases:
+            for component in COMPONENTS:
+                values = findings.measures["effect"].at(component=component, place=PLACES[token])
+                _line(ax, values, _label(_NAMES[component], findings, phases), component, findings.phase)
+        ax.set_title(f"rise of P(answer) when restored, {_TITLES[token]}")
     return _finish(figure, axes)
 
 

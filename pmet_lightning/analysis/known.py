@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CPU_TOKENS = 512  # logits of a large vocabulary: a token of 260,000 takes a megabyte
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -119,9 +117,8 @@ def rank_records(
             except LocationError as error:
                 log.debug("%s", error)
                 lost.add(number)
-    limit = min(tokens_per_batch, _CPU_TOKENS) if next(model.parameters()).device.type == "cpu" else tokens_per_batch
     worst = Counter[int]()
-    for number, rank in zip(owners, answer_ranks(model, rows, encoder.pad_id, limit), strict=True):
+    for number, rank in zip(owners, answer_ranks(model, rows, encoder.pad_id, tokens_per_batch), strict=True):
         worst[number] = max(worst[number], rank)
     if lost:
         log.info(

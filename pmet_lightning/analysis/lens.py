@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from pmet_lightning.analysis.streams import returns_tuples
 from pmet_lightning.data.token_rows import RowBatch, TokenRow, pad_rows
 from pmet_lightning.model.architectures import UnknownArchitectureError
-from pmet_lightning.model.forward import label_logits, model_inputs
+from pmet_lightning.model.forward import label_logits, model_inputs, most_logit_rows
 from pmet_lightning.model.hooks import stop_before
 from pmet_lightning.model.partial_forward import start_at_layer
 from pmet_lightning.model.projections import Sites
-
-_MAX_LOGITS = 2**26
 
 
 class Lens:
@@ -41,6 +39,7 @@ class Lens:
         self.model, self.sites, self.device = model, sites, device
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self.vocabulary = int(self.head.weight.shape[0])  # type: ignore[union-attr,arg-type]
+        self.most = most_logit_rows(model)
         self.tuples = returns_tuples(model, sites, self._rows(1))
         self.norm = self._final_norm()
         self.gain, self.shift, self.centred = _parts_of(self.norm, sites)
@@ -51,13 +50,13 @@ class Lens:
     @torch.no_grad()
     def logits(self, vectors_NF: Tensor) -> Iterator[Tensor]:
         """Logits, float32, for as many vectors at a time as fit the memory limit; shape [n, V] each."""
-        for part in vectors_NF.split(max(1, _MAX_LOGITS // self.vocabulary)):
+        for part in vectors_NF.split(self.most):
             with self._ending_with(part):
                 yield label_logits(self.model, self._rows(len(part)))[:, 0].float()
 
     def probability(self, vectors_NF: Tensor, tokens_N: Tensor) -> Tensor:
         """P of one token for each vector, shape [N], on the CPU."""
-        parts = zip(self.logits(vectors_NF), tokens_N.split(max(1, _MAX_LOGITS // self.vocabulary)), strict=True)
+        parts = zip(self.logits(vectors_NF), tokens_N.split(self.most), strict=True)
         chosen = [logits.softmax(-1).gather(1, own.to(logits.device).unsqueeze(1)) for logits, own in parts]
         return torch.cat(chosen)[:, 0].cpu()
 
@@ -116,8 +115,7 @@ class Lens:
         hooks = [self.norm.register_forward_hook(leaf), self.head.register_forward_hook(head)]
         slopes = []
         try:
-            chunk = max(1, _MAX_LOGITS // self.vocabulary)
-            for part, tokens in zip(streams_NF.split(chunk), tokens_N.split(chunk), strict=True):
+            for part, tokens in zip(streams_NF.split(self.most), tokens_N.split(self.most), strict=True):
                 rows = self._rows(len(part))
                 with torch.enable_grad(), self._ending_with(part):
                     self.model(**model_inputs(self.model, rows))

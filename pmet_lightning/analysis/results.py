@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.analysis.claims import Claim
+from pmet_lightning.analysis.claims import Claim, conclusion
 from pmet_lightning.analysis.components import ANSWERS, COMPONENTS, LAST, SUBJECT
+from pmet_lightning.analysis.layer_choice import NO_EVIDENCE
 from pmet_lightning.analysis.measures import LEAST_FACTS
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
@@ -43,6 +44,8 @@ def write_results(
     content = {
         "settings": settings,
         "facts": counts,
+        "window": phases[0].window,
+        "conclusions": {f.phase: conclusion(claims, f.phase) for f in phases},
         "claims": [claim.to_dict() for claim in claims],
         "proposals": proposals,
         "measures": {f.phase: {name: list(m.rows()) for name, m in f.measures.items()} for f in phases},
@@ -76,7 +79,7 @@ def summary_lines(phases: Sequence[Findings], claims: Sequence[Claim]) -> list[s
         numbers = f"{_format_mean(claim.found)}, {claim.found['count']} facts"
         lines.append(f"{claim.phase}: {claim.text}: {claim.verdict} ({numbers})")
     for findings in phases:
-        lines += _proposal_lines(findings)
+        lines += proposal_lines(findings)
     return lines
 
 
@@ -129,24 +132,53 @@ def _columns(findings: Findings) -> dict[str, list[float]]:
     return {name: values.nanmean(dim=0).tolist() for name, values in columns.items()}
 
 
-def _proposal_lines(findings: Findings) -> list[str]:
+def proposal_lines(findings: Findings, *, named: bool = True) -> list[str]:
+    """The proposed layers and how sure they are, in words; nothing without causal tracing.
+
+    Args:
+        findings: The findings of a phase.
+        named: Whether to begin with the phase.
+    """
     proposal = findings.proposal()
     if proposal is None:
         return []
     effect, lead = proposal.effect, proposal.lead
-    line = f"{findings.phase}: layers proposed {proposal.layers}: {proposal.verdict}. "
+    line = f"{findings.phase}: layers proposed " if named else "Layers proposed "
+    line += f"{proposal.layers}: {proposal.verdict}. "
     if effect["count"] < LEAST_FACTS:
         line += f"The peak of {effect['count']} facts is layer {proposal.peak}"
     else:
+        (a, b), (c, d) = proposal.first, proposal.last
         line += (
-            f"Of the resamples of {effect['count']} facts, {100 * proposal.same_layers:.0f} % give the same layers and "
-            f"{100 * proposal.same_peak:.0f} % the same peak, layer {proposal.peak}"
+            f"Of the resamples of {effect['count']} facts, {100 * proposal.same_layers:.0f} % give the same layers "
+            f"(95 % begin at {_span(a, b)} and end at {_span(c, d)}) and {100 * proposal.same_peak:.0f} % the same "
+            f"peak, layer {proposal.peak}"
         )
     took = _clean(findings) - float(findings.p[:, 2].mean())
     line += f" (effect {_format_mean(effect)} of {took:.3f} that the noise took"
     if lead is not None:
         line += f"; {_format_mean(lead)} above the next layer"
     return [line + ")"]
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def copy_line(findings: Findings) -> str | None:
+    """The proposed layers as a setting of ``fit``; ``None`` without a proposal, or if the facts speak for none."""
+    proposal = findings.proposal()
+    if proposal is None or proposal.verdict == NO_EVIDENCE:
+        return None
+    return f'--model.layers "{proposal.layers}"'
+
+
+def closing_lines(phases: Sequence[Findings], claims: Sequence[Claim]) -> list[str]:
+    """The finding of each phase in a line, and the setting to copy."""
+    asked = "is 'attention extracts, the FFN stores' shown?"
+    lines = [f"{f.phase}: {asked} {conclusion(claims, f.phase)}" for f in phases]
+    copied = copy_line(phases[0])
+    return lines if copied is None else [*lines, f"to edit the proposed layers, give fit: {copied}"]
 
 
 def _format_mean(found: Mapping[str, float]) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pmet_lightning.analysis.components import component_measures
 from pmet_lightning.analysis.facts import KnownFact, Question, ask, followed, is_said, next_token, with_own_answers
@@ -18,10 +17,11 @@ from pmet_lightning.analysis.layer_choice import Proposal, propose
 from pmet_lightning.analysis.lens import Lens
 from pmet_lightning.analysis.measures import Measure, concatenate_measures
 from pmet_lightning.analysis.streams import is_parallel
-from pmet_lightning.analysis.tracing import SUBJECT_LAST, Tracer, draw_noise, embedding_spread, trace
+from pmet_lightning.analysis.tracing import SUBJECT_LAST, Tracer, default_window, draw_noise, embedding_spread, trace
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
 from pmet_lightning.model.projections import Sites
+from pmet_lightning.utils.log_progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Scope:
         noise: Noise on the subject's embeddings, in standard deviations of all subjects' embeddings.
         draws: Draws of the noise for each fact; 0 skips causal tracing.
         seed: Seed of the noise.
-        window: Layers restored together.
+        window: Layers restored together; ``None`` depends on the model's depth.
         tokens_per_batch: Maximum number of padded tokens in one forward pass.
     """
 
@@ -45,7 +45,7 @@ class Scope:
     noise: float
     draws: int
     seed: int
-    window: int
+    window: int | None
     tokens_per_batch: int
 
 
@@ -59,6 +59,7 @@ class Findings:
         answers: The name of the tracked answer of each.
         measures: By name; ``effect`` is that of causal tracing.
         p: P of the true answer, the new answer, and the tracked answer with the subject corrupted, shape [N, 3].
+        window: Layers whose attention or FFN outputs were restored together.
     """
 
     phase: str
@@ -66,15 +67,16 @@ class Findings:
     answers: list[str]
     measures: dict[str, Measure]
     p: Tensor
+    window: int = 1
 
     def of(self, facts: Sequence[int]) -> Findings:
         """The findings on some of the facts, by their indices."""
-        return Findings(
-            self.phase,
-            [self.questions[i] for i in facts],
-            [self.answers[i] for i in facts],
-            {name: measure.of(facts) for name, measure in self.measures.items()},
-            self.p[list(facts)],
+        return replace(
+            self,
+            questions=[self.questions[i] for i in facts],
+            answers=[self.answers[i] for i in facts],
+            measures={name: measure.of(facts) for name, measure in self.measures.items()},
+            p=self.p[list(facts)],
         )
 
     def of_followed(self, name: str, **labels: Any) -> Tensor:
@@ -100,6 +102,7 @@ class Study:
         encoder: Encodes the prompts.
         scope: How much is measured.
         left_out: Facts that were left out, by reason.
+        window: Layers restored together.
     """
 
     model: nn.Module
@@ -113,6 +116,7 @@ class Study:
         self.lens = Lens(self.model, self.sites, self.device)
         row = pad_rows([TokenRow([0, 0], 1)], 0).to(self.device)
         self.parallel = is_parallel(self.model, self.sites, row)
+        self.window = self.scope.window or default_window(len(self.sites.layers))
         self._asked: list[Question] = []
         self._noise: list[Tensor] = []
 
@@ -152,19 +156,21 @@ class Study:
         p = torch.cat([predictions[kept, 2:], torch.full((len(kept), 1), torch.nan, dtype=torch.float64)], dim=1)
         if self.scope.draws:
             measures["effect"], p[:, 2] = self._trace(questions, answers, [self._noise[i] for i in kept], phase)
-        return Findings(phase, questions, answers, measures, p), kept
+        return Findings(phase, questions, answers, measures, p, self.window), kept
 
     def _components(self, questions: Sequence[Question], phase: str) -> dict[str, Measure]:
         found: dict[str, list[Measure]] = {}
         order: list[int] = []
-        for part in tqdm(self._batches(questions, 1), desc=f"Components {phase}", leave=False, disable=None):
-            some = [questions[i] for i in part]
-            measured = component_measures(
-                self.model, self.sites, self.lens, some, self.parallel, self.encoder.pad_id, self.scope.top
-            )
-            order += part
-            for name, measure in measured.items():
-                found.setdefault(name, []).append(measure)
+        with progress(len(questions), f"Components {phase}") as bar:
+            for part in self._batches(questions, 1):
+                some = [questions[i] for i in part]
+                measured = component_measures(
+                    self.model, self.sites, self.lens, some, self.parallel, self.encoder.pad_id, self.scope.top
+                )
+                order += part
+                for name, measure in measured.items():
+                    found.setdefault(name, []).append(measure)
+                bar.update(len(part))
         return {name: _in_order(concatenate_measures(parts), order) for name, parts in found.items()}
 
     def _trace(
@@ -174,20 +180,20 @@ class Study:
             self.model,
             self.sites,
             self.lens.tuples,
-            self.scope.window,
+            self.window,
             self.encoder.pad_id,
             self.scope.tokens_per_batch,
             self.device,
         )
         parts, order, corrupt = [], [], torch.zeros(len(questions), dtype=torch.float64)
-        for part in tqdm(
-            self._batches(questions, self.scope.draws), desc=f"Tracing {phase}", leave=False, disable=None
-        ):
-            tokens = [questions[i].answers[answers[i]] for i in part]
-            traced = trace(tracer, [questions[i] for i in part], tokens, [noise[i] for i in part])
-            parts.append(traced.effect)
-            corrupt[part] = traced.corrupt
-            order += part
+        depth = len(self.sites.layers)
+        with progress(len(questions) * depth * (depth + 1) // 2, f"Tracing {phase}") as bar:
+            for part in self._batches(questions, self.scope.draws):
+                tokens = [questions[i].answers[answers[i]] for i in part]
+                traced = trace(tracer, [questions[i] for i in part], tokens, [noise[i] for i in part], bar.update)
+                parts.append(traced.effect)
+                corrupt[part] = traced.corrupt
+                order += part
         return _in_order(concatenate_measures(parts), order), corrupt
 
     def _batches(self, questions: Sequence[Question], rows: int) -> list[list[int]]:

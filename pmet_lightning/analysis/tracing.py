@@ -7,7 +7,7 @@ outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from pmet_lightning.analysis.facts import Question
 from pmet_lightning.analysis.measures import Measure
 from pmet_lightning.data.token_rows import RowBatch, TokenRow, pad_rows
 from pmet_lightning.model.architectures import SiteName
-from pmet_lightning.model.forward import label_logits
+from pmet_lightning.model.forward import label_logits, most_logit_rows
 from pmet_lightning.model.hooks import record_whole, replace_output
 from pmet_lightning.model.partial_forward import start_at_layer
 from pmet_lightning.model.projections import Sites
@@ -34,6 +34,11 @@ POSITIONS = (
     "last token",
 )
 SUBJECT_LAST, LAST_TOKEN = POSITIONS[2], POSITIONS[-1]
+
+
+def default_window(depth: int) -> int:
+    """The window for a model of so many layers: as large a share as that of the 10 of 48 layers in Meng et al."""
+    return max(1, 10 * depth // 48)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,13 @@ def position_of(question: Question, column: int) -> int:
 
 
 @torch.no_grad()
-def trace(tracer: Tracer, questions: Sequence[Question], answers: Sequence[int], noise: Sequence[Tensor]) -> Traced:
+def trace(
+    tracer: Tracer,
+    questions: Sequence[Question],
+    answers: Sequence[int],
+    noise: Sequence[Tensor],
+    advance: Callable[[int], object] = lambda _: None,
+) -> Traced:
     """Trace some facts together.
 
     Only the layers from the first restored one on are run: what enters them is the same for all positions.
@@ -126,6 +137,7 @@ def trace(tracer: Tracer, questions: Sequence[Question], answers: Sequence[int],
         questions: The facts.
         answers: The token of each tracked answer.
         noise: As returned by :func:`draw_noise`.
+        advance: Called with the number of layers that were run, summed over the facts.
     """
     depth = len(tracer.sites.layers)
     clean_rows = _rows(tracer, questions, answers, [own[:1] * 0 for own in noise])
@@ -142,6 +154,7 @@ def trace(tracer: Tracer, questions: Sequence[Question], answers: Sequence[int],
     corrupt_X = corrupt_P[[p for p, _ in points]]
     for layer in range(depth):
         p_CX = _restore_each(tracer, rows, points, layer, clean, corrupt)
+        advance(len(questions) * (depth - layer))
         for i, p_X in enumerate(p_CX):
             sums[:, i, layer].index_put_(cells, p_X - corrupt_X, accumulate=True)
             counts[:, i, layer].index_put_(cells, torch.ones_like(p_X), accumulate=True)
@@ -209,7 +222,7 @@ def _restore_each(
 ) -> Tensor:
     """P(answer) with each component restored at each point (pair and column), shape [components, X]."""
     cases = [(i, *point) for i in range(len(RESTORED)) for point in points]
-    size = max(1, tracer.tokens_per_batch // rows.batch.input_ids.shape[1])
+    size = max(1, min(tracer.tokens_per_batch // rows.batch.input_ids.shape[1], most_logit_rows(tracer.model)))
     parts = [
         _restore_together(tracer, rows, cases[start : start + size], layer, clean, corrupt)
         for start in range(0, len(cases), size)

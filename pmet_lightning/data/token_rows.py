@@ -5,6 +5,7 @@ Legend: R = rows, T = tokens of the longest row, K = tokens of the longest targe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -129,11 +130,17 @@ def pad_rows(rows: Sequence[TokenRow], pad_id: int, side: PaddingSide = "right")
     )
 
 
-def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Split row indices into batches of similar length whose padded size stays within ``budget`` tokens."""
+def by_token_budget(lengths: Sequence[int], budget: int, most: float = math.inf) -> list[list[int]]:
+    """Split row indices into batches of similar length whose padded size stays within a budget.
+
+    Args:
+        lengths: Length of each row.
+        budget: Maximum number of padded tokens of a batch; a longer row is a batch of its own.
+        most: Maximum number of rows of a batch.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+        if batches and len(batches[-1]) < most and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
             batches[-1].append(index)
         else:
             batches.append([index])

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from pmet_lightning.model.kv_prefix import Prefix
 
 
+MAX_LOGITS = 2**26  # 256 MiB in float32; a softmax takes as much again
+
+
+def most_logit_rows(model: nn.Module) -> int:
+    """How many rows of logits, each of the size of the vocabulary, a pass makes at most."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return max(1, MAX_LOGITS // int(head.weight.shape[0]))
+
+
 def label_logits(
     model: nn.Module, rows: RowBatch, prefix: Prefix | None = None, positions: Tensor | None = None
 ) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -16,9 +17,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pmet_lightning.analysis.facts import KnownFact, read_facts
-from pmet_lightning.analysis.layer_choice import layers_to_edit, propose
+from pmet_lightning.analysis.layer_choice import NO_EVIDENCE, layers_to_edit, propose
 from pmet_lightning.analysis.measures import TOO_FEW, Measure, resampled_means, summarize
-from pmet_lightning.analysis.tracing import POSITIONS, Tracer
+from pmet_lightning.analysis.tracing import POSITIONS, Tracer, default_window
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_edits
@@ -51,9 +52,11 @@ def test_intervals_are_a_plain_bootstrap():
         ([0.1, 0.5, 0.9, 0.1], [0.9, 0.9, 0.8, 0.1], [1, 2]),
         ([0.6, 0.1, 0.9, 0.3], [0.1, 0.1, 0.8, 0.8], [2, 3]),
         ([-0.2, -0.1, -0.3, -0.3], [0.0, 0.0, 0.0, 0.0], [1]),
+        ([0.6, 0.04, 0.02, 0.3], [0.7, 0.7, 0.7, 0.7], [0, 1]),  # an idle FFN ends the range
+        ([0.1, 0.3, 0.6, 0.31], [0.7, 0.7, 0.7, 0.3], [1, 2]),  # so does a stream that is read already
     ],
 )
-def test_layers_reach_from_half_of_the_peak_to_half_of_the_stream(ffn, stream, layers):
+def test_layers_reach_from_half_of_the_peak_to_an_idle_ffn_or_half_of_the_stream(ffn, stream, layers):
     assert layers_to_edit(torch.tensor(ffn), torch.tensor(stream)) == layers
 
 
@@ -68,10 +71,13 @@ def test_a_proposal_says_how_sure_it_is():
     assert (proposal.layers, proposal.verdict, proposal.same_layers) == ([1, 2], "sure", 1.0)
     assert proposal.effect["mean"] == pytest.approx(float(ffn[:, 1].mean()), abs=1e-6)
     assert proposal.lead["mean"] == pytest.approx(float((ffn[:, 1] - ffn[:, 2]).mean()), abs=1e-6)
-    assert propose(noisy([-0.1] * 4, 0.5), stream).verdict.startswith("no evidence")
+    assert (proposal.first, proposal.last) == ((1, 1), (2, 2))
+    assert propose(noisy([-0.1] * 4, 0.5), stream).verdict == NO_EVIDENCE
     tie = propose(noisy([0.0, 0.4, 0.1, 0.0], 0.05), noisy([0.4, 0.4, 0.2, 0.0], 0.3))
     assert tie.verdict != "sure"
     assert (tie.same_peak, tie.same_layers < 0.95) == (1.0, True)
+    assert tie.first == (1, 1)
+    assert tie.last[0] < tie.last[1]
 
 
 KNOWN = {
@@ -115,6 +121,23 @@ def test_a_window_lies_around_its_layer(loaded, window, layers):
     assert list(tracer.restored_layers("hidden", 2)) == [2]
 
 
+@pytest.mark.parametrize(("depth", "window"), [(1, 1), (4, 1), (8, 1), (12, 2), (18, 3), (28, 5), (48, 10)])
+def test_the_default_window_is_the_share_of_ten_of_48_layers(depth, window):
+    assert default_window(depth) == window
+
+
+def test_a_given_window_is_used_and_named(tmp_path):
+    folder = save_planted("gpt2", tmp_path / "model", 1, 2)
+    assert study_of(folder, window=None).window == 1
+    study = study_of(folder, window=2, draws=1)
+    study.ask(read_facts(written(tmp_path, records())))
+    found, _ = study.measure("before")
+    assert found.window == found.of([0]).window == 2
+    ffn = found.measures["effect"].at(component="ffn", place="last subject token")
+    assert (ffn[:, 0] > 0.3).all()  # layer 1, which stores, is restored with it
+    assert (ffn[:, 1] > 0.3).all()
+
+
 def test_a_record_without_a_true_answer_follows_what_the_model_says(tmp_path):
     study = study_of(save_planted("gpt2", tmp_path / "model", 1, 2), draws=0)
     study.ask([KnownFact("0", FACTS[0]["prompt"], FACTS[0]["subject"], None, "golf")])
@@ -123,7 +146,7 @@ def test_a_record_without_a_true_answer_follows_what_the_model_says(tmp_path):
     assert found.proposal() is None
 
 
-FIGURES = ("similarity", "lens", "contribution", "tracing")
+FIGURES = ("similarity", "lens", "contribution", "effect", "tracing")
 
 
 def drawn_events(folder: Path) -> dict[str, int]:
@@ -156,6 +179,11 @@ def test_the_command_on_atlas(tmp_path, caplog):
     assert re.search("layers proposed .*: too few facts to say", caplog.text)
     assert "too few facts to say" in (out / "lens.svg").read_text()
     assert {found["verdict"] for found in (*known["claims"], known["proposals"]["before"])} == {TOO_FEW}
+    assert (known["conclusions"], known["window"]) == ({"before": TOO_FEW}, 1)
+    finding, copied = caplog.messages[-1].splitlines()
+    assert finding.endswith(f"shown? {TOO_FEW}")
+    assert copied.endswith(f'--model.layers "{known["proposals"]["before"]["layers"]}"')
+    assert copied.rpartition(": ")[2] in html.unescape((out / "analysis.html").read_text())
     layers = list(csv.DictReader((out / "layers.csv").read_text().splitlines()))
     lens = [row for row in layers if row["measure"] == "lens" and row["token"] == "last" and row["answer"] == "true"]
     assert [int(row["layer"]) for row in lens] == list(range(8))

@@ -8,18 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pmet_lightning.analysis.claims import claims_of
+from pmet_lightning.analysis.claims import Claim, claims_of, conclusion
 from pmet_lightning.analysis.components import component_measures
 from pmet_lightning.analysis.facts import KnownFact, ask, read_facts
 from pmet_lightning.analysis.figures import figures
+from pmet_lightning.analysis.layer_choice import NO_EVIDENCE
 from pmet_lightning.analysis.lens import Lens
 from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW
-from pmet_lightning.analysis.results import summary_lines
+from pmet_lightning.analysis.results import closing_lines, copy_line, summary_lines
 from pmet_lightning.analysis.streams import is_parallel, streams_of
 from pmet_lightning.analysis.study import Study
 from pmet_lightning.analysis.tracing import POSITIONS, RESTORED, Tracer, draw_noise, position_of, trace
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.data.token_rows import TokenRow, pad_rows
+from pmet_lightning.model import forward
 from pmet_lightning.model.architectures import UnknownArchitectureError
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.patch import apply_patch, save_patch
@@ -89,18 +91,48 @@ def test_the_lens_jumps_and_the_logit_grows_where_the_fact_is(planted):
         assert added[:, :layer, where].abs().sum() < 1e-2
 
 
-def test_layers_from_the_store_to_the_fetch_are_proposed(planted):
+def test_the_layer_that_stores_is_proposed(planted):
     found, store, fetch = planted
     found = many(found)
     proposal = found.proposal()
-    assert (proposal.layers, proposal.peak) == (list(range(store, fetch)), store)
+    assert (proposal.layers, proposal.peak) == ([store], store)  # between it and the fetch, FFNs are idle
+    assert copy_line(found) == closing_lines([found], [])[-1].rpartition(": ")[2] == f'--model.layers "[{store}]"'
     assert proposal.same_layers == proposal.same_peak == 1
     assert proposal.verdict == "sure"
     assert proposal.lead["low"] > 0.3
     # The one FFN that stores brings back nearly all that the noise took.
     effect, took = re.search(r"effect (\S+) \[.* of (\S+) that the noise took", summary_lines([found], [])[-1]).groups()
     assert 0.9 * float(took) < float(effect) <= float(took)
-    assert [claim.verdict for claim in claims_of(found, None)] == ["shown"] * 3
+    claims = claims_of(found, None)
+    assert [claim.verdict for claim in claims] == ["shown"] * 3
+    assert conclusion(claims, "before") == "shown (3 of 3 predictions shown)"
+
+
+def claim(low: float, high: float, count: int = 20) -> Claim:
+    return Claim("", "before", {"mean": (low + high) / 2, "low": low, "high": high, "count": count})
+
+
+@pytest.mark.parametrize(
+    ("claims", "words"),
+    [
+        ([claim(0.1, 0.2)] * 2, "shown (2 of 2 predictions shown)"),
+        ([claim(0.1, 0.2), claim(-0.1, 0.2)], "not shown (1 of 2 predictions shown)"),
+        ([claim(0.1, 0.2), claim(-0.2, -0.1), claim(0, 1)], "refuted (1 of 3 predictions shown, 1 refuted)"),
+        ([claim(0.1, 0.2), claim(0.1, 0.2, 9)], TOO_FEW),
+        ([claim(0.1, 0.2), replace(claim(-0.2, -0.1), phase="after")], "shown (1 of 1 predictions shown)"),
+    ],
+)
+def test_the_claim_is_shown_if_all_of_it_is(claims, words):
+    assert conclusion(claims, "before") == words
+
+
+def test_facts_that_speak_for_no_layer_give_no_line_to_copy(planted):
+    found = many(planted[0])
+    effect = found.measures["effect"]
+    nothing = replace(found, measures=found.measures | {"effect": replace(effect, values=effect.values * 0)})
+    assert nothing.proposal().verdict == NO_EVIDENCE
+    assert copy_line(nothing) is None
+    assert len(closing_lines([nothing], claims_of(nothing, None))) == 1
 
 
 def test_of_few_facts_nothing_is_said(planted):
@@ -118,6 +150,8 @@ def test_of_few_facts_nothing_is_said(planted):
             assert figure.get_suptitle().startswith("Facts: 9. No intervals: too few") == said
             bands = any(ax.collections for ax in figure.axes[:2])
             assert bands == (not said and name != "tracing")
+            shaded = name == "effect" and [patch.get_x() for patch in figure.axes[0].patches]
+            assert shaded in (False, [proposal.layers[0] - 0.5])
 
 
 def test_a_fact_is_found_before_and_after_its_edit(tmp_path):
@@ -160,7 +194,7 @@ def test_of_each_fact_its_own_answer_is_shown(tmp_path):
     fetched = found.of_followed("contribution", token="last", component="attn")
     only(fetched, 2, 5.0)
     ax = figures([found])["contribution"].axes[1]
-    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}["attn"]
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}["attention"]
     assert drawn == pytest.approx(fetched.mean(dim=0).tolist())
     rows = summary_lines([found], [])
     added = rows[next(i for i, row in enumerate(rows) if row.startswith("added to logit")) + 3]
@@ -354,6 +388,27 @@ def test_batches_change_nothing(tmp_path):
         study = study_of(folder, tokens_per_batch=budget, draws=2)
         study.ask(read_facts(written(tmp_path, records())))
         found.append(study.measure("before")[0])
+    for name, measure in found[0].measures.items():
+        torch.testing.assert_close(measure.values, found[1].measures[name].values, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_few_logits_at_a_time_change_nothing(tmp_path, monkeypatch):
+    """The logits of a large vocabulary do not fit: the head gets no more rows at a time than the limit allows."""
+    folder = save_planted("gptj", tmp_path / "model", 1, 2)
+    found, rows = [], []
+    for most in (None, 2):
+        study = study_of(folder, draws=2)
+        head = study.model.get_output_embeddings()
+        if most is not None:
+            monkeypatch.setattr(forward, "MAX_LOGITS", most * head.weight.shape[0] + 1)
+            study = Study(study.model, study.sites, study.encoder, study.scope)
+        seen = []
+        head.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output.shape[:-1].numel()))
+        study.ask(read_facts(written(tmp_path, records())))
+        found.append(study.measure("before")[0])
+        rows.append(max(seen))
+    assert rows[0] > 20
+    assert rows[1] <= 6  # the passes that record the states have a row for each fact and draw
     for name, measure in found[0].measures.items():
         torch.testing.assert_close(measure.values, found[1].measures[name].values, equal_nan=True, rtol=1e-4, atol=1e-5)
 

@@ -114,6 +114,8 @@ def test_token_budget_holds_and_loses_nothing():
     batches = by_token_budget(lengths, 20)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 20 for b in batches)
+    assert [len(batch) for batch in by_token_budget(lengths, 20, 2)] == [1, 2, 2, 2]
+    assert len(batches) == 3
 
 
 CHATML = (
