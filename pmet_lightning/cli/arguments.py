@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from pmet_lightning.run.options import UsageError, check_settings, options_of, problem_with
+from pmet_lightning.run.options import UsageError, as_option, check_settings, options_of, problem_with
 from pmet_lightning.utils.resources import locate_config, shipped_configs
 
 # Options of every command that parsers add themselves.
@@ -53,7 +53,7 @@ def check_arguments(command: str, arguments: Sequence[str]) -> list[str]:
         else:
             problem = problem_with(command, name, text)
             if problem is not None:
-                raise UsageError(_as_option(problem, name))
+                raise UsageError(as_option(problem))
             named |= {name, name.partition(".")[0]} if "." in name else {name}
             located.append(f"--{name}={text}")
     _check_required(command, named, [text for name, text in given if name == "config"])
@@ -88,7 +88,7 @@ def _split(command: str, arguments: Sequence[str]) -> list[Given]:
             name = "--config"
         if not name.startswith("--") or name == "--":
             before = f" after --{given[-1].name} {given[-1].text}" if given else ""
-            raise UsageError(f"unexpected {word!r}{before}; options begin with --, and lists are quoted: \"[0, 1]\"")
+            raise UsageError(f'unexpected {word!r}{before}; options begin with --, and lists are quoted: "[0, 1]"')
         if name in _BARE or name.endswith(".help"):
             text = f"={text}" if equals else ""
         elif not equals:
@@ -105,17 +105,7 @@ def _without_value(command: str, name: str) -> str:
     if option is not None:
         return f"--{name} has no value, expected {option.expected()}"
     problem = None if name == "config" else problem_with(command, name, "")
-    return f"--{name} has no value" if problem is None else _as_option(problem, name)
-
-
-def _as_option(problem: str, name: str) -> str:
-    """A problem in the words of the command line."""
-    for start in (f"{name} is ", f"there is no setting {name}"):
-        if problem.startswith(start):
-            rest = problem.removeprefix(start)
-            head = f"--{name} {rest}" if start.endswith("is ") else f"there is no option --{name}{rest}"
-            return head.replace("did you mean ", "did you mean --")
-    return problem
+    return f"--{name} has no value" if problem is None else as_option(problem)
 
 
 def _names(settings: Mapping[str, Any]) -> set[str]:

@@ -36,7 +36,9 @@ def help_of(command: str, text: str, section: str | None = None) -> str:
     options = options_of(command)
     known = sorted(sections_of(options), key=[*_SECTIONS].index)
     if section is not None and section not in known:
-        raise UsageError(f"--help={section}: expected one of {', '.join(known) or 'none: this command has no sections'}")
+        raise UsageError(
+            f"--help={section}: expected one of {', '.join(known) or 'none: this command has no sections'}"
+        )
     config = " [--config FILE]" if known or "methods" in options else ""
     lines = [f"usage: pmet-lightning {command}{config} [options]", "", *textwrap.wrap(text, _width()), ""]
     if section is not None:

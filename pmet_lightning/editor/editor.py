@@ -21,6 +21,7 @@ from pmet_lightning.data.records import Edit
 from pmet_lightning.editor.edit_report import EditReport
 from pmet_lightning.editor.isolation import preserve_caller_state
 from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of
+from pmet_lightning.editor.names import arguments_named
 from pmet_lightning.editor.settings import EditorSettings, ModelSettings
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.fingerprint import checksum
@@ -76,6 +77,7 @@ class Editor:
         tokenizer: Its tokenizer.
     """
 
+    @arguments_named()
     def __init__(
         self,
         model: nn.Module | str,
@@ -117,6 +119,7 @@ class Editor:
         self._checksums = self._weight_checksums()
 
     @classmethod
+    @arguments_named()
     def from_config(
         cls, config: str, model: nn.Module | str | None = None, tokenizer: Any = None, **changes: Unpack[EditorSettings]
     ) -> Editor:
@@ -153,6 +156,7 @@ class Editor:
         """Number of edits that are in the weights."""
         return self._module.edits_done
 
+    @arguments_named()
     def evaluate(self, facts: Facts) -> dict[str, float]:
         """Evaluate the model, as it is now, on the questions of some facts (the command ``validate``).
 
@@ -171,6 +175,7 @@ class Editor:
             self._trainer([self._drift], None, True).validate(self._module, data, verbose=False)
         return dict(self._module.results.get("test", {}))
 
+    @arguments_named()
     def ask(self, prompts: str | Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
         """Let the model, as it is now, continue each prompt by greedy decoding.
 
@@ -201,6 +206,7 @@ class Editor:
                 new_tokens=new_tokens,
             )
 
+    @arguments_named()
     def edit(self, facts: Facts, *, evaluate: bool = True, run_dir: str | None = None) -> EditReport:
         """Write facts into the model's weights, after what earlier calls have written (the command ``fit``).
 
@@ -260,6 +266,7 @@ class Editor:
         if self._clean is not None:
             self._restore(self._clean, 0, 0)
 
+    @arguments_named()
     def save(self, folder: str | Path) -> None:
         """Write the model as it is now, and its tokenizer, as a Hugging Face folder (the command ``export``).
 
@@ -275,6 +282,7 @@ class Editor:
             if self._spread.edited.deltas:
                 write_card(unfinished, self._manifest(), weights=self._spread.edited.deltas)
 
+    @arguments_named()
     def save_patch(self, path: str | Path) -> None:
         """Write ΔW of all edits so far and its manifest, in the format of --model.patch and ``export``.
 

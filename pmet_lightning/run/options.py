@@ -78,13 +78,14 @@ def options_of(command: str) -> dict[str, Option]:
     return {o["name"]: Option(**{**o, "kinds": tuple(o["kinds"])}) for o in found}
 
 
-def check_settings(command: str, settings: Mapping[str, Any], where: str = "") -> None:
+def check_settings(command: str, settings: Mapping[str, Any], where: str = "", options: bool = False) -> None:
     """Check the names and values of nested settings, as in a configuration.
 
     Args:
         command: The command that they are for.
         settings: The settings by section.
         where: The configuration, for the error.
+        options: Whether the error calls settings as the options of the command line.
 
     Raises:
         UsageError: With the first problem, as one sentence.
@@ -93,7 +94,7 @@ def check_settings(command: str, settings: Mapping[str, Any], where: str = "") -
     for name, value in _flat(command, settings, ""):
         problem = problem_with(command, name, value)
         if problem is not None:
-            raise UsageError(start + problem)
+            raise UsageError(start + (as_option(problem) if options else problem))
 
 
 def problem_with(command: str, name: str, value: Any) -> str | None:
@@ -113,6 +114,13 @@ def problem_with(command: str, name: str, value: Any) -> str | None:
     if refused is not None:
         return refused
     return option.problem(value, one=name.endswith("+"))
+
+
+def as_option(problem: str) -> str:
+    """A problem of one setting in the words of the command line."""
+    if problem.startswith("there is no setting "):
+        return problem.replace("there is no setting ", "there is no option --").replace("you mean ", "you mean --")
+    return problem if problem.startswith("--") else f"--{problem}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,7 @@ class EditTrainer(L.Trainer):
         try:
             super().__init__(**kwargs)
         except MisconfigurationException as error:  # such as a GPU that is not there
-            given = {name: kwargs[name] for name in ("accelerator", "devices", "strategy") if name in kwargs}
-            shown = " ".join(f"--trainer.{name} {value}" for name, value in given.items())
-            raise ValueError(f"{shown}: {' '.join(str(error).split())}") from error
+            raise ValueError(_not_there(kwargs, error)) from error
         prepare_strategy(self.strategy, self.num_devices * self.num_nodes)
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
@@ -143,6 +141,13 @@ class EditTrainer(L.Trainer):
             return line
         command = f"pmet-lightning fit --config {shlex.quote(str(folder / 'config.yaml'))}"
         return f"{line}; go on with\n{command} --trainer.resume true --trainer.run_dir {shlex.quote(str(folder))}"
+
+
+def _not_there(given: Mapping[str, Any], error: Exception) -> str:
+    """One line on devices that Lightning does not find."""
+    names = [name for name in ("accelerator", "devices", "strategy") if given.get(name) not in (None, "auto", 1, "1")]
+    shown = " ".join(f"--trainer.{name} {given[name]}" for name in names) or "--trainer"
+    return f"{shown}: {' '.join(str(error).split())}; --trainer.accelerator auto takes what this machine has"
 
 
 def _nothing_changed() -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.utils.hub import offline_if_unreachable
 from pmet_lightning.utils.resources import locate
 
+_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")  # a folder has one of them, or is no model
+_REMEDY = (
+    "Set --model.model_name to a folder made by save_pretrained, to a GGUF file, to a hub name, or to the shipped "
+    "'atlas'."
+)
 _GGUF_PACKAGES = ("gguf", "accelerate")  # transformers reads the file with the one and fills the model with the other
 
 
@@ -29,14 +36,14 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     folder, options = (
         (path, kwargs) if not is_gguf(path) else (str(Path(path).parent), _gguf_options(name, path, kwargs))
     )
+    if Path(folder).is_dir() and not any((Path(folder) / file).is_file() for file in (*_FILES, Path(path).name)):
+        raise FileNotFoundError(f"cannot load {name!r}: the folder has no model, expected {_FILES[0]} in it. {_REMEDY}")
     try:
-        return auto_class.from_pretrained(folder, **options)
+        with nullcontext() if Path(folder).exists() else offline_if_unreachable():
+            return auto_class.from_pretrained(folder, **options)
     except OSError as error:
         where = "the folder has no model" if Path(path).exists() else "no such folder, and not on the hub"
-        raise FileNotFoundError(
-            f"cannot load {name!r} ({where}): {str(error).splitlines()[0]}. Set --model.model_name to a folder "
-            "made by save_pretrained, to a GGUF file, to a hub name, or to the shipped 'atlas'."
-        ) from error
+        raise FileNotFoundError(f"cannot load {name!r} ({where}): {str(error).splitlines()[0]}. {_REMEDY}") from error
     except (ValueError, NotImplementedError, KeyError) as error:
         if not is_gguf(path):
             raise

@@ -30,6 +30,10 @@ class EditProgressBar(TQDMProgressBar):
         """No bar of the whole run: targets, layers and evaluations show one each, and there is one at a time."""
         return Tqdm(disable=True)
 
+    def init_validation_tqdm(self) -> Tqdm:
+        """The bar of an evaluation; Lightning's would leave a line for the bar of the run."""
+        return Tqdm(desc=self.validation_description, disable=self.is_disabled, leave=False, dynamic_ncols=True)
+
     def track(self, items: Sequence[Item], description: str) -> Iterable[Item]:
         """A separate bar over some items."""
         return Tqdm(items, desc=description, leave=False, disable=self.is_disabled)  # type: ignore[no-any-return]
