@@ -80,7 +80,8 @@ def read_config(path: str) -> Mapping[str, Any]:
 
 def _split(command: str, arguments: Sequence[str]) -> list[Given]:
     """Names and texts; what an option may lack is its value."""
-    given, rest = [], list(arguments)
+    given: list[Given] = []
+    rest = list(arguments)
     while rest:
         word = rest.pop(0)
         name, equals, text = word.partition("=")

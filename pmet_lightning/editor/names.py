@@ -30,7 +30,7 @@ def arguments_named() -> Iterator[None]:
 
 
 def as_arguments(text: str) -> str:
-    """A text with the options in it replaced: ``--model.clamp`` by ``clamp``, ``--data.split`` by ``data={'split': …}``.
+    """A text with the options in it replaced: ``--model.clamp`` by ``clamp``, ``--data.skip`` by ``data={'skip': …}``.
 
     Args:
         text: Any text.

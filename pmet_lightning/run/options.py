@@ -1,7 +1,7 @@
 """The options of all commands, read from a file: to show them and to check what is given takes no heavy import.
 
-``options.json`` is made from the parsers themselves (``python -m pmet_lightning.cli.make_options``), and a test compares
-it with them. The parsers remain the authority: what passes here is parsed and checked by them again. A kind of value is
+``options.json`` is made from the parsers themselves (``python -m pmet_lightning.cli.make_options``); a test compares
+them. The parsers remain the authority: what passes here is parsed and checked by them again. A kind of value is
 
 - ``bool``, ``str``, ``null`` or ``any``; ``int`` or ``float``, with a bound: ``int>=0``, ``float>0``;
 - ``=word`` for a word or number that is meant literally;

@@ -49,8 +49,8 @@ ARGUMENTS: dict[str, TrainerArgument] = {
     "max_epochs": _refused(_ONE_PASS + "more would write every edit several times. For more iterations: --model.steps "
                            "(of finetune: --model.epochs)", 1),
     "min_epochs": _refused(_ONE_PASS + "leave it out", 0, 1),
-    "max_steps": _refused("it would end in the middle of the edits; --data.limit takes fewer edits, --model.steps fewer "
-                          "iterations", -1),
+    "max_steps": _refused("it would end in the middle of the edits; --data.limit takes fewer edits, "
+                          "--model.steps fewer iterations", -1),
     "min_steps": _refused(_ONE_PASS + "leave it out", 0),
     "max_time": _refused("it would end in the middle of the edits; set --data.limit, or end the run with Ctrl-C: "
                          "--trainer.resume true goes on after the last edit batch"),
@@ -71,8 +71,8 @@ ARGUMENTS: dict[str, TrainerArgument] = {
     "enable_checkpointing": _refused("the result is the patch, and --trainer.resume true needs no checkpoint", False),
     "enable_progress_bar": TrainerArgument("false shows no progress bars."),
     "enable_model_summary": _hidden("true lists the modules of the language model."),
-    "accumulate_grad_batches": _refused("each edit has an optimizer state of its own; --model.micro_batch says how many "
-                                        "are optimized together", 1),
+    "accumulate_grad_batches": _refused("each edit has an optimizer state of its own; --model.micro_batch says how "
+                                        "many are optimized together", 1),
     "gradient_clip_val": _refused("each delta is bounded by --model.clamp", 0, 0.0),
     "gradient_clip_algorithm": _refused("each delta is bounded by --model.clamp"),
     "deterministic": TrainerArgument("true uses deterministic algorithms only, or warn."),

@@ -1,4 +1,4 @@
-"""What appears in the terminal: log messages that do not break into a progress bar, and none of other packages' noise."""
+"""What appears in the terminal: log messages that do not break into a progress bar, no noise of other packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached: without a network, its library tries each file six times in 25 seconds."""
+"""Whether the Hugging Face hub can be reached: without a network, its library tries each file for 25 seconds."""
 
 from __future__ import annotations
 
