@@ -99,11 +99,17 @@ def test_the_editor_names_its_arguments():
     assert as_arguments(text) == "set keep_float32=True, layers, lam, facts or data={'skip': …}"
 
 
+@ends_with(lambda: "nothing is lost")
+def wait_for(number: int) -> None:
+    """Send this process a signal, and wait."""
+    os.kill(os.getpid(), number)
+    signal.pause()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_block_at_once(number, code, caplog):
-    with pytest.raises(SystemExit) as caught, ends_with(lambda: "nothing is lost"):
-        os.kill(os.getpid(), number)
-        signal.pause()
+    with pytest.raises(SystemExit) as caught:
+        wait_for(number)
     assert caught.value.code == code
     assert "nothing is lost" in caplog.text
 
