@@ -46,7 +46,7 @@ def test_file_commands_need_no_lightning():
     commands = [["export", "--help"], ["analyze", "--help"], ["known", "--help"], ["stats", "--list"]]
     code = "\n    ".join(f"with suppress(SystemExit): main({arguments})" for arguments in commands)
     heavy = imported(f"from contextlib import suppress; from pmet_lightning.cli.dispatch import main\n    {code}")
-    assert heavy == {"torch"}
+    assert heavy <= {"torch"}
 
 
 def test_the_other_commands_need_no_data_sets_to_show_their_settings():

@@ -34,7 +34,7 @@ def help_of(command: str, text: str, section: str | None = None) -> str:
         UsageError: If there is no such section.
     """
     options = options_of(command)
-    known = sorted(sections_of(options), key=[*_SECTIONS].index)
+    known = sorted(sections_of(options), key=lambda name: [*_SECTIONS, name].index(name))
     if section is not None and section not in known:
         raise UsageError(
             f"--help={section}: expected one of {', '.join(known) or 'none: this command has no sections'}"
@@ -44,10 +44,10 @@ def help_of(command: str, text: str, section: str | None = None) -> str:
     if section is not None:
         return "\n".join([*lines, *_section(section, options.values(), everything=True)])
     loose = [option for option in options.values() if "." not in option.name]
-    lines += [line for option in loose if not known for line in _entry(option)]
+    lines += [line for option in loose if "model" not in known for line in _entry(option)]
     for name in known:
         lines += [*_section(name, options.values(), everything=False), ""]
-    if known:
+    if "model" in known:
         lines += ["other options", *(line for option in loose for line in _entry(option))]
         lines += _wrapped("--config FILE", "A configuration; the options of the command line win over it.")
         lines += _wrapped("--print_config", "Show all settings as a configuration, and end.")
@@ -61,7 +61,7 @@ def _section(name: str, options: Iterable[Option], everything: bool) -> list[str
     if name == "trainer":
         mine.sort(key=lambda option: not _is_usual(option))
     shown = [option for option in mine if name != "trainer" or _is_usual(option) or (everything and _is_shown(option))]
-    lines = [f"{name}: {_SECTIONS[name]}", *(line for option in shown for line in _entry(option))]
+    lines = [f"{name}: {_SECTIONS.get(name, name)}", *(line for option in shown for line in _entry(option))]
     if everything and name == "trainer":
         refused = {last: one.text for last, one in ARGUMENTS.items() if not one.shown and one.allowed is not None}
         lines += ["", "Arguments of Lightning's Trainer that are refused here:"]

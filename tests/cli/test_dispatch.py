@@ -11,12 +11,12 @@ import lightning as L
 import pytest
 
 from pmet_lightning.cli.arguments import check_arguments
-from pmet_lightning.cli.dispatch import main
+from pmet_lightning.cli.dispatch import FILE_COMMANDS, TRAINER_COMMANDS, main
 from pmet_lightning.cli.help import help_of
 from pmet_lightning.cli.make_options import make_options
 from pmet_lightning.editor.names import as_arguments
 from pmet_lightning.run.ending import ends_with
-from pmet_lightning.run.options import FILE, UsageError
+from pmet_lightning.run.options import FILE, UsageError, options_of
 from pmet_lightning.run.trainer import EditTrainer
 from pmet_lightning.run.trainer_arguments import ARGUMENTS
 from pmet_lightning.utils import hub
@@ -87,6 +87,13 @@ def test_every_argument_of_the_trainer_is_in_the_table():
     assert set(ARGUMENTS) == set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
     shown = help_of("fit", "edit", "trainer")
     assert all(f"--trainer.{name}\n" in shown for name, one in ARGUMENTS.items() if one.shown or one.allowed)
+
+
+@pytest.mark.parametrize("command", [*TRAINER_COMMANDS, *FILE_COMMANDS])
+def test_every_command_has_help(command, capsys):
+    main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in options_of(command) if not name.startswith("trainer."))
 
 
 def test_the_trainer_refuses_too(tmp_path):
