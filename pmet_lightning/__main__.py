@@ -20,9 +20,13 @@ def main() -> None:
     try:
         run()
     except _EXPECTED as error:
+        logging.basicConfig(format="%(message)s")  # unless the command has begun, and done so
         log.error("error: %s", error)
         log.debug("traceback", exc_info=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        log.error("interrupted: nothing was changed")
+        sys.exit(130)  # by convention 128 and the number of the signal
 
 
 def _log_thread_error(arguments: threading.ExceptHookArgs) -> None:

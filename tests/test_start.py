@@ -34,7 +34,7 @@ def test_the_package_imports_nothing_heavy():
 
 def test_help_imports_nothing_heavy():
     """All of them in one process: none of them may."""
-    commands = [["--help"], ["--version"], ["fti"], ["demo", "--help"], ["compare", "--help"], ["harness", "--help"]]
+    commands = [["--help"], ["--version"], ["demo", "--help"], ["compare", "--help"], ["harness", "--help"]]
     code = "\n    ".join(f"with suppress(SystemExit): main({arguments})" for arguments in commands)
     assert (
         imported(f"from contextlib import suppress; from pmet_lightning.cli.dispatch import main\n    {code}") == set()
@@ -46,13 +46,11 @@ def test_file_commands_need_no_lightning():
     commands = [["export", "--help"], ["analyze", "--help"], ["known", "--help"], ["stats", "--list"]]
     code = "\n    ".join(f"with suppress(SystemExit): main({arguments})" for arguments in commands)
     heavy = imported(f"from contextlib import suppress; from pmet_lightning.cli.dispatch import main\n    {code}")
-    assert heavy == {"torch"}
+    assert heavy <= {"torch"}
 
 
 def test_the_other_commands_need_no_data_sets_to_show_their_settings():
-    heavy = imported("from pmet_lightning.cli.dispatch import main; main(['fit', '--help'])")
-    assert "lightning" in heavy
-    assert not heavy & {"datasets", "sklearn"}
+    assert imported("from pmet_lightning.cli.dispatch import main; main(['fit', '--help'])") == set()
 
 
 def test_public_names_are_found():

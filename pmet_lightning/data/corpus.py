@@ -15,6 +15,7 @@ from pmet_lightning.data.text_files import csv_rows
 from pmet_lightning.data.token_rows import TokenRow
 from pmet_lightning.data.vocabulary import check_ids
 from pmet_lightning.utils.errors import PmetError
+from pmet_lightning.utils.hub import check_reachable
 from pmet_lightning.utils.resources import locate
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -75,6 +76,7 @@ def _rows(path: Path, name: str, subset: str | None) -> Any:
         return datasets.IterableDataset.from_generator(csv_rows, gen_kwargs={"path": path, "name": name})
     if path.is_file():
         return datasets.load_dataset(_kind(path), data_files=str(path), split="train", streaming=True)
+    check_reachable()
     return datasets.load_dataset(name, subset, split="train", streaming=True)
 
 

@@ -30,6 +30,7 @@ from pmet_lightning.data.fields import (
 )
 from pmet_lightning.data.records import Edit, ZsreTarget, check_no_contradictions, parse_records
 from pmet_lightning.data.text_files import as_text, csv_rows, json_lines, json_rows, numbered
+from pmet_lightning.utils.hub import check_reachable
 from pmet_lightning.utils.resources import locate
 
 log = logging.getLogger(__name__)
@@ -332,6 +333,7 @@ def _hub_rows(name: str, split: str) -> Any:
     import datasets
 
     try:
+        check_reachable()
         return datasets.load_dataset(name, split=split, streaming=True)
     except Exception as error:
         raise FileNotFoundError(

@@ -22,6 +22,7 @@ from pmet_lightning.data.tables import as_rows
 from pmet_lightning.editor.edit_report import EditReport
 from pmet_lightning.editor.isolation import preserve_caller_state
 from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of, tokenizer_in
+from pmet_lightning.editor.names import arguments_named
 from pmet_lightning.editor.settings import EditorSettings, ModelSettings
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.fingerprint import checksum
@@ -80,6 +81,7 @@ class Editor:
         tokenizer: Its tokenizer.
     """
 
+    @arguments_named()
     def __init__(
         self,
         model: nn.Module | str | Path,
@@ -124,6 +126,7 @@ class Editor:
         self._checksums = self._weight_checksums()
 
     @classmethod
+    @arguments_named()
     def from_config(
         cls,
         config: str | Path,
@@ -164,6 +167,7 @@ class Editor:
         """Number of edits that are in the weights."""
         return self._module.edits_done
 
+    @arguments_named()
     def evaluate(self, facts: Facts) -> dict[str, float]:
         """Evaluate the model, as it is now, on the questions of some facts (the command ``validate``).
 
@@ -182,6 +186,7 @@ class Editor:
             self._trainer([self._drift], None, True).validate(self._module, data, verbose=False)
         return dict(self._module.results.get("validate", {}))
 
+    @arguments_named()
     def ask(self, prompts: str | Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
         """Let the model, as it is now, continue each prompt by greedy decoding.
 
@@ -212,6 +217,7 @@ class Editor:
                 new_tokens=new_tokens,
             )
 
+    @arguments_named()
     def edit(self, facts: Facts, *, evaluate: bool = True, run_dir: str | Path | None = None) -> EditReport:
         """Write facts into the model's weights, after what earlier calls have written (the command ``fit``).
 
@@ -283,6 +289,7 @@ class Editor:
         if self._clean is not None:
             self._restore(self._clean, 0, 0)
 
+    @arguments_named()
     def save(self, folder: str | Path) -> None:
         """Write the model as it is now, and its tokenizer, as a Hugging Face folder (the command ``export``).
 
@@ -305,6 +312,7 @@ class Editor:
             if self._spread.edited.deltas:
                 write_card(unfinished, self._manifest(), weights=self._spread.edited.deltas)
 
+    @arguments_named()
     def save_patch(self, path: str | Path) -> None:
         """Write ΔW of all edits so far and its manifest, in the format of --model.patch and ``export``.
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from pmet_lightning.baselines.finetuning import FineTuning
 from pmet_lightning.baselines.retrieval import Retrieval
 from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.run.options import UsageError, check_settings
 from pmet_lightning.run.settings import add_editing_sections, add_shared_sections
 from pmet_lightning.run.trainer import EditTrainer
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
@@ -31,7 +33,10 @@ class SingleCommandCLI(LightningCLI):
         named: Keyword arguments of Lightning's CLI.
     """
 
-    HIDDEN: ClassVar[set[str]] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+    HIDDEN: ClassVar[set[str]] = {
+        *("model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"),
+        *("ckpt_path", "weights_only", "verbose"),  # a run has no checkpoints; it shows its own table
+    }
     COMMANDS: ClassVar[dict[str, set[str]]] = {}
     MODULE: ClassVar[type[EditableModel]] = EditableModel
 
@@ -92,7 +97,7 @@ def run_command(command: str, arguments: Sequence[str]) -> LightningCLI:
         arguments: Arguments that follow it; configurations are given as paths.
 
     Raises:
-        ValueError: If there is no such command.
+        ValueError: If there is no such command, or something is wrong with an argument.
     """
     cli, name = _cli_of(command)
     return _build(cli, name, [name, *arguments], run=True)
@@ -108,7 +113,7 @@ def build_fit(config: str, overrides: Mapping[str, Any] | None = None, command: 
 
     Raises:
         FileNotFoundError: If there is no such configuration.
-        SystemExit: With a message, if there is no such setting, or a value is not valid for it.
+        ValueError: If there is no such setting, or a value is not valid for it.
     """
     settings: dict[str, Any] = yaml.safe_load(Path(locate_config(config)).read_text(encoding="utf-8"))
     for name, value in (overrides or {}).items():
@@ -117,6 +122,7 @@ def build_fit(config: str, overrides: Mapping[str, Any] | None = None, command: 
         for part in path:
             section = section.setdefault(part, {})
         section[last] = value
+    check_settings(command, settings, config)
     cli, lightning_name = _cli_of(command)
     return _build(cli, lightning_name, settings, run=False)
 
@@ -150,16 +156,20 @@ def _cli_of(command: str) -> tuple[type[SingleCommandCLI], str]:
 def _build(cli: type[SingleCommandCLI], command: str, args: list[str] | dict[str, Any], run: bool) -> LightningCLI:
     # Configuration names are completed first, so the arguments cannot be left to sys.argv.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    return cli(
-        command,
-        cli.MODULE,
-        EditDataModule,
-        trainer_class=EditTrainer,
-        save_config_callback=SaveFitConfig,
-        save_config_kwargs={"overwrite": True},  # the trainer has made sure that no other run is there
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        parser_kwargs={"prog": "pmet-lightning", "allow_abbrev": False, command: {"allow_abbrev": False}},
-        args=args,
-        run=run,
-    )
+    strict = {"allow_abbrev": False, "exit_on_error": False}
+    try:
+        return cli(
+            command,
+            cli.MODULE,
+            EditDataModule,
+            trainer_class=EditTrainer,
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},  # the trainer has made sure that no other run is there
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "pmet-lightning", **strict, command: strict},
+            args=args,
+            run=run,
+        )
+    except ArgumentError as error:
+        raise UsageError(" ".join(str(error).split())) from error

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.moments.second_moments import SecondMoments
+from pmet_lightning.run.options import UsageError, check_settings
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.resources import locate_config
 from pmet_lightning.write.drift import Drift
@@ -76,8 +77,9 @@ def make_objects(model_name: str, sections: Mapping[str, Mapping[str, Any]]) -> 
     settings["model"] = {**settings.get("model", {}), "model_name": model_name}
     settings["data"] = {"path": _PLACEHOLDER, **settings.get("data", {})}
     try:
+        check_settings("fit", settings, options=True)
         parsed = parser.parse_object(settings)
-    except (ArgumentError, TypeError) as error:
+    except (ArgumentError, TypeError, UsageError) as error:
         raise ValueError(
             f"Editor: {error}\n(settings of the section 'model' are keyword arguments, the other sections are dicts)"
         ) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,20 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pmet_lightning.model.fsdp import prepare_strategy
 from pmet_lightning.run.batch_scores import BatchScores
+from pmet_lightning.run.ending import ends_with
 from pmet_lightning.run.ledger import EditLedger
 from pmet_lightning.run.recorder import RunRecorder
 from pmet_lightning.run.tensorboard import TensorBoardCallback
 from pmet_lightning.run.timing import PhaseProfiler
+from pmet_lightning.run.trainer_arguments import check_arguments
+from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.progress import EditProgressBar
+
+log = logging.getLogger(__name__)
 
 # Lightning warns about what is intended here: the language model stays in eval mode, batches are text, edits are read
 # once and by this process, their number of batches is known, the CSV logger shares the run folder, outputs are not
@@ -55,10 +63,12 @@ class EditTrainer(L.Trainer):
         kwargs: Everything that Lightning's Trainer takes.
 
     Raises:
-        ValueError: If the strategy is one that this program cannot use.
+        ValueError: If the strategy is one that this program cannot use, the accelerator is not there, or an argument
+            makes no sense here (:mod:`~pmet_lightning.run.trainer_arguments`).
     """
 
     def __init__(self, run_dir: str | None = None, resume: bool = False, **kwargs: Any) -> None:
+        check_arguments(kwargs)
         folder = _free_folder(Path("runs")) if run_dir is None else Path(run_dir).expanduser()
         for name, value in {**EDIT_RUN, "default_root_dir": str(folder)}.items():
             kwargs[name] = value if kwargs.get(name) is None else kwargs[name]
@@ -77,7 +87,10 @@ class EditTrainer(L.Trainer):
         bars = [] if kwargs.get("enable_progress_bar") is False else [EditProgressBar()]
         own = [*ledger, BatchScores(), *bars, self.recorder, TensorBoardCallback(self.recorder)]
         kwargs["callbacks"] = [*given, *own]
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except MisconfigurationException as error:  # such as a GPU that is not there
+            raise ValueError(_not_there(kwargs, error)) from error
         prepare_strategy(self.strategy, self.num_devices * self.num_nodes)
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
@@ -85,18 +98,23 @@ class EditTrainer(L.Trainer):
         self.recorder.check_free()
         if isinstance(self.profiler, PhaseProfiler):
             self.profiler.restart()
-        with self.recorder.no_folder_of_a_failed_start(), ignore_expected_warnings():
+        log.info("running on %s", self._where())
+        with (
+            ends_with(self._last_line),
+            self.recorder.no_folder_of_a_failed_start(),
+            ignore_expected_warnings(),
+        ):
             super().fit(*args, **kwargs)
         self.recorder.check_damage(self)
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the questions of the edits and show the scores."""
-        with ignore_expected_warnings():
+        with ends_with(_nothing_changed), ignore_expected_warnings():
             return super().validate(*args, **kwargs | {"verbose": False})  # the recorder shows a more readable table
 
     def test(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the questions of the edits and show the scores; the same as validate."""
-        with ignore_expected_warnings():
+        with ends_with(_nothing_changed), ignore_expected_warnings():
             return super().test(*args, **kwargs | {"verbose": False})  # the recorder shows a more readable table
 
     def stats(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> None:
@@ -111,8 +129,38 @@ class EditTrainer(L.Trainer):
         self.fit_loop.max_epochs = 0
         self.num_sanity_val_steps = 0
         self.recorder.records = False
-        with ignore_expected_warnings():
+        with ends_with(_collection_continues), ignore_expected_warnings():
             super().fit(model, train_dataloaders=[])
+
+    def _where(self) -> str:
+        """The devices in words."""
+        kind, count = self.strategy.root_device.type, self.num_devices * self.num_nodes
+        return f"{kind}, {count} {'process' if count == 1 else 'processes'}"
+
+    def _last_line(self) -> str:
+        """What is kept of an interrupted fit, and how to go on."""
+        folder, written = self.run_dir, self.recorder.written
+        kept = f"the {written} edits written so far are in its patch" if written else "no edit was written yet"
+        line = f"interrupted: nothing that was finished is lost, {kept}"
+        if not isinstance(self.lightning_module, TargetOptimizer) or not (folder / "config.yaml").is_file():
+            return line
+        command = f"pmet-lightning fit --config {shlex.quote(str(folder / 'config.yaml'))}"
+        return f"{line}; go on with\n{command} --trainer.resume true --trainer.run_dir {shlex.quote(str(folder))}"
+
+
+def _not_there(given: Mapping[str, Any], error: Exception) -> str:
+    """One line on devices that Lightning does not find."""
+    names = [name for name in ("accelerator", "devices", "strategy") if given.get(name) not in (None, "auto", 1, "1")]
+    shown = " ".join(f"--trainer.{name} {given[name]}" for name in names) or "--trainer"
+    return f"{shown}: {' '.join(str(error).split())}; --trainer.accelerator auto takes what this machine has"
+
+
+def _nothing_changed() -> str:
+    return "interrupted: nothing was changed; the same command begins again"
+
+
+def _collection_continues() -> str:
+    return "interrupted: nothing is lost; the same command goes on from the moments that were saved last"
 
 
 def _as_list(callbacks: Any) -> list[Callback]:

@@ -30,7 +30,7 @@ from pmet_lightning.targets.store import Target, TargetStore
 from pmet_lightning.targets.suffix_check import suffix_agrees
 from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.metric_names import LIVE
-from pmet_lightning.utils.progress import counter
+from pmet_lightning.utils.progress import counter, numbered
 from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 log = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class TargetOptimizer(EditableModel):
         found = processes.broadcast_if_sharded(found)
         targets = {i: target for i, target in found.items() if target is not None}
         missing = [i for i in range(len(edits)) if i not in targets]
-        with counter(self.trainer, len(missing), "Targets", "edit") as bar:
+        with counter(self.trainer, len(missing), numbered(self.trainer, "Targets", batch_idx), "edit") as bar:
             for k, target in self.iter_targets([edits[i] for i in missing]):
                 targets[missing[k]] = target
                 if store and processes.is_writer:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.gguf_cache import load_part
+from pmet_lightning.utils.hub import offline_if_unreachable
 from pmet_lightning.utils.memory import is_out_of_memory
 from pmet_lightning.utils.model_files import find_fault
 from pmet_lightning.utils.resources import locate
 
+_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")  # a folder has one of them, or is no model
 _GGUF_PACKAGES = ("gguf", "accelerate")  # transformers reads the file with the one and fills the model with the other
 
 
@@ -33,7 +36,8 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     if is_gguf(path):
         _check_gguf_packages(name)
     try:
-        return _load_gguf(auto_class, path, kwargs) if is_gguf(path) else auto_class.from_pretrained(path, **kwargs)
+        with nullcontext() if Path(path).exists() else offline_if_unreachable():
+            return _load_gguf(auto_class, path, kwargs) if is_gguf(path) else auto_class.from_pretrained(path, **kwargs)
     except Exception as error:  # the libraries below have many types of their own for a broken file
         explained = _explain(error, name, path)
         if explained is None:
@@ -79,11 +83,11 @@ def _explain(error: Exception, name: str, path: str) -> Exception | None:
             "you trust it, set --model.trust_remote_code true (in Python: Editor(..., trust_remote_code=True))"
         )
     first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
-    is_empty = Path(path).is_dir() and not (Path(path) / "config.json").is_file()
+    is_empty = Path(path).is_dir() and not any((Path(path) / file).is_file() for file in _FILES)
     if isinstance(error, OSError) or is_empty:
         where = "the folder has no model" if Path(path).exists() else "no such folder, and not on the hub"
         return FileNotFoundError(
-            f"cannot load {name!r} ({where}): {first_line}. Set --model.model_name to a folder "
+            f"cannot load {name!r} ({where}): {first_line.rstrip('.')}. Set --model.model_name to a folder "
             "made by save_pretrained, to a GGUF file, to a hub name, or to the shipped 'atlas'."
         )
     if is_gguf(path):

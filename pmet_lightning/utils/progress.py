@@ -1,7 +1,8 @@
-"""Progress bars: edits instead of batches, and separate bars for layers, statistics and evaluation."""
+"""Progress bars, one at a time: targets in edits, layers, statistics, evaluation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -9,13 +10,11 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from pmet_lightning.utils.callbacks import all_edits
-
 Item = TypeVar("Item")
 
 
 class EditProgressBar(TQDMProgressBar):
-    """Lightning's bar, which counts edits while targets are optimized and names each evaluation."""
+    """Lightning's bar for the evaluations only; the parts of an edit batch show bars of their own."""
 
     @property
     def sanity_check_description(self) -> str:
@@ -27,20 +26,13 @@ class EditProgressBar(TQDMProgressBar):
         """The validation after the last edit."""
         return "After"
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Count edits, not edit batches."""
-        super().on_train_epoch_start(trainer, *_)
-        self.train_progress_bar.reset(len(all_edits(trainer)) or None)
-        self.train_progress_bar.unit = "edit"
-        self.train_progress_bar.set_description("Targets")
+    def init_train_tqdm(self) -> Tqdm:
+        """No bar of the whole run: targets, layers and evaluations show one each, and there is one at a time."""
+        return Tqdm(disable=True)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Advance by the edits of the edit batch."""
-        if not self.train_progress_bar.disable:
-            self.train_progress_bar.update(len(batch.edits))
-            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+    def init_validation_tqdm(self) -> Tqdm:
+        """The bar of an evaluation; Lightning's would leave a line for the bar of the run."""
+        return Tqdm(desc=self.validation_description, disable=self.is_disabled, leave=False, dynamic_ncols=True)
 
     def track(self, items: Sequence[Item], description: str) -> Iterable[Item]:
         """A separate bar over some items."""
@@ -51,6 +43,14 @@ def track(trainer: L.Trainer, items: Sequence[Item], description: str) -> Iterab
     """The items, with a progress bar if the trainer shows any."""
     bar = trainer.progress_bar_callback
     return bar.track(items, description) if isinstance(bar, EditProgressBar) else items
+
+
+def numbered(trainer: L.Trainer, description: str, index: int) -> str:
+    """The description of a bar of one edit batch, with its number if there are several."""
+    count = trainer.num_training_batches
+    if count == 1:
+        return description
+    return f"{description} {index + 1}" + (f"/{count}" if math.isfinite(count) else "")
 
 
 def counter(trainer: L.Trainer, total: int | None, description: str, unit: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,13 +48,22 @@ def locate_config(name: str) -> str:
     Raises:
         FileNotFoundError: If there is neither; the message lists what ships.
     """
-    if Path(name).expanduser().exists():
+    if Path(name).expanduser().is_file():
         return str(Path(name).expanduser())
     for folder in _config_folders():
         if (folder / name).is_file():
             return str(folder / name)
-    shipped = sorted({path.name for folder in _config_folders() for path in folder.glob("*.yaml")})
-    raise FileNotFoundError(f"no configuration {name!r}: not a local file; the shipped ones are {', '.join(shipped)}")
+    shipped = shipped_configs()
+    close = get_close_matches(name, shipped, n=1)
+    asked = f"did you mean {close[0]}? " if close else ""
+    raise FileNotFoundError(
+        f"no configuration {name!r}: not a local file; {asked}the shipped ones are {', '.join(shipped)}"
+    )
+
+
+def shipped_configs() -> list[str]:
+    """The names of the configurations that ship."""
+    return sorted({path.name for folder in _config_folders() for path in folder.glob("*.yaml")})
 
 
 def check_device(name: str | None, option: str) -> str:

@@ -17,6 +17,7 @@ from pmet_lightning.targets.store import Target
 log = logging.getLogger(__name__)
 
 MUCH_ROUNDING = 0.5  # of ‖ΔW‖
+_NEARLY_ALL = 0.999  # of ΔW: what float32 stores is not worth a word
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ def log_writes(reports: Sequence[LayerReport], edit_batch: int) -> None:
     """Log what was written, and warn where precision was lost."""
     for report in reports:
         log.info(
-            "edit batch %d: wrote %s, residual %.3f, then %.3f, overshoot %+.2f, |dW|/|W| %.4f, %.1f %% of dW stored",
-            edit_batch, report.name, report.residual, report.residual_after, report.overshoot, report.norm_ratio,
-            100 * report.kept,
+            "edit batch %d, %s written: the outputs are %.0f %% of their first distance from the targets, before it "
+            "%.0f %%%s", edit_batch, report.name, 100 * report.residual_after, 100 * report.residual,
+            f"; the stored weight has {100 * report.kept:.1f} % of the change" if report.kept < _NEARLY_ALL else "",
         )  # fmt: skip
         if report.rounding > MUCH_ROUNDING:
             log.warning(

@@ -434,8 +434,8 @@ def test_errors_name_the_fact(make, case):
 
 BAD_SETTINGS = {
     "unknown": ({"clampp": 1}, "clampp"),
-    "value": ({"clamp": -1}, r"model\.clamp[\s\S]*v>0"),
-    "section": ({"spread": {"rule": "cubic"}}, r"spread\.rule[\s\S]*cubic"),
+    "value": ({"clamp": -1}, "clamp is -1, expected a number above 0"),
+    "section": ({"spread": {"rule": "cubic"}}, "'rule'.* is cubic, expected sqrt or even"),
     "layers": ({"layers": [9]}, "expected different layers from 0 to 3"),
     "loading": ({"dtype": "bfloat16"}, "dtype says how to load a model, but this one is loaded already"),
     "stream": ({"data": {"stream": True}, "edit_batch": 2}, "a stream is for the command fit"),

@@ -247,7 +247,7 @@ def test_stats_then_fit_finds_them(tmp_path, caplog):
     assert len(files) == 3
     caplog.clear()
     with caplog.at_level("INFO"):
-        main(["fit", *config, "--trainer.run_dir", str(tmp_path / "f"), "--trainer.limit_train_batches", "0"])
+        main(["fit", *config, "--trainer.run_dir", str(tmp_path / "f"), "--data.limit", "1"])
     assert "collecting them" not in caplog.text
     assert "second moments of 3 projections ready" in caplog.text
 
@@ -303,14 +303,11 @@ def test_help(capsys):
     shown = capsys.readouterr().out
     for command in ("fit", "validate", "test", "stats", "finetune", "compare", "export", "harness", "demo"):
         assert f"\n  {command} " in shown
-    with pytest.raises(SystemExit, match="2"):
-        main(["fti"])
-    with pytest.raises(SystemExit, match="0"):
-        main(["fit", "--help"])
+    main(["fit", "--help"])
     shown = capsys.readouterr().out
     assert "--model.clamp" in shown
-    assert "--trainer.max_epochs" in shown
-    with pytest.raises(SystemExit, match="2"):
+    assert "--trainer.max_epochs" not in shown
+    with pytest.raises(ValueError, match="did you mean --model.clamp"):
         main(["fit", "--config", "pmet.yaml", "--model.clam", "3"])
 
 
