@@ -141,12 +141,14 @@ def test_records_without_an_old_object_are_left_out(planted, tmp_path, caplog):
 
 def test_an_answer_without_a_token_of_its_own_is_not_known(planted, caplog):
     caplog.set_level("INFO")
-    tokenizer = load_tokenizer(planted)
-    tokenizer.add_tokens(["is golf"])
     facts = [KnownFact(str(i), f["prompt"], f["subject"], f["ground_truth"], None) for i, f in enumerate(FACTS)]
-    facts[1] = replace(facts[1], prompt="The sport of {} is")
+    facts[1] = replace(facts[1], true=" ")
     candidates = [Candidate({}, [fact]) for fact in facts]
-    assert rank_records(load_model(planted), PromptEncoder.of(tokenizer), candidates, 1000) == [1, None, 1]
+    assert rank_records(load_model(planted), PromptEncoder.of(load_tokenizer(planted)), candidates, 1000) == [
+        1,
+        None,
+        1,
+    ]
     assert "not known: 1 of 3 records" in caplog.text
 
 

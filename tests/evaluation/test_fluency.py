@@ -180,6 +180,9 @@ class _Fixed(nn.Module):
         self.logits, self.generation_config = torch.tensor(logits), None
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=None))
 
+    def get_output_embeddings(self):
+        return nn.Identity()
+
     def generate(self, *, input_ids, logits_processor, max_new_tokens, do_sample, **_):
         assert not do_sample
         for _ in range(max_new_tokens):

@@ -129,7 +129,7 @@ def test_the_order_is_that_of_the_seed(tmp_path):
 
 
 def test_unusable_corpora_are_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"local file: \.jsonl.*atlas-corpus"):
+    with pytest.raises(FileNotFoundError, match=r"local file: \.jsonl.*sampled-corpus"):
         list(corpus_texts("nobody/no-such-corpus"))
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n')
     with pytest.raises(CorpusError, match="expected a column 'text', found body"):
