@@ -317,7 +317,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = load_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
-    except PmetError:
+    except PmetError as error:
+        if isinstance(error.__cause__, (TypeError, AttributeError)):  # transformers 4 opens a file that is not there
+            raise _no_tokenizer(name, str(error.__cause__)) from error
         raise
     except ValueError as error:  # what transformers raises depends on the family
         raise _no_tokenizer(name, str(error).strip().splitlines()[0]) from error
