@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmet_lightning.analysis.claims import Claim, conclusion
+from pmet_lightning.analysis.claims import Claim
 from pmet_lightning.analysis.components import ANSWERS
 from pmet_lightning.analysis.measures import LEAST_FACTS
-from pmet_lightning.analysis.results import copy_line, proposal_lines
+from pmet_lightning.analysis.results import copy_line, proposal_lines, summary
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.report.html import plain, svg, write_page
 
@@ -43,12 +43,9 @@ def write_analysis_page(
     """
     first, *_ = phases
     values = {
-        "settings": settings,
+        **summary(settings, phases, claims),
         "counts": counts,
-        "window": first.window,
         "phases": [f.phase for f in phases],
-        "conclusions": {f.phase: conclusion(claims, f.phase) for f in phases},
-        "claims": [claim.to_dict() for claim in claims],
         "proposals": [line for f in phases for line in proposal_lines(f, named=len(phases) > 1)],
         "copy": copy_line(first),
         "plots": {name: svg(figure, name) for name, figure in drawn.items()},

@@ -42,11 +42,8 @@ def write_results(
     """
     proposals = {f.phase: proposal.to_dict() for f in phases if (proposal := f.proposal()) is not None}
     content = {
-        "settings": settings,
+        **summary(settings, phases, claims),
         "facts": counts,
-        "window": phases[0].window,
-        "conclusions": {f.phase: conclusion(claims, f.phase) for f in phases},
-        "claims": [claim.to_dict() for claim in claims],
         "proposals": proposals,
         "measures": {f.phase: {name: list(m.rows()) for name, m in f.measures.items()} for f in phases},
     }
@@ -62,6 +59,22 @@ def write_results(
     if traced:
         write_csv(folder / "tracing.csv", _TRACING_COLUMNS, traced)
     write_csv(folder / "facts.csv", _FACT_COLUMNS, [row for f in phases for row in _fact_rows(f)])
+
+
+def summary(settings: Mapping[str, Any], phases: Sequence[Findings], claims: Sequence[Claim]) -> dict[str, Any]:
+    """What the file and the page of an analysis begin with.
+
+    Args:
+        settings: The settings of the analysis.
+        phases: The findings of each phase.
+        claims: The predictions and their results.
+    """
+    return {
+        "settings": settings,
+        "window": phases[0].window,
+        "conclusions": {f.phase: conclusion(claims, f.phase) for f in phases},
+        "claims": [claim.to_dict() for claim in claims],
+    }
 
 
 def _fact_rows(findings: Findings) -> Iterable[dict[str, Any]]:

@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -29,6 +29,7 @@ from pmet_lightning.data.fields import (
     with_outer_space,
 )
 from pmet_lightning.data.records import Edit, ZsreTarget, check_no_contradictions, parse_records
+from pmet_lightning.data.tables import as_rows
 from pmet_lightning.data.text_files import as_text, csv_rows, json_lines, json_rows, numbered
 from pmet_lightning.utils.hub import check_reachable
 from pmet_lightning.utils.resources import locate
@@ -123,20 +124,19 @@ def read_records(
     return records
 
 
-def as_edits(
-    facts: Iterable[Mapping[str, Any] | Edit], name: str = "facts", *, zsre_target: ZsreTarget = "answers"
-) -> list[Edit]:
+def as_edits(facts: Any, name: str = "facts", *, zsre_target: ZsreTarget = "answers") -> list[Edit]:
     """Validate edits that are given as objects, and return them.
 
     Args:
-        facts: Records as in a file (COUNTERFACT, zsRE or flat), edits, or a mixture of both.
+        facts: Records as in a file (COUNTERFACT, zsRE or flat), edits, a mixture of both, or a table or columns of
+            them, as :func:`~pmet_lightning.data.tables.as_rows` takes them.
         name: Their name in messages: the fourth is "facts[3]".
         zsre_target: As for :func:`read_edits`.
 
     Raises:
         RecordError: If there are none, or one is unusable.
     """
-    edits = _parse_all(((number, f"{name}[{number}]", fact) for number, fact in enumerate(facts)), zsre_target)
+    edits = _parse_all(((number, f"{name}[{number}]", fact) for number, fact in enumerate(as_rows(facts))), zsre_target)
     if not edits:
         raise RecordError(f"{name}: nothing to edit, expected at least one record")
     check_no_contradictions(edits)

@@ -18,7 +18,6 @@ from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.encoder import fill
 from pmet_lightning.data.readers import as_edits
 from pmet_lightning.data.records import Edit
-from pmet_lightning.data.tables import as_rows
 from pmet_lightning.editor.edit_report import EditReport
 from pmet_lightning.editor.isolation import preserve_caller_state
 from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of, tokenizer_in
@@ -345,7 +344,7 @@ class Editor:
             data = EditDataModule(**{**self._data_settings, "path": paths})
             data.attach(self.tokenizer)
         else:
-            edits = as_edits(as_rows(facts), zsre_target=self._data_settings["zsre_target"])
+            edits = as_edits(facts, zsre_target=self._data_settings["zsre_target"])
             data = EditDataModule.of(edits, self.tokenizer, **self._data_settings)
         data.setup("fit")
         return data

@@ -24,6 +24,7 @@ from pmet_lightning.data.token_rows import PaddingSide
 from pmet_lightning.evaluation.answers import AnswerLine, answer_line, old_objects
 from pmet_lightning.evaluation.consistency import References
 from pmet_lightning.evaluation.fluency import fluency, sample_texts
+from pmet_lightning.evaluation.generation import greedy_texts
 from pmet_lightning.evaluation.probes import ProbeResult, RecordResult, compare_with_clean, score_probes
 from pmet_lightning.evaluation.scores import EditScores, table_of
 from pmet_lightning.model.architectures import (
@@ -315,6 +316,16 @@ class EditableModel(L.LightningModule):
             compared = tuple(record) if before is None else compare_with_clean(record, before)
             results.append(RecordResult(position, compared, *text))
         return results
+
+    def greedy_answers(self, prompts: Sequence[str]) -> list[str]:
+        """What the model, as it is now, says after each prompt.
+
+        Args:
+            prompts: Complete texts.
+        """
+        return greedy_texts(
+            self.model, self.encoder, prompts, tokens_per_batch=self.tokens_per_batch, device=self.device
+        )
 
     def _text_scores(self, edits: Sequence[Edit], positions: Sequence[int]) -> list[tuple[float | None, float | None]]:
         """Fluency and consistency of each edit, as far as they are requested."""

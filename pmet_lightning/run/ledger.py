@@ -11,7 +11,7 @@ from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.data.encoder import fill
 from pmet_lightning.data.records import Edit, Probe
 from pmet_lightning.evaluation.editable import EditableModel
-from pmet_lightning.evaluation.generation import greedy_texts, says
+from pmet_lightning.evaluation.generation import says
 from pmet_lightning.evaluation.probes import score_probes
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.distributed import ProcessGroup
@@ -57,13 +57,7 @@ def measure_ledger(module: TargetOptimizer, report: WriteReport) -> list[dict[st
     own = processes.shard(range(count))
     probes = [[Probe("efficacy", report.edits[i].question, report.edits[i].target)] for i in own]
     scores = score_probes(module.model, module.encoder, probes, module.tokens_per_batch, module.device)
-    answers = greedy_texts(
-        module.model,
-        module.encoder,
-        [report.edits[i].question for i in own],
-        tokens_per_batch=module.tokens_per_batch,
-        device=module.device,
-    )
+    answers = module.greedy_answers([report.edits[i].question for i in own])
     solve_error = {layer.name: layer.solve_error for layer in report.layers}
     lines = []
     for i, score, answer in zip(own, scores, answers, strict=True):
@@ -97,13 +91,7 @@ def ask_again(module: EditableModel, lines: Sequence[Mapping[str, Any]]) -> list
     """
     processes = ProcessGroup.of(module.trainer)
     own = processes.shard(lines)
-    answers = greedy_texts(
-        module.model,
-        module.encoder,
-        [fill(line["prompt"], line["subject"])[0] for line in own],
-        tokens_per_batch=module.tokens_per_batch,
-        device=module.device,
-    )
+    answers = module.greedy_answers([fill(line["prompt"], line["subject"])[0] for line in own])
     found = [(answer, says(answer, line["target"])) for answer, line in zip(answers, own, strict=True)]
     return processes.all_gather_objects(found, len(lines))
 

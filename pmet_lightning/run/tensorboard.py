@@ -17,7 +17,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.evaluation.editable import EditableModel
-from pmet_lightning.evaluation.generation import greedy_texts
 from pmet_lightning.evaluation.scores import METRICS, table_of
 from pmet_lightning.report.logged_metrics import (
     answers_table,
@@ -194,13 +193,7 @@ def _seconds(trainer: L.Trainer) -> dict[str, float]:
 def _answers(trainer: L.Trainer, module: TargetOptimizer, batch: EditBatch) -> list[str]:
     """The model's current answers to the questions of the first edits of an edit batch."""
     processes, shown = ProcessGroup.of(trainer), shown_edits(len(batch.edits))
-    texts = greedy_texts(
-        module.model,
-        module.encoder,
-        [batch.edits[i].question for i in processes.shard(shown)],
-        tokens_per_batch=module.tokens_per_batch,
-        device=module.device,
-    )
+    texts = module.greedy_answers([batch.edits[i].question for i in processes.shard(shown)])
     return processes.all_gather_objects(texts, len(shown))
 
 

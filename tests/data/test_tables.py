@@ -13,7 +13,6 @@ import pytest
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import as_edits
 from pmet_lightning.data.records import Edit
-from pmet_lightning.data.tables import as_rows
 
 RECORDS = [
     {"prompt": "{} lies in", "subject": "Vera", "target_new": "1990", "ground_truth": "1991", "rephrase_prompt": "a b"},
@@ -25,7 +24,7 @@ COLUMNS = {name: [record.get(name) for record in RECORDS] for name in NAMES}
 
 
 def read(facts):
-    return [dataclasses.replace(edit, origin="") for edit in as_edits(as_rows(facts))]
+    return [dataclasses.replace(edit, origin="") for edit in as_edits(facts)]
 
 
 Row = namedtuple("Row", NAMES)
