@@ -21,11 +21,17 @@ from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.loading import load_model
 from pmet_lightning.moments.store import MomentKey, MomentStore
 from pmet_lightning.run.lightning_cli import run_fit
+from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.targets.store import PARTS
 from pmet_lightning.write import weight_spread as spread_module
 from pmet_lightning.write.keys import measure_keys
 from pmet_lightning.write.write_report import WriteReport
 from tests.tiny import RECORDS
+
+
+def matrices(deltas: Mapping[str, WeightDelta]) -> dict[str, torch.Tensor]:
+    """ΔW by weight name, each as one matrix."""
+    return {name: delta.dense() for name, delta in deltas.items()}
 
 
 class KeepReports(L.Callback):
@@ -185,7 +191,7 @@ def run_golden(case: Case, folder: Path, **data: Any) -> GoldenRun:
             **data,
         )
     npz = np.load(case.folder / f"{case.name}.npz")
-    return GoldenRun(settings, npz, reports[0], keep.measured, spread.edited.deltas)
+    return GoldenRun(settings, npz, reports[0], keep.measured, matrices(spread.edited.deltas))
 
 
 def as_overrides(arguments: Sequence[str]) -> dict[str, Any]:

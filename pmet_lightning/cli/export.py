@@ -17,6 +17,7 @@ from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.loading import DtypeName, load_model
 from pmet_lightning.model.patch import apply_patch, load_patch, rounding_of
 from pmet_lightning.model.projections import Sites
+from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.processor_files import copy_processor_files
 
@@ -69,7 +70,7 @@ def export(
 
 
 def _written_dtype(
-    model: torch.nn.Module, deltas: Mapping[str, torch.Tensor], manifest: Mapping[str, Any], dtype: DtypeName
+    model: torch.nn.Module, deltas: Mapping[str, WeightDelta], manifest: Mapping[str, Any], dtype: DtypeName
 ) -> torch.dtype:
     """The precision that a folder is written in; says what it does to ΔW.
 

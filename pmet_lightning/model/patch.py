@@ -1,7 +1,8 @@
-"""The patch: ΔW of every edited weight, with a manifest of what it belongs to. Nothing else is stored."""
+"""The patch: ΔW of every edited weight, with a manifest of what it belongs to (docs/patches.md: the file format)."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +13,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pmet_lightning.model.projections import Sites, add_to_weight, is_transposed
+from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.files import write_json
 from pmet_lightning.utils.tensor_files import save_tensors
 
-FORMAT = 1
+FORMAT = 2  # 1: every ΔW a matrix, and no digest
+_FACTORS = (".left", ".right")  # endings of the names of two factors; a matrix has the name of its weight
 
 
 class PatchError(PmetError):
     """A patch that cannot be read or does not belong to the model."""
 
 
-def save_patch(path: str | Path, deltas: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+def save_patch(path: str | Path, deltas: Mapping[str, WeightDelta], manifest: Mapping[str, Any]) -> None:
     """Write ``patch.safetensors`` and, beside it, the manifest as ``patch.json``.
 
     Args:
@@ -32,18 +35,20 @@ def save_patch(path: str | Path, deltas: Mapping[str, Tensor], manifest: Mapping
         manifest: Base model, its fingerprint, settings, versions.
     """
     path = Path(path).expanduser()
-    described = {"format": FORMAT, **manifest, "weights": {n: list(d.shape) for n, d in deltas.items()}}
-    stored = {name: delta.detach().cpu().contiguous() for name, delta in deltas.items()}
-    save_tensors(path, stored, {"manifest": json.dumps(described)})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(deltas).items()}
+    weights = {name: {"shape": list(delta.shape), "rank": delta.rank} for name, delta in deltas.items()}
+    described: dict[str, Any] = {**manifest, "format": FORMAT, "weights": weights}
+    described["digest"] = _digest(tensors, described)
+    save_tensors(path, tensors, {"manifest": json.dumps(described)})
     write_json(path.with_suffix(".json"), described)
 
 
-def load_patch(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_patch(path: str | Path) -> tuple[dict[str, WeightDelta], dict[str, Any]]:
     """Read a patch and its manifest.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        PatchError: If the file is not a patch.
+        PatchError: If the file is not a patch, of a later format, or not as it was written.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -51,22 +56,60 @@ def load_patch(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             manifest = json.loads((file.metadata() or {})["manifest"])
-            return {name: file.get_tensor(name) for name in file.keys()}, manifest  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _checked_deltas(path, tensors, manifest), manifest
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise PatchError(f"{path}: not a patch of this program ({error})") from error
 
 
-def rounding_of(model: nn.Module, deltas: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+def _named_tensors(deltas: Mapping[str, WeightDelta]) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for name, delta in deltas.items():
+        endings = ("",) if delta.rank is None else _FACTORS
+        named |= {name + ending: tensor for ending, tensor in zip(endings, delta.tensors, strict=True)}
+    return named
+
+
+def _checked_deltas(path: Path, tensors: dict[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, WeightDelta]:
+    """ΔW by weight name, if the file is whole and as it was written."""
+    version = manifest["format"]
+    if version == 1:
+        return {name: WeightDelta(tensor) for name, tensor in tensors.items()}
+    if version != FORMAT:
+        raise PatchError(
+            f"{path}: a patch of format {version}, found by a program that reads formats 1 to {FORMAT}; update "
+            "pmet-lightning"
+        )
+    if manifest.get("digest") != _digest(tensors, manifest):
+        raise PatchError(f"{path}: is not as it was written (its digest differs); take it from where it was copied")
+    return {name: _delta_of(name, about["rank"], tensors) for name, about in manifest["weights"].items()}
+
+
+def _delta_of(name: str, rank: int | None, tensors: Mapping[str, Tensor]) -> WeightDelta:
+    return WeightDelta.of([tensors[name + ending] for ending in (("",) if rank is None else _FACTORS)])
+
+
+def _digest(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:
+    """Hash of everything in a patch."""
+    described = {name: value for name, value in manifest.items() if name != "digest"}
+    found = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+        found.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return found.hexdigest()
+
+
+def rounding_of(model: nn.Module, deltas: Mapping[str, WeightDelta], dtype: torch.dtype) -> float:
     """Share of ‖ΔW‖ that is lost where W + ΔW is stored in a precision: ‖stored change − ΔW‖ / ‖ΔW‖ of all weights.
 
     Args:
         model: The base model.
-        deltas: ΔW by weight name, shape [out, in].
+        deltas: ΔW by weight name.
         dtype: The precision.
     """
     lost = norm = 0.0
-    for name, delta_OI in deltas.items():
-        projection = model.get_submodule(name.removesuffix(".weight"))
+    for name, weight_delta in deltas.items():
+        projection, delta_OI = model.get_submodule(name.removesuffix(".weight")), weight_delta.dense()
         weight: Tensor = projection.weight.detach().to(delta_OI.dtype)  # type: ignore[operator,union-attr,assignment]
         delta = (delta_OI.T if is_transposed(projection) else delta_OI).to(weight.device)
         stored = (weight + delta).to(dtype).to(delta.dtype) - weight
@@ -105,5 +148,5 @@ def apply_patch(model: nn.Module, sites: Sites, path: str | Path, model_fingerpr
             raise PatchError(f"{path}: {name} has shape {list(delta.shape)}, expected {expected}")
     with torch.no_grad():
         for name, delta in deltas.items():
-            add_to_weight(projections[name], delta)
+            add_to_weight(projections[name], delta.dense())
     return manifest

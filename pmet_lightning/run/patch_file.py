@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.patch import load_patch, save_patch
+from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.write.edited_weights import EditedWeights
 from pmet_lightning.write.past_keys import load_products, save_products
 
@@ -42,7 +43,7 @@ class PatchFile:
             if path != past:
                 path.unlink()
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def load(self) -> tuple[dict[str, WeightDelta], dict[str, Any]]:
         """ΔW by weight name, and the manifest."""
         return load_patch(self.path)
 

@@ -76,4 +76,4 @@ def solve_in_null_space(
     if past_II is not None:
         inside_RR += basis_IR.T @ (past_II @ basis_IR) / lam  # in the units of C
     solution = solve_update(residual_NO, keys_NI.to(torch.float64) @ basis_IR, inside_RR, lam)
-    return replace(solution, delta_OI=solution.delta_OI @ basis_IR.T)
+    return replace(solution, delta=replace(solution.delta, right=solution.delta.right @ basis_IR.T))

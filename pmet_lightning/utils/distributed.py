@@ -121,27 +121,29 @@ class ProcessGroup:
         summed: Tensor = self.strategy.reduce(own.clone(), reduce_op="sum")  # type: ignore[assignment]
         return summed
 
-    def compute_on_rank_zero(self, make: Callable[[], tuple[Tensor, Item]], empty: Tensor) -> tuple[Tensor, Item]:
+    def compute_on_rank_zero(
+        self, make: Callable[[], tuple[Sequence[Tensor], Item]], device: torch.device
+    ) -> tuple[list[Tensor], Item]:
         """What rank zero computes, bit for bit, on every process.
 
         Args:
-            make: Returns a tensor and any other object; called on rank zero only.
-            empty: A tensor of the same shape, dtype and device.
+            make: Returns tensors on the device and any other object; called on rank zero only.
+            device: Where the tensors are on the other processes.
 
         Raises:
             Exception: What ``make`` raised, on every process, so that none is left waiting.
         """
         kept: list[Tensor] = []
 
-        def make_and_keep() -> Item:
-            tensor, rest = make()
-            kept.append(tensor)
-            return rest
+        def make_and_keep() -> tuple[list[tuple[torch.Size, torch.dtype]], Item]:
+            tensors, rest = make()
+            kept.extend(tensors)
+            return [(tensor.shape, tensor.dtype) for tensor in kept], rest
 
-        rest = self.compute_object_on_rank_zero(make_and_keep)
+        described, rest = self.compute_object_on_rank_zero(make_and_keep)
         # The sum with the zeros of every other process is the tensor itself.
-        tensor = kept[0] if kept else torch.zeros_like(empty)
-        return self.strategy.reduce(tensor, reduce_op="sum"), rest  # type: ignore[return-value]
+        own = kept or [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in described]
+        return [self.strategy.reduce(tensor, reduce_op="sum") for tensor in own], rest  # type: ignore[misc]
 
     def compute_object_on_rank_zero(self, make: Callable[[], Item]) -> Item:
         """As :meth:`compute_on_rank_zero`, for an object that is not a tensor."""

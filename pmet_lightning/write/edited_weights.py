@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.architectures import ProjectionId, SiteName
 from pmet_lightning.model.fsdp import is_finite, local_rows, weight_norm
+from pmet_lightning.solver.weight_delta import WeightDelta, total
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Snapshot:
     """
 
     weights: list[tuple[Tensor, Tensor]]
-    deltas: dict[str, Tensor]
+    deltas: dict[str, WeightDelta]
     past_keys: dict[ProjectionId, Tensor]
 
 
@@ -38,7 +39,7 @@ class Draft:
         past_keys: K_past K_pastᵀ of the projections written so far, with the keys of this edit batch.
     """
 
-    deltas: dict[str, Tensor] = field(default_factory=dict)
+    deltas: dict[str, WeightDelta] = field(default_factory=dict)
     past_keys: dict[ProjectionId, Tensor] = field(default_factory=dict)
 
 
@@ -49,7 +50,7 @@ class EditedWeights:
         sites: Written sites.
 
     Attributes:
-        deltas: Total ΔW of every written weight by its name, shape [O, I], on the CPU.
+        deltas: Total ΔW of every written weight by its name, on the CPU.
         past_keys: K_past K_pastᵀ of each written projection, on the first process: one triangle of it in float64, as
             :func:`~pmet_lightning.solver.packed.pack_lower` has it, on the CPU.
         base_norms: ‖W‖ of every weight before the first edit.
@@ -59,7 +60,7 @@ class EditedWeights:
 
     def __init__(self, sites: Sequence[SiteName]) -> None:
         self.sites = tuple(sites)
-        self.deltas: dict[str, Tensor] = {}
+        self.deltas: dict[str, WeightDelta] = {}
         self.past_keys: dict[ProjectionId, Tensor] = {}
         self.base_norms: dict[str, float] = {}
         self.keep_previous = False
@@ -71,11 +72,16 @@ class EditedWeights:
             name = module.sites.weight_name(*projection_id)
             self.base_norms[name] = weight_norm(weight, torch.promote_types(weight.dtype, torch.float32))
 
-    def growth(self, name: str, delta_OI: Tensor) -> float:
+    def growth(self, name: str, delta: WeightDelta) -> float:
         """Norm of the total ΔW of all edit batches, relative to the norm of the unedited weight."""
-        return float(delta_OI.norm()) / self.base_norms[name]
+        return delta.norm() / self.base_norms[name]
 
-    def resume(self, deltas: dict[str, Tensor], past_keys: dict[ProjectionId, Tensor]) -> None:
+    def total_with(self, name: str, delta: WeightDelta) -> WeightDelta:
+        """The total ΔW of a weight, with that of one more edit batch; on the CPU."""
+        earlier = [self.deltas[name]] if name in self.deltas else []
+        return total([*earlier, delta.to(torch.device("cpu"))])
+
+    def resume(self, deltas: dict[str, WeightDelta], past_keys: dict[ProjectionId, Tensor]) -> None:
         """Take over what an earlier run has written."""
         self.deltas, self.past_keys = dict(deltas), dict(past_keys)
 

@@ -27,6 +27,7 @@ from pmet_lightning.moments.second_moments import SecondMoments
 from pmet_lightning.solver.null_space import solve_in_null_space
 from pmet_lightning.solver.packed import pack_lower, unpack_products
 from pmet_lightning.solver.update import Solution, multiply_transposed, solve_sums, solve_update, solve_with_factor
+from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.targets.store import Target, stack_values
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import find_callback
@@ -213,23 +214,19 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         """Write one weight, the same on each process, from what each process has measured for its own edits."""
         weight = projection.weight
         assert isinstance(weight, Tensor)
-        out_features, in_width = share_nO.shape[1], keys_nI.shape[1]
         dtype, device = state.module.delta_dtype, state.module.device
         solve = self._build_solve(state, projection_id, keys_nI, share_nO)
-        empty_OI = torch.empty(out_features, in_width, dtype=dtype, device=device)
-        delta_OI, solution = state.processes.compute_on_rank_zero(partial(_split_solution, solve, dtype), empty_OI)
+        tensors, solution = state.processes.compute_on_rank_zero(partial(_split_solution, solve, dtype), device)
+        delta = WeightDelta.of(tensors)
         norm_before = weight_norm(weight, dtype)
-        stored = add_to_weight(projection, delta_OI)
+        stored = add_to_weight(projection, delta.dense())
         name = state.module.sites.weight_name(*projection_id)
-        total_OI = delta_OI.cpu()
-        if name in self.edited.deltas:
-            total_OI = self.edited.deltas[name] + total_OI
-        state.draft.deltas[name] = total_OI
+        state.draft.deltas[name] = self.edited.total_with(name, delta)
         return LayerReport(
             *projection_id,
             residual,
-            norm_ratio=float(delta_OI.norm()) / norm_before,
-            growth=self.edited.growth(name, total_OI),
+            norm_ratio=delta.norm() / norm_before,
+            growth=self.edited.growth(name, state.draft.deltas[name]),
             solve_error=solution.solve_error,
             ridge=solution.ridge,
             condition_bound=solution.condition_bound,
@@ -302,10 +299,10 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         return SiteTarget(values_at, goal_nO, None if norm is None else unshard(norm, module.device))
 
 
-def _split_solution(solve: Callable[[], Solution], dtype: torch.dtype) -> tuple[Tensor, Solution]:
-    """Solve; returns ΔW in the deltas' precision, and the solution without it."""
+def _split_solution(solve: Callable[[], Solution], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Solution]:
+    """Solve; returns the tensors of ΔW in the deltas' precision, and the solution without them."""
     solution = solve()
-    return solution.delta_OI.to(dtype), replace(solution, delta_OI=torch.empty(0))
+    return solution.delta.to(dtype).tensors, replace(solution, delta=WeightDelta(torch.empty(0, 0)))
 
 
 def _warn_if_overloaded(module: TargetOptimizer, count: int) -> None:

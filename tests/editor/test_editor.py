@@ -30,7 +30,7 @@ from pmet_lightning.moments.store import MomentError
 from pmet_lightning.run import ledger as ledger_module
 from pmet_lightning.run.lightning_cli import build_fit, run_command
 from pmet_lightning.utils.files import write_json
-from tests.harness import as_arguments, tiny_settings
+from tests.harness import as_arguments, matrices, tiny_settings
 from tests.tiny import CONFIGS, RECORDS, save_tiny
 
 FACTS = RECORDS[:4]
@@ -84,7 +84,8 @@ def test_it_is_the_command_line(base, tmp_path, family):
     }  # fmt: skip
     main(["fit", "--config", "pmet.yaml", *as_arguments(settings)])
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
-    deltas, manifest = load_patch(tmp_path / "run" / "patch.safetensors")
+    patched, manifest = load_patch(tmp_path / "run" / "patch.safetensors")
+    deltas = matrices(patched)
 
     model = AutoModelForCausalLM.from_pretrained(base / family)
     clean = bits(model)
@@ -95,7 +96,7 @@ def test_it_is_the_command_line(base, tmp_path, family):
     report = editor.edit(FACTS)
     editor.save_patch(tmp_path / "patch.safetensors")
     mine, own = load_patch(tmp_path / "patch.safetensors")
-    assert same(deltas, mine)
+    assert same(deltas, matrices(mine))
     assert {**own, "model": ""} == {**manifest, "model": ""}
     assert list(report.edits) == ledger
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
@@ -179,12 +180,12 @@ def test_undo_and_revert_are_exact(make, tmp_path):
     editor, model = make()
     clean = bits(model)
     editor.edit(FACTS[:2], evaluate=False)
-    first, patch = bits(model), dict(editor._spread.edited.deltas)
+    first, patch = bits(model), matrices(editor._spread.edited.deltas)
     editor.edit(FACTS[2:], evaluate=False)
     assert not same(first, bits(model))
     editor.undo()
     assert same(first, bits(model))
-    assert same(patch, editor._spread.edited.deltas)
+    assert same(patch, matrices(editor._spread.edited.deltas))
     with pytest.raises(RuntimeError, match="only the last call"):
         editor.undo()
     second = editor.edit(FACTS[2:], evaluate=False)
@@ -278,8 +279,9 @@ def test_a_run_folder_and_progress_where_asked_for(make, tmp_path, capfd):
     assert {"ledger.jsonl", "patch.safetensors", "report.html", "scores.json", "state.json"} <= names
     lines = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == list(report.edits)
-    deltas, manifest = load_patch(tmp_path / "run" / "patch.safetensors")
-    assert same(deltas, editor._spread.edited.deltas)
+    patched, manifest = load_patch(tmp_path / "run" / "patch.safetensors")
+    deltas = matrices(patched)
+    assert same(deltas, matrices(editor._spread.edited.deltas))
     assert (manifest["edit_batches"], manifest["edits"]) == (2, 3)
     assert "Targets" in "".join(capfd.readouterr())
 
@@ -289,7 +291,7 @@ def test_what_fails_or_is_interrupted_writes_nothing(make, monkeypatch, error):
     """In the second of two edit batches, after the first was written."""
     editor, model = make(edit_batch=1)
     editor.edit(FACTS[2:3], evaluate=False)
-    before, deltas, handler = bits(model), dict(editor._spread.edited.deltas), signal.getsignal(signal.SIGINT)
+    before, deltas, handler = bits(model), matrices(editor._spread.edited.deltas), signal.getsignal(signal.SIGINT)
     calls, measure_ledger = [], ledger_module.measure_ledger
 
     def fail(*given):
@@ -304,7 +306,7 @@ def test_what_fails_or_is_interrupted_writes_nothing(make, monkeypatch, error):
             editor.edit(FACTS[:2], evaluate=False)
     assert len(calls) == 2
     assert same(before, bits(model))
-    assert same(deltas, editor._spread.edited.deltas)
+    assert same(deltas, matrices(editor._spread.edited.deltas))
     assert signal.getsignal(signal.SIGINT) is handler
     editor.edit(FACTS[:2], evaluate=False)
     twin, other = make(edit_batch=1)

@@ -77,7 +77,7 @@ def test_equals_the_plain_twin(family, folder_of, tmp_path):
         [moments["ffn", 1], moments["ffn", 2]], 2.0, norms if norms[0] is not None else None,
     )  # fmt: skip
     for layer, update in zip((1, 2), updates, strict=True):
-        delta = spread.edited.deltas[sites.weight_name("ffn", layer)]
+        delta = spread.edited.deltas[sites.weight_name("ffn", layer)].dense()
         assert float((delta - update).norm() / update.norm()) < 1e-3
 
 

@@ -11,7 +11,7 @@ from pmet_lightning.cli.dispatch import main
 from pmet_lightning.model.architectures import architecture_of
 from pmet_lightning.model.loading import load_config, load_model
 from pmet_lightning.model.projections import Sites, add_to_weight, keep_in_float32
-from tests.harness import edit, tiny_fit
+from tests.harness import edit, matrices, tiny_fit
 from tests.targets.test_target_optimizer import moments_for, tiny_module
 from tests.tiny import RECORDS, save_tiny
 
@@ -97,7 +97,8 @@ def test_export_can_keep_every_bit(folder, tmp_path):
     main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "whole"), "--dtype", "float32"])
     from pmet_lightning.model.patch import load_patch
 
-    deltas, manifest = load_patch(tmp_path / "run" / "patch.safetensors")
+    patched, manifest = load_patch(tmp_path / "run" / "patch.safetensors")
+    deltas = matrices(patched)
     assert manifest["dtype"] == "bfloat16"
     assert manifest["layers"] == [0, 1]
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").state_dict()

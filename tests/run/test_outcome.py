@@ -15,7 +15,7 @@ from pmet_lightning.evaluation.answers import edit_answer
 from pmet_lightning.model.patch import load_patch
 from pmet_lightning.run.lightning_cli import build_fit
 from pmet_lightning.write.drift import DamagedModelError
-from tests.harness import as_arguments, tiny_settings
+from tests.harness import as_arguments, matrices, tiny_settings
 from tests.tiny import save_tiny
 
 FIRST = {
@@ -211,7 +211,7 @@ def test_export_keeps_what_the_run_kept(tmp_path, caplog, keep, dtype):
         text = caplog.text
         main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "half"), "--dtype", "bfloat16"])
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).float()
-    deltas, _ = load_patch(tmp_path / "run" / "patch.safetensors")
+    deltas = matrices(load_patch(tmp_path / "run" / "patch.safetensors")[0])
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "auto", dtype="auto")
     assert opened.dtype == dtype
     lost = []

@@ -25,7 +25,7 @@ from pmet_lightning.model.loading import load_model
 from pmet_lightning.model.patch import PatchError, apply_patch, load_patch
 from pmet_lightning.utils.resources import locate
 from tests.conftest import ROOT
-from tests.harness import as_arguments, tiny_fit, tiny_settings
+from tests.harness import as_arguments, matrices, tiny_fit, tiny_settings
 from tests.tiny import save_tiny
 
 SMALL = [
@@ -122,7 +122,7 @@ def test_plain_text_is_watched(run):
     scores = json.loads((run / "scores.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(locate("atlas")).eval()
     edited = AutoModelForCausalLM.from_pretrained(locate("atlas")).eval()
-    deltas, _ = load_patch(run / "patch.safetensors")
+    deltas = matrices(load_patch(run / "patch.safetensors")[0])
     for name, delta in deltas.items():
         edited.get_submodule(name.removesuffix(".weight")).weight += delta
     texts = corpus_texts(locate("atlas-corpus"), seed=1)

@@ -505,7 +505,7 @@ def test_overshoot_and_residual_by_whole_passes(family, write, optimize, tmp_pat
         after_writes = []
         for layer in report.layers:
             name = sites.weight_name(layer.site, layer.layer)
-            add_to_weight(sites.module(layer.site, layer.layer), spread.edited.deltas[name])
+            add_to_weight(sites.module(layer.site, layer.layer), spread.edited.deltas[name].dense())
             moved = ((state("hidden") - start) * wanted).sum(-1) / (wanted * wanted).sum(-1)
             assert layer.overshoot == pytest.approx(float((moved - 1).mean()), rel=1e-4, abs=1e-5)
             left = {s: (goal(s) - state(value_sites[s])).norm(dim=-1) / lacking[s].norm(dim=-1) for s in written}

@@ -26,7 +26,7 @@ from pmet_lightning.targets.store import PARTS, mean_curves
 from pmet_lightning.utils.resources import locate
 from pmet_lightning.write import keys
 from tests.conftest import mostly_slow
-from tests.harness import edit
+from tests.harness import edit, matrices
 from tests.plain import plain_spread
 from tests.tiny import CONFIGS, CONTEXTS, RECORDS, WINDOWED, save_tiny
 
@@ -80,7 +80,7 @@ def run(folder: str, tmp_path, records=RECORDS, data=None, **changed):
         tiny_module(folder, **changed), records, moments_for(folder), tmp_path, lam=2.0, **(data or {})
     )
     values = {e.question: t.values["ffn"] for r in reports for e, t in zip(r.edits, r.targets, strict=True)}
-    return values, spread.edited.deltas, reports
+    return values, matrices(spread.edited.deltas), reports
 
 
 def certainty(model, tokenizer, asked: Edit) -> float:

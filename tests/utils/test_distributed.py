@@ -222,11 +222,13 @@ def test_one_process_computes_for_all(size):
 
     def make():
         calls.append(1)
-        return torch.tensor([1.5, -2.0]), "rest"
+        return [torch.tensor([1.5, -2.0]), torch.ones(2, 3)], "rest"
 
-    found = in_threads(size, lambda group: group.compute_on_rank_zero(make, torch.empty(2)))
+    found = in_threads(size, lambda group: group.compute_on_rank_zero(make, torch.device("cpu")))
     assert len(calls) == 1
-    assert all(torch.equal(tensor, torch.tensor([1.5, -2.0])) and rest == "rest" for tensor, rest in found)
+    for (first, second), rest in found:
+        assert torch.equal(first, torch.tensor([1.5, -2.0])) and torch.equal(second, torch.ones(2, 3))
+        assert rest == "rest"
 
 
 def test_an_error_of_the_one_reaches_all():
