@@ -1,4 +1,4 @@
-"""The command ``export``: writes base model plus patch as a Hugging Face folder that any program can open."""
+"""The command ``export``: writes base model plus patch as a Hugging Face folder, or the patch as a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from pmet_lightning.data.encoder import load_tokenizer
+from pmet_lightning.model.adapter import save_adapter
 from pmet_lightning.model.architectures import Architecture, architecture_of
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.generation_config import save_model
@@ -33,8 +34,9 @@ def export(
     architecture: Architecture | None = None,
     dtype: DtypeName = "auto",
     trust_remote_code: bool = False,
+    format: Literal["transformers", "peft"] = "transformers",
 ) -> None:
-    """Write the edited model of a run as a Hugging Face folder.
+    """Write the edited model of a run as a Hugging Face folder, or its edits as a LoRA adapter.
 
     Args:
         run: A run folder, or a patch.safetensors.
@@ -44,6 +46,8 @@ def export(
         dtype: Precision of the written weights; 'auto' keeps the model's, unless the run had the edited weights in
             float32 (--model.keep_float32) and more than 1 % of ΔW's norm would be rounded away: then float32.
         trust_remote_code: Whether Python code in the model's folder or repository may run.
+        format: 'transformers', the whole edited model, or 'peft', a LoRA adapter for the base model, which peft and
+            servers load beside it (pip install "pmet-lightning[peft]").
 
     Raises:
         FileNotFoundError: If the patch or the base model does not exist.
@@ -55,18 +59,35 @@ def export(
     given = Path(run).expanduser()
     patch = given / "patch.safetensors" if given.is_dir() else given
     deltas, manifest = load_patch(patch)
+    name, scores = base or manifest["model"], _scores(patch.parent / "scores.json")
     with new_folder(out, "--out") as unfinished:
-        name = base or manifest["model"]
-        model = load_model(name, manifest["dtype"], trust_remote_code=trust_remote_code)
-        sites = Sites.of(model, architecture_of(model.config, architecture))
-        base_fingerprint = fingerprint(model)  # of the weights in the precision in which they were edited
-        model = model.to(_written_dtype(model, deltas, manifest, dtype))
-        apply_patch(model, sites, patch, base_fingerprint)
-        save_model(model, unfinished)
-        load_tokenizer(name, trust_remote_code).save_pretrained(unfinished)
-        copy_processor_files(name, unfinished)
-        write_card(unfinished, {**manifest, "model": name}, _scores(patch.parent / "scores.json"))
-    log.info("the edited model is in %s", out)
+        if format == "peft":
+            rank = save_adapter(unfinished, deltas, {**manifest, "model": name})
+            write_card(unfinished, {**manifest, "model": name}, scores, adapter_rank=rank)
+        else:
+            _save_edited(unfinished, name, patch, architecture, dtype, trust_remote_code)
+            write_card(unfinished, {**manifest, "model": name}, scores)
+    log.info("the %s is in %s", "adapter" if format == "peft" else "edited model", out)
+
+
+def _save_edited(
+    folder: Path,
+    name: str,
+    patch: Path,
+    architecture: Architecture | None,
+    dtype: DtypeName,
+    trust_remote_code: bool,
+) -> None:
+    """Write the model of this name with the patch in its weights, and its tokenizer."""
+    deltas, manifest = load_patch(patch)
+    model = load_model(name, manifest["dtype"], trust_remote_code=trust_remote_code)
+    sites = Sites.of(model, architecture_of(model.config, architecture))
+    base_fingerprint = fingerprint(model)  # of the weights in the precision in which they were edited
+    model = model.to(_written_dtype(model, deltas, manifest, dtype))
+    apply_patch(model, sites, patch, base_fingerprint)
+    save_model(model, folder)
+    load_tokenizer(name, trust_remote_code).save_pretrained(folder)
+    copy_processor_files(name, folder)
 
 
 def _written_dtype(

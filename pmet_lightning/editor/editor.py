@@ -24,6 +24,7 @@ from pmet_lightning.editor.loading import LOADING, check_model, load, load_token
 from pmet_lightning.editor.names import arguments_named
 from pmet_lightning.editor.settings import EditorSettings, ModelSettings
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
+from pmet_lightning.model.adapter import save_adapter
 from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.patch import save_patch
@@ -324,6 +325,29 @@ class Editor:
         if not self._spread.edited.deltas:
             raise ValueError("Editor.save_patch: nothing has been edited, so there is no patch")
         save_patch(path, self._spread.edited.deltas, self._manifest())
+
+    @arguments_named()
+    def save_adapter(self, folder: str | Path) -> int:
+        """Write ΔW of all edits so far as a LoRA adapter for ``peft`` (``export --format peft``).
+
+        Args:
+            folder: The folder to write; must be new or empty.
+
+        Returns:
+            The rank of the adapter.
+
+        Raises:
+            ValueError: If nothing has been edited.
+            FileExistsError: If the folder is not empty.
+            PmetError: If ``peft`` is not installed.
+        """
+        deltas, manifest = self._spread.edited.deltas, self._manifest()
+        if not deltas:
+            raise ValueError("Editor.save_adapter: nothing has been edited, so there is no adapter")
+        with new_folder(folder, "Editor.save_adapter:") as unfinished:
+            rank = save_adapter(unfinished, deltas, manifest)
+            write_card(unfinished, manifest, weights=deltas, adapter_rank=rank)
+        return rank
 
     def _manifest(self) -> dict[str, Any]:
         """The description of all edits so far."""

@@ -95,7 +95,7 @@ def _digest(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:
     found = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-        found.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The model card of an edited model: README.md of an exported folder, with the metadata of the Hugging Face hub."""
+"""The model card of an edited model or of an adapter: README.md of its folder, with the hub's metadata."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ def write_card(
     manifest: Mapping[str, Any],
     scores: Mapping[str, Mapping[str, float]] | None = None,
     weights: Mapping[str, Any] | None = None,
+    adapter_rank: int | None = None,
 ) -> Path:
-    """Write the card of an edited model.
+    """Write the card of an edited model, or of an adapter.
 
     Args:
         folder: The exported folder.
         manifest: The manifest of its patch.
         scores: Scores before and after, if they are known.
         weights: The edited weights by name; by default those that the manifest lists.
+        adapter_rank: Rank of the adapter, if the folder holds one.
 
     Returns:
         The file.
@@ -39,7 +41,7 @@ def write_card(
     is_file = Path(path).exists()
     data = ModelCardData(
         base_model=None if is_file else manifest["model"],
-        library_name="transformers",
+        library_name="transformers" if adapter_rank is None else "peft",
         pipeline_tag="text-generation",
         tags=["model-editing", "pmet"],
     )
@@ -51,6 +53,7 @@ def write_card(
         edits=_counted(manifest["edits"], "edit"),
         edit_batches=_counted(manifest["edit_batches"], "edit batch", "edit batches"),
         method=_NAMES.get(str(settings.get("model.optimize")), "PMET"),
+        adapter_rank=adapter_rank,
         dequantized=is_gguf(path),
         scores=_score_rows(scores or {}),
         weights=list(weights if weights is not None else manifest["weights"]),

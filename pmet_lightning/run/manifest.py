@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.model.projections import is_transposed
 from pmet_lightning.moments.second_moments import SecondMoments
 from pmet_lightning.run.hparams import settings_of
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
@@ -45,6 +46,7 @@ def manifest_of(
         "fingerprint": module.base_fingerprint,
         "dtype": str(next(module.model.parameters()).dtype).removeprefix("torch."),
         "layers": module.layers,
+        "transposed": is_transposed(module.sites.module("ffn", module.target_layer)),
         "optimizer": module.optimizer_settings,
         "contexts": module.contexts,
         "moments": moments,

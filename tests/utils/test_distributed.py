@@ -227,7 +227,8 @@ def test_one_process_computes_for_all(size):
     found = in_threads(size, lambda group: group.compute_on_rank_zero(make, torch.device("cpu")))
     assert len(calls) == 1
     for (first, second), rest in found:
-        assert torch.equal(first, torch.tensor([1.5, -2.0])) and torch.equal(second, torch.ones(2, 3))
+        assert torch.equal(first, torch.tensor([1.5, -2.0]))
+        assert torch.equal(second, torch.ones(2, 3))
         assert rest == "rest"
 
 
