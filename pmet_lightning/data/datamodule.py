@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import lightning as L
@@ -172,6 +172,7 @@ class EditDataModule(L.LightningDataModule):
         self.edits: list[Edit] = []
         self._is_set_up = False
         self._given_edits: list[Edit] | None = None
+        self._given_sizes: list[int] | None = None  # edits of each edit batch
         self._remaining: Iterator[Edit] | None = None  # of a stream, after the edits that are written
         self._tokenizer: Any = None
 
@@ -187,6 +188,13 @@ class EditDataModule(L.LightningDataModule):
         data = cls(**{"path": "facts", **settings})
         data._given_edits = list(edits)
         data.attach(tokenizer)
+        return data
+
+    @classmethod
+    def of_batches(cls, batches: Sequence[Sequence[Edit]], tokenizer: Any, **settings: Any) -> EditDataModule:
+        """As :meth:`of`, with edit batches of any sizes."""
+        data = cls.of([edit for batch in batches for edit in batch], tokenizer, **settings)
+        data._given_sizes = [len(batch) for batch in batches]
         return data
 
     def attach(self, tokenizer: Any) -> None:
@@ -230,6 +238,10 @@ class EditDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[EditBatch]:
         """The edit batches, the same on every process."""
+        if self._given_sizes is not None:
+            bounds = [0, *accumulate(self._given_sizes)]
+            parts = [(tuple(self.edits[a:b]), tuple(range(a, b))) for a, b in pairwise(bounds)]
+            return DataLoader([EditBatch(*part) for part in parts], batch_size=None)  # type: ignore[arg-type]
         if self.stream:
             batches = EditBatches(self._streamed, self.edit_batch or 1, self.done, None, self._processes, self._check)
         else:

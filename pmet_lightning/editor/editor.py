@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pmet_lightning.data.datamodule import EditDataModule
-from pmet_lightning.data.encoder import fill
 from pmet_lightning.data.readers import as_edits
 from pmet_lightning.data.records import Edit
 from pmet_lightning.editor.edit_report import EditReport
+from pmet_lightning.editor.history import History, by_batches, positions_of
 from pmet_lightning.editor.isolation import preserve_caller_state
 from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of, tokenizer_in
 from pmet_lightning.editor.names import arguments_named
@@ -27,17 +27,20 @@ from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.adapter import save_adapter
 from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.model.generation_config import save_model
-from pmet_lightning.model.patch import save_patch
+from pmet_lightning.model.patch import Patch, apply_patch, read_patch
+from pmet_lightning.moments.store import MOMENTS_FOLDER
 from pmet_lightning.report.model_card import write_card
 from pmet_lightning.run.ledger import EditLedger, ask_again
-from pmet_lightning.run.manifest import manifest_of, moments_of
+from pmet_lightning.run.manifest import manifest_of, moments_of, sections_of
 from pmet_lightning.run.outcome import answers_before_and_after, outcome_of
+from pmet_lightning.run.patch_file import PatchFile, patch_path, save_edits
 from pmet_lightning.run.settings import make_objects, read_sections
 from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.processor_files import copy_processor_files
 from pmet_lightning.utils.progress import EditProgressBar
 from pmet_lightning.write.edited_weights import Snapshot
+from pmet_lightning.write.facts import WrittenFact, facts_of
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +122,8 @@ class Editor:
         self._module.attach(self.model, self.tokenizer)
         self._module.setup("fit")
         self._module.configure_model()
-        self._clean: Snapshot | None = None  # before the first edit
-        # Before the last call: the weights, the number of edit batches and the number of edits.
-        self._last: tuple[Snapshot, int, int] | None = None
-        self._said: list[dict[str, Any]] = []  # ledger lines of earlier calls whose facts the model says
+        self._history = History(self._spread.edited, self._module)
+        self._moments_identity: dict[str, Any] | None = None  # of a patch
         self._checksums = self._weight_checksums()
 
     @classmethod
@@ -157,6 +158,45 @@ class Editor:
         sections = {name: {**section, **(replaced.pop(name, None) or {})} for name, section in configured.items()}
         return cls(model_name if model is None else model, tokenizer, **{**settings, **replaced, **sections})
 
+    @classmethod
+    @arguments_named()
+    def from_patch(
+        cls,
+        patch: str | Path,
+        model: nn.Module | str | Path | None = None,
+        tokenizer: Any = None,
+        *,
+        moments_folder: str | Path = MOMENTS_FOLDER,
+        device: str | torch.device | None = None,
+    ) -> Editor:
+        """An editor that goes on where a patch ends: its facts are in the model, and can be listed, removed, corrected.
+
+        Nothing is optimized and no corpus is read: contexts, targets and settings are those of the patch, the second
+        moments those that were used for it, in their cache.
+
+        Args:
+            patch: A patch.safetensors, or the run folder with it.
+            model: The base model, without edits; by default the one that the patch names.
+            tokenizer: As for the class.
+            moments_folder: The cache of second moments (``stats --list`` shows it).
+            device: As for the class.
+
+        Raises:
+            FileNotFoundError: If there is no such patch or model.
+            PatchError: If the patch was made for other weights, or by a version that kept no targets.
+        """
+        path = patch_path(patch)
+        kept = read_patch(path)
+        sections = sections_of(kept.manifest, moments_folder)
+        dtype = kept.manifest["dtype"]
+        if not isinstance(model, nn.Module):
+            sections["model"]["dtype"] = dtype
+        name = kept.manifest["model"] if model is None else model
+        others = {section: sections[section] for section in ("moments", "spread")}
+        editor = cls(name, tokenizer, device=device, **sections["model"], **others)
+        editor._take_over(path, kept)
+        return editor
+
     @property
     def layers(self) -> list[int]:
         """The edited layers."""
@@ -166,6 +206,11 @@ class Editor:
     def edits_written(self) -> int:
         """Number of edits that are in the weights."""
         return self._module.edits_done
+
+    @property
+    def facts(self) -> tuple[WrittenFact, ...]:
+        """The facts that are in the weights, in the order of writing, without those that were corrected or removed."""
+        return self._spread.edited.facts
 
     @arguments_named()
     def evaluate(self, facts: Facts) -> dict[str, float]:
@@ -247,17 +292,12 @@ class Editor:
             with preserve_caller_state(self.model, self._device):
                 trainer = self._trainer([self._moments, self._spread, self._drift, ledger], run_dir, evaluate)
                 trainer.fit(self._module, data)
-                outcome = outcome_of(trainer, self._module, ledger.edits, self._undone(ledger.edits))
+                outcome = outcome_of(trainer, self._module, ledger.edits, self._undone(before.facts, ledger.edits))
             self._drift.check(outcome.verdict.damage)
         except BaseException:
             self._spread.edited.restore(before)
             raise
-        self._last = before, self._module.batches_done, self._module.edits_done
-        self._said += [line for line, ended in zip(ledger.edits, outcome.edits, strict=True) if ended.said]
-        self._clean = self._clean or before
-        self._module.batches_done += ledger.count
-        self._module.edits_done += len(ledger.edits)
-        self._checksums = self._weight_checksums()
+        self._written(before, self._module.batches_done + ledger.count, self._module.edits_done + len(ledger.edits))
         return EditReport(
             dict(self._module.results),
             tuple(ledger.edits),
@@ -268,17 +308,45 @@ class Editor:
             tuple(answers_before_and_after(self._module)),
         )
 
-    def undo(self) -> None:
-        """Undo the last call of :meth:`edit`: the weights are bit by bit what they were before it.
+    @arguments_named()
+    def remove(self, facts: str | Mapping[str, Any] | Edit | Iterable[str | Mapping[str, Any] | Edit]) -> None:
+        """Take single facts out of the weights: the others are written again, without them, from their kept targets.
 
-        Only one call can be undone.
+        No target is optimized again, and no text corpus is read. After a single edit batch the model is what it would be
+        if it had never had those facts, to rounding. Targets of later edit batches were found while they were there.
+
+        Args:
+            facts: Which: a subject, a question with its subject filled in, a case id, a record or an Edit; or several.
 
         Raises:
-            RuntimeError: If there is no call to undo, or something else has changed the edited weights.
+            ValueError: If one of them names no written fact.
+            RuntimeError: If something else has changed the edited weights.
         """
-        if self._last is None:
-            raise RuntimeError("nothing to undo: only the last call of edit can be undone; revert undoes all of them")
-        self._restore(*self._last)
+        out = set(positions_of(self.facts, facts))
+        self._check_unchanged()
+        self._rewrite(by_batches(fact for i, fact in enumerate(self.facts) if i not in out))
+
+    def undo(self, steps: int = 1) -> None:
+        """Take back the last calls of :meth:`edit` and :meth:`remove`.
+
+        The weights are then what they were before: bit by bit for the last call, and where nothing is left; otherwise to
+        rounding, as the weights themselves are kept for one call only.
+
+        Args:
+            steps: Number of calls.
+
+        Raises:
+            RuntimeError: If there are fewer calls, or something else has changed the edited weights.
+        """
+        if not 0 < steps <= len(self._history):
+            raise RuntimeError(
+                f"undo: {steps} steps, but {len(self._history)} calls of edit and remove can be taken back"
+                if self._history
+                else "nothing to undo: no call of edit or remove is left"
+            )
+        self._check_unchanged()
+        step = self._history.back(steps)
+        self._now_at(step.batches, step.edits)
 
     def revert(self) -> None:
         """Undo all edits: the weights are bit by bit what they were when the editor was made.
@@ -286,8 +354,10 @@ class Editor:
         Raises:
             RuntimeError: If something else has changed the edited weights.
         """
-        if self._clean is not None:
-            self._restore(self._clean, 0, 0)
+        self._check_unchanged()
+        self._history.restore_clean()
+        self._history.clear()
+        self._now_at(0, 0)
 
     @arguments_named()
     def save(self, folder: str | Path) -> None:
@@ -324,7 +394,7 @@ class Editor:
         """
         if not self._spread.edited.deltas:
             raise ValueError("Editor.save_patch: nothing has been edited, so there is no patch")
-        save_patch(path, self._spread.edited.deltas, self._manifest())
+        save_edits(path, self._spread.edited, self._manifest())
 
     @arguments_named()
     def save_adapter(self, folder: str | Path) -> int:
@@ -352,7 +422,7 @@ class Editor:
     def _manifest(self) -> dict[str, Any]:
         """The description of all edits so far."""
         module = self._module
-        moments = moments_of(module, self._moments)
+        moments = self._moments_identity or moments_of(module, self._moments)
         return manifest_of(module, self._spread, moments, module.batches_done, module.edits_done)
 
     @property
@@ -391,22 +461,69 @@ class Editor:
         bars = [EditProgressBar()] if self._progress else []
         return L.Trainer(**{**EDIT_RUN, **options, "logger": False, "callbacks": [*callbacks, *bars]})
 
-    def _undone(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Questions of earlier calls about the same subjects that the model, as it is now, no longer answers."""
-        self._said = [line for line in self._said if _asks(line) not in set(map(_asks, lines))]  # replaced on purpose
-        subjects = {line["subject"] for line in lines}
-        earlier = [line for line in self._said if line["subject"] in subjects]
-        if not earlier:
-            return []
-        answers = ask_again(self._module, earlier)
-        return [_asks(line) for line, (_, said) in zip(earlier, answers, strict=True) if not said]
+    def _take_over(self, path: Path, patch: Patch) -> None:
+        """Write a patch into the clean model, as if this editor had made it."""
+        spread, manifest = self._spread, patch.manifest
+        clean = spread.edited.snapshot(self._module)
+        spread.edited.record_base_norms(self._module)
+        apply_patch(self.model, self._module.sites, path, self._module.base_fingerprint)
+        file, batches = PatchFile(path.parent), int(manifest["edit_batches"])
+        past_keys = {}
+        if spread.protect_past:
+            file.check_past_keys(batches)
+            past_keys = file.past_keys(batches)
+        spread.edited.resume(patch.deltas, past_keys, facts_of(manifest["facts"], patch.targets))
+        self._moments_identity = manifest["moments"]
+        self._written(clean, batches, int(manifest["edits"]))
 
-    def _restore(self, before: Snapshot, batches: int, edits: int) -> None:
-        self._check_unchanged()
-        self._spread.edited.restore(before)
-        self._module.batches_done, self._module.edits_done, self._last = batches, edits, None
-        self._said = [line for line in self._said if line["edit_batch"] < batches]
+    def _rewrite(self, batches: Sequence[Sequence[WrittenFact]]) -> None:
+        """Write facts from their kept targets into the clean weights, in place of what is there."""
+        before = self._spread.edited.snapshot(self._module)
+        edits_before, batches_before = self._module.edits_done, self._module.batches_done
+        try:
+            self._history.restore_clean()
+            self._now_at(0, 0)
+            if batches:
+                self._write_again(batches)
+        except BaseException:
+            self._spread.edited.restore(before)
+            self._now_at(batches_before, edits_before)
+            raise
+        self._module.edits_done, self._module.batches_done = edits_before, batches_before  # of the step before
+        self._written(before, len(batches), sum(map(len, batches)))
+
+    def _write_again(self, batches: Sequence[Sequence[WrittenFact]]) -> None:
+        facts = [fact for batch in batches for fact in batch]
+        data = EditDataModule.of_batches([[f.edit for f in batch] for batch in batches], self.tokenizer)
+        data.setup("fit")
+        self._module.given_targets = [fact.given_target for fact in facts]
+        try:
+            with preserve_caller_state(self.model, self._device):
+                self._trainer([self._moments, self._spread], None, False).fit(self._module, data)
+        finally:
+            self._module.given_targets = None
+        lines = [{**fact.plain(), "edit_batch": i} for i, batch in enumerate(batches) for fact in batch]
+        self._spread.edited.record_outcomes(lines)
+
+    def _written(self, before: Snapshot, batches: int, edits: int) -> None:
+        """Record a call that has written something."""
+        self._history.add(before, self._module.batches_done, self._module.edits_done)
+        self._now_at(batches, edits)
+
+    def _now_at(self, batches: int, edits: int) -> None:
+        """Record how much is in the weights, and the weights."""
+        self._module.batches_done, self._module.edits_done = batches, edits
         self._checksums = self._weight_checksums()
+
+    def _undone(self, earlier: Sequence[WrittenFact], lines: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Questions of earlier calls about the same subjects that the model, as it is now, no longer answers."""
+        replaced = {(line["prompt"], line["subject"]) for line in lines}  # on purpose
+        subjects = {line["subject"] for line in lines}
+        asked = [f for f in earlier if f.said and f.edit.subject in subjects and f.question not in replaced]
+        if not asked:
+            return []
+        answers = ask_again(self._module, [fact.plain() for fact in asked])
+        return [fact.edit.question for fact, (_, said) in zip(asked, answers, strict=True) if not said]
 
     def _weight_checksums(self) -> dict[str, str]:
         """Checksums of the edited weights."""
@@ -426,11 +543,6 @@ class Editor:
                 "else has changed the model, so the editor's second moments and patch no longer match it; make a new "
                 "Editor for the model as it is now"
             )
-
-
-def _asks(line: Mapping[str, Any]) -> str:
-    """The question of a ledger line."""
-    return fill(line["prompt"], line["subject"])[0]
 
 
 def _paths_of(facts: Facts) -> str | list[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,45 @@ from pmet_lightning.utils.tensor_files import save_tensors
 
 FORMAT = 2  # 1: every ΔW a matrix, and no digest
 _FACTORS = (".left", ".right")  # endings of the names of two factors; a matrix has the name of its weight
+_TARGETS = "targets."  # begins the names of targets
 
 
 class PatchError(PmetError):
     """A patch that cannot be read or does not belong to the model."""
 
 
-def save_patch(path: str | Path, deltas: Mapping[str, WeightDelta], manifest: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Patch:
+    """What a patch file holds.
+
+    Attributes:
+        deltas: ΔW by weight name, shape [out, in] whatever the weight's own layout.
+        manifest: Base model, its fingerprint, settings, versions, and ``facts``, one entry for each fact.
+        targets: v* of the facts by site, shape [facts, F]; empty in a patch of an earlier version.
+    """
+
+    deltas: dict[str, WeightDelta]
+    manifest: dict[str, Any]
+    targets: dict[str, Tensor]
+
+
+def save_patch(
+    path: str | Path,
+    deltas: Mapping[str, WeightDelta],
+    manifest: Mapping[str, Any],
+    targets: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write ``patch.safetensors`` and, beside it, the manifest as ``patch.json``.
 
     Args:
         path: The .safetensors file.
-        deltas: ΔW by weight name, shape [out, in] whatever the weight's own layout.
-        manifest: Base model, its fingerprint, settings, versions.
+        deltas: As in :class:`Patch`.
+        manifest: As in :class:`Patch`.
+        targets: As in :class:`Patch`.
     """
     path = Path(path).expanduser()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(deltas).items()}
+    named = _named_tensors(deltas) | {_TARGETS + site: values_NF for site, values_NF in (targets or {}).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     weights = {name: {"shape": list(delta.shape), "rank": delta.rank} for name, delta in deltas.items()}
     described: dict[str, Any] = {**manifest, "format": FORMAT, "weights": weights}
     described["digest"] = _digest(tensors, described)
@@ -44,7 +68,13 @@ def save_patch(path: str | Path, deltas: Mapping[str, WeightDelta], manifest: Ma
 
 
 def load_patch(path: str | Path) -> tuple[dict[str, WeightDelta], dict[str, Any]]:
-    """Read a patch and its manifest.
+    """ΔW by weight name and the manifest of a patch; raises what :func:`read_patch` does."""
+    patch = read_patch(path)
+    return patch.deltas, patch.manifest
+
+
+def read_patch(path: str | Path) -> Patch:
+    """Read a patch and check that it is as it was written.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -57,9 +87,11 @@ def load_patch(path: str | Path) -> tuple[dict[str, WeightDelta], dict[str, Any]
         with safe_open(path, framework="pt") as file:
             manifest = json.loads((file.metadata() or {})["manifest"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _checked_deltas(path, tensors, manifest), manifest
+        deltas = _checked_deltas(path, tensors, manifest)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise PatchError(f"{path}: not a patch of this program ({error})") from error
+        raise PatchError(f"{path}: not a patch of this program, or broken ({error})") from error
+    targets = {name.removeprefix(_TARGETS): t for name, t in tensors.items() if name.startswith(_TARGETS)}
+    return Patch(deltas, manifest, targets)
 
 
 def _named_tensors(deltas: Mapping[str, WeightDelta]) -> dict[str, Tensor]:

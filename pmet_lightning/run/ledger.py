@@ -14,7 +14,9 @@ from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.evaluation.generation import says
 from pmet_lightning.evaluation.probes import score_probes
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
+from pmet_lightning.utils.callbacks import find_callback
 from pmet_lightning.utils.distributed import ProcessGroup
+from pmet_lightning.write.weight_spread import WeightSpread
 from pmet_lightning.write.write_report import WriteReport
 
 
@@ -45,6 +47,9 @@ class EditLedger(L.Callback):
         assert isinstance(pl_module, TargetOptimizer)
         report: WriteReport = outputs["written"]
         outputs["ledger"] = measure_ledger(pl_module, report)
+        spread = find_callback(trainer, WeightSpread)
+        if spread is not None:
+            spread.edited.record_outcomes(outputs["ledger"])
         if self.keep:
             self.count += 1
             self.edits += outputs["ledger"]

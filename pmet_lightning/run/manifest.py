@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pmet_lightning.model.patch import PatchError
 from pmet_lightning.model.projections import is_transposed
 from pmet_lightning.moments.second_moments import SecondMoments
+from pmet_lightning.moments.store import MomentKey
 from pmet_lightning.run.hparams import settings_of
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.versions import versions
@@ -55,6 +60,38 @@ def manifest_of(
         "edits": edits,
         "versions": versions(),
     }
+
+
+def sections_of(manifest: Mapping[str, Any], moments_folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The settings with which the edits of a patch are written again, or further ones added to them.
+
+    Args:
+        manifest: The manifest of the patch.
+        moments_folder: The cache of second moments.
+
+    Returns:
+        The sections ``model``, ``moments`` and ``spread`` of a configuration.
+
+    Raises:
+        PatchError: If the patch does not hold its facts and targets.
+    """
+    if "facts" not in manifest:
+        raise PatchError(
+            "the patch is of an earlier version and holds no targets; expected one of this version: write the edits "
+            "again with fit"
+        )
+    sections: dict[str, dict[str, Any]] = {"model": {}, "spread": {}}
+    for name, value in manifest["settings"].items():
+        section, _, setting = name.partition(".")
+        sections[section][setting] = value
+    kind, values = manifest["optimizer"]
+    accepted = inspect.signature(getattr(torch.optim, kind)).parameters
+    optimizer = {"class_path": f"torch.optim.{kind}", "init_args": {k: v for k, v in values.items() if k in accepted}}
+    sections["model"] |= {"layers": manifest["layers"], "contexts": manifest["contexts"], "optimizer": optimizer}
+    moments = dict(manifest["moments"])
+    given = moments.pop("given")
+    sections["moments"] = {"given": given or str(Path(moments_folder).expanduser() / MomentKey(**moments).folder())}
+    return sections
 
 
 def check_same_settings(earlier: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

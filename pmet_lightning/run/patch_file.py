@@ -9,10 +9,30 @@ from typing import Any
 from torch import Tensor
 
 from pmet_lightning.model.architectures import ProjectionId
-from pmet_lightning.model.patch import load_patch, save_patch
-from pmet_lightning.solver.weight_delta import WeightDelta
+from pmet_lightning.model.patch import Patch, read_patch, save_patch
 from pmet_lightning.write.edited_weights import EditedWeights
-from pmet_lightning.write.past_keys import load_products, save_products
+from pmet_lightning.write.facts import stacked_values
+from pmet_lightning.write.past_keys import load_past_keys, save_past_keys
+
+PATCH = "patch.safetensors"
+
+
+def patch_path(given: str | Path) -> Path:
+    """The patch of a run folder, or the patch itself."""
+    path = Path(given).expanduser()
+    return path / PATCH if path.is_dir() else path
+
+
+def save_edits(path: str | Path, edited: EditedWeights, manifest: Mapping[str, Any]) -> None:
+    """Write what was edited as a patch, with its facts and their targets.
+
+    Args:
+        path: The .safetensors file.
+        edited: What was written.
+        manifest: The description of the patch, without its facts.
+    """
+    facts = [fact.plain() for fact in edited.facts]
+    save_patch(path, edited.deltas, {**manifest, "facts": facts}, stacked_values(edited.facts))
 
 
 class PatchFile:
@@ -23,7 +43,7 @@ class PatchFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "patch.safetensors"
+        self.path = folder / PATCH
 
     def save(self, edited: EditedWeights, manifest: Mapping[str, Any], protect_past: bool) -> None:
         """Replace the patch; new protected keys are saved before it, and those of the old patch deleted after it.
@@ -37,19 +57,19 @@ class PatchFile:
         """
         past = self._past_path(manifest["edit_batches"])
         if protect_past:
-            save_products(past, edited.past_keys)
-        save_patch(self.path, edited.deltas, manifest)
+            save_past_keys(past, edited.past_keys)
+        save_edits(self.path, edited, manifest)
         for path in self.path.parent.glob("past-*.safetensors"):
             if path != past:
                 path.unlink()
 
-    def load(self) -> tuple[dict[str, WeightDelta], dict[str, Any]]:
-        """ΔW by weight name, and the manifest."""
-        return load_patch(self.path)
+    def load(self) -> Patch:
+        """What it holds."""
+        return read_patch(self.path)
 
     def past_keys(self, edit_batches: int) -> dict[ProjectionId, Tensor]:
         """The protected keys of so many edit batches."""
-        return load_products(self._past_path(edit_batches))
+        return load_past_keys(self._past_path(edit_batches))
 
     def check_past_keys(self, edit_batches: int) -> None:
         """Check that the protected keys of so many edit batches are there.

@@ -15,6 +15,7 @@ from pmet_lightning.run.patch_file import PatchFile
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import find_callback
 from pmet_lightning.utils.distributed import ProcessGroup
+from pmet_lightning.write.facts import facts_of
 from pmet_lightning.write.weight_spread import WeightSpread
 
 
@@ -65,7 +66,8 @@ def _resume_after(
 ) -> int:
     spread = find_callback(trainer, WeightSpread)
     assert spread is not None
-    deltas, manifest = patch.load()
+    kept = patch.load()
+    manifest = kept.manifest
     batches = int(manifest["edit_batches"])
     module.contexts = module.given_contexts or manifest["contexts"]
     check_same_settings(manifest, manifest_of(module, spread, moments, 0, 0), patch.path.parent)
@@ -74,6 +76,6 @@ def _resume_after(
     trainer.datamodule.resume_after(itertools.islice(journal.edits(), manifest["edits"]))  # type: ignore[attr-defined]
     # Only the process that solves needs them; they are as large as the second moments.
     past_keys = patch.past_keys(batches) if spread.protect_past and trainer.is_global_zero else {}
-    spread.edited.resume(deltas, past_keys)
+    spread.edited.resume(kept.deltas, past_keys, facts_of(manifest.get("facts", []), kept.targets))
     module.batches_done = batches - 1  # the first batch of this epoch stands for what was written
     return batches

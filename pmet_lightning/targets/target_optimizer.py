@@ -131,6 +131,7 @@ class TargetOptimizer(EditableModel):
             {site: nn.ParameterList([nn.Parameter(torch.zeros(0))]) for site in self.optimized_sites}
         )
         self.contexts: list[str] = []
+        self.given_targets: Sequence[Target] | None = None  # of all edits of the run, which are only written again
         self._store: TargetStore | None = None
         self._store_batch = -1
         self._suffix_works: bool | None = None  # for this model, once that was looked at
@@ -221,8 +222,10 @@ class TargetOptimizer(EditableModel):
         """
         if not batch.edits:  # written before the run was resumed
             return {"targets": []}
-        store = self._target_store(batch_idx)
         processes = ProcessGroup.of(self.trainer)
+        if self.given_targets is not None:
+            return {"targets": [self.given_targets[i] for i in processes.shard(batch.positions)]}
+        store = self._target_store(batch_idx)
         edits = processes.shard(batch.edits)
         found = {i: store.load(edit.identity()) for i, edit in enumerate(edits)} if store else {}
         found = processes.broadcast_if_sharded(found)

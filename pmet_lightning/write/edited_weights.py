@@ -1,13 +1,14 @@
-"""The weights that edit batches are written into: the total ΔW, the keys to protect, and rollback.
+"""The weights that edit batches are written into: the total ΔW, the facts in it, the keys to protect, and rollback.
 
 Legend: O = out-features, I = in-features (d_k).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.architectures import ProjectionId, SiteName
 from pmet_lightning.model.fsdp import is_finite, local_rows, weight_norm
 from pmet_lightning.solver.weight_delta import WeightDelta, total
+from pmet_lightning.write.facts import WrittenFact, with_outcomes
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Snapshot:
     weights: list[tuple[Tensor, Tensor]]
     deltas: dict[str, WeightDelta]
     past_keys: dict[ProjectionId, Tensor]
+    facts: tuple[WrittenFact, ...]
 
 
 @dataclass
@@ -36,11 +39,13 @@ class Draft:
 
     Attributes:
         deltas: Total ΔW of the weights written so far, earlier edit batches included.
-        past_keys: K_past K_pastᵀ of the projections written so far, with the keys of this edit batch.
+        past_keys: Keys of the projections written so far, those of this edit batch last.
+        facts: All facts, those of this edit batch last.
     """
 
     deltas: dict[str, WeightDelta] = field(default_factory=dict)
     past_keys: dict[ProjectionId, Tensor] = field(default_factory=dict)
+    facts: tuple[WrittenFact, ...] = ()
 
 
 class EditedWeights:
@@ -51,8 +56,9 @@ class EditedWeights:
 
     Attributes:
         deltas: Total ΔW of every written weight by its name, on the CPU.
-        past_keys: K_past K_pastᵀ of each written projection, on the first process: one triangle of it in float64, as
-            :func:`~pmet_lightning.solver.packed.pack_lower` has it, on the CPU.
+        facts: The facts in it, in the order of writing, without those that a later edit batch corrected.
+        past_keys: Keys of each written projection, if they are to be protected: a row for each of the facts, shape
+            [N, I], on the CPU of the first process.
         base_norms: ‖W‖ of every weight before the first edit.
         keep_previous: Whether the state before the last edit batch is kept for :meth:`undo`.
         previous: That state.
@@ -62,6 +68,7 @@ class EditedWeights:
         self.sites = tuple(sites)
         self.deltas: dict[str, WeightDelta] = {}
         self.past_keys: dict[ProjectionId, Tensor] = {}
+        self.facts: tuple[WrittenFact, ...] = ()
         self.base_norms: dict[str, float] = {}
         self.keep_previous = False
         self.previous: Snapshot | None = None
@@ -81,9 +88,15 @@ class EditedWeights:
         earlier = [self.deltas[name]] if name in self.deltas else []
         return total([*earlier, delta.to(torch.device("cpu"))])
 
-    def resume(self, deltas: dict[str, WeightDelta], past_keys: dict[ProjectionId, Tensor]) -> None:
+    def resume(
+        self, deltas: dict[str, WeightDelta], past_keys: dict[ProjectionId, Tensor], facts: Sequence[WrittenFact]
+    ) -> None:
         """Take over what an earlier run has written."""
-        self.deltas, self.past_keys = dict(deltas), dict(past_keys)
+        self.deltas, self.past_keys, self.facts = dict(deltas), dict(past_keys), tuple(facts)
+
+    def record_outcomes(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what became of facts, by their ledger lines."""
+        self.facts = with_outcomes(self.facts, lines)
 
     @contextmanager
     def transaction(self, projections: Sequence[nn.Module]) -> Iterator[Draft]:
@@ -107,9 +120,9 @@ class EditedWeights:
             _copy_back(weights)
             raise
         if self.keep_previous:
-            self.previous = Snapshot(weights, self.deltas, self.past_keys)
+            self.previous = Snapshot(weights, self.deltas, self.past_keys, self.facts)
         self.deltas = self.deltas | draft.deltas
-        self.past_keys = self.past_keys | draft.past_keys
+        self.past_keys, self.facts = self.past_keys | draft.past_keys, draft.facts
 
     def undo(self) -> None:
         """Take the last edit batch back, bit for bit; needs ``keep_previous``."""
@@ -119,12 +132,12 @@ class EditedWeights:
     def snapshot(self, module: EditableModel) -> Snapshot:
         """The current state, with copies of the weights on the CPU."""
         weights = [(w, local_rows(w).to("cpu", copy=True)) for w in self._weights(module).values()]
-        return Snapshot(weights, self.deltas, self.past_keys)
+        return Snapshot(weights, self.deltas, self.past_keys, self.facts)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to the state of a snapshot, bit for bit."""
         _copy_back(snapshot.weights)
-        self.resume(snapshot.deltas, snapshot.past_keys)
+        self.resume(snapshot.deltas, snapshot.past_keys, snapshot.facts)
         self.previous = None
 
     def _weights(self, module: EditableModel) -> dict[ProjectionId, Tensor]:

@@ -1,4 +1,4 @@
-"""Files of K_past K_pastᵀ, the products of the keys of earlier edit batches."""
+"""Files of the keys of earlier edit batches, which later ones must not disturb."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.tensor_files import save_tensors
 
 
-def save_products(path: Path, products: Mapping[ProjectionId, Tensor]) -> None:
-    """Store symmetric matrices, each packed by :func:`~pmet_lightning.solver.packed.pack_lower`; replaces the file."""
-    save_tensors(path, {f"{site}-{layer}": packed for (site, layer), packed in products.items()})
+def save_past_keys(path: Path, past_keys: Mapping[ProjectionId, Tensor]) -> None:
+    """Store the keys of each projection, shape [N, I], a row for each fact; replaces the file."""
+    save_tensors(path, {f"{site}-{layer}": keys_NI.contiguous() for (site, layer), keys_NI in past_keys.items()})
 
 
-def load_products(path: Path) -> dict[ProjectionId, Tensor]:
-    """What :func:`save_products` has stored, still packed and on the CPU.
-
-    Each matrix is moved to the model's device only while it is used; all of them might not fit there.
+def load_past_keys(path: Path) -> dict[ProjectionId, Tensor]:
+    """What :func:`save_past_keys` has stored, on the CPU.
 
     Raises:
-        PmetError: If the file cannot be read.
+        PmetError: If the file cannot be read, or an earlier version wrote it.
     """
     found: dict[ProjectionId, Tensor] = {}
     try:
@@ -35,7 +33,12 @@ def load_products(path: Path) -> dict[ProjectionId, Tensor]:
             f"{path}: unreadable keys of earlier edit batches ({error}); put the file back, or begin a new run in "
             "another --trainer.run_dir"
         ) from error
-    for name, packed in stored.items():
+    for name, keys_NI in stored.items():
         site, layer = name.split("-")
-        found[site, int(layer)] = packed  # type: ignore[index]
+        if keys_NI.dim() != 2:
+            raise PmetError(
+                f"{path}: keys of earlier edit batches as an earlier version stored them, summed; expected a row for "
+                "each fact: go on with that version, or begin a new run in another --trainer.run_dir"
+            )
+        found[site, int(layer)] = keys_NI  # type: ignore[index]
     return found

@@ -25,7 +25,6 @@ from pmet_lightning.model.output_norms import pull_back
 from pmet_lightning.model.projections import add_to_weight, in_features
 from pmet_lightning.moments.second_moments import SecondMoments
 from pmet_lightning.solver.null_space import solve_in_null_space
-from pmet_lightning.solver.packed import pack_lower, unpack_products
 from pmet_lightning.solver.update import Solution, multiply_transposed, solve_sums, solve_update, solve_with_factor
 from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.targets.store import Target, stack_values
@@ -35,6 +34,7 @@ from pmet_lightning.utils.distributed import ProcessGroup, sums_are_less
 from pmet_lightning.utils.progress import track
 from pmet_lightning.utils.types import PositiveFloat
 from pmet_lightning.write.edited_weights import Draft, EditedWeights
+from pmet_lightning.write.facts import replaced_by, written_facts
 from pmet_lightning.write.keys import KeyRows, measure_keys, measure_values
 from pmet_lightning.write.residual import ResidualTracker, SiteTarget, SpreadRule, residual_share
 from pmet_lightning.write.write_report import LayerReport, WriteReport, add_outcomes, log_writes
@@ -55,6 +55,7 @@ class _WriteState:
         processes: The processes of the run.
         count: N, the edits of all processes.
         draft: What has been written of it.
+        kept: Positions of the facts of earlier edit batches that this one does not correct.
     """
 
     module: TargetOptimizer
@@ -62,6 +63,7 @@ class _WriteState:
     processes: ProcessGroup
     count: int
     draft: Draft
+    kept: Sequence[int]
 
 
 class WeightSpread(HyperparametersMixin, L.Callback):
@@ -164,7 +166,9 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         )
         reports: list[LayerReport] = []
         with self.edited.transaction(list(projections.values())) as draft:
-            state = _WriteState(module, second_moments, processes, len(edits), draft)
+            replaced, earlier = set(replaced_by(self.edited.facts, edits)), self.edited.facts
+            kept = [i for i in range(len(earlier)) if i not in replaced]
+            state = _WriteState(module, second_moments, processes, len(edits), draft, kept)
             for projection_id in track(trainer, list(projections), "Layers"):
                 site_target = site_targets[projection_id[0]]
                 reports.append(self._measure_and_write(state, projection_id, site_target, tracker, rows))
@@ -172,6 +176,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             left = {site: tracker.left(site, value) for site, value in zip(site_targets, values, strict=True)}
             tracker.record_overshoot(stream_nF)
             all_targets = processes.all_gather_objects(targets, len(edits))
+            draft.facts = (*(earlier[i] for i in kept), *written_facts(edits, all_targets, edit_batch))
         means = {site: float(values_N.nanmean()) for site, values_N in left.items()}
         layers = add_outcomes(reports, means, tracker.overshoots[1:])
         log_writes(layers, edit_batch)
@@ -237,29 +242,28 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         self, state: _WriteState, projection_id: ProjectionId, keys_nI: Tensor, share_nO: Tensor
     ) -> Callable[[], Solution]:
         """A function that solves for ΔW from the keys and residuals of all processes or, if smaller, their products."""
-        protect = self.protect_past and state.processes.is_rank_zero
-        if state.processes.size > 1 and self.null_space is None and sums_are_less(state.count, keys_nI, share_nO):
+        whole = self.protect_past or self.null_space is not None or state.processes.size == 1
+        if not whole and sums_are_less(state.count, keys_nI, share_nO):
             products_II = state.processes.all_reduce_sum(multiply_transposed(keys_nI, keys_nI))
             right_OI = state.processes.all_reduce_sum(multiply_transposed(share_nO, keys_nI))
-            if protect:
-                state.draft.past_keys[projection_id] = self._with_past(projection_id, products_II)
             return partial(self._solution_of_sums, right_OI, products_II, projection_id, state)
         keys_NI = state.processes.all_gather(keys_nI, state.count)
         share_NO = state.processes.all_gather(share_nO, state.count)
-        if protect:
-            state.draft.past_keys[projection_id] = self._with_past(projection_id, multiply_transposed(keys_NI, keys_NI))
+        if self.protect_past and state.processes.is_rank_zero:
+            past = [past_NI] if (past_NI := self._past_keys(projection_id, state)) is not None else []
+            state.draft.past_keys[projection_id] = torch.cat([*past, keys_NI.cpu()])
         return partial(self._solution, share_NO, keys_NI, projection_id, state)
 
-    def _with_past(self, projection_id: ProjectionId, products_II: Tensor) -> Tensor:
-        """The sum of these products and those of earlier edit batches: a new tensor, one triangle, on the CPU."""
-        packed = pack_lower(products_II.cpu())
-        return packed.add_(self.edited.past_keys[projection_id]) if projection_id in self.edited.past_keys else packed
+    def _past_keys(self, projection_id: ProjectionId, state: _WriteState) -> Tensor | None:
+        """Keys of earlier edit batches, without those of facts that this one corrects; ``None`` if there are none."""
+        keys_NI = self.edited.past_keys.get(projection_id)
+        return keys_NI[state.kept] if keys_NI is not None and state.kept else None
 
     def _solution(self, share_NO: Tensor, keys_NI: Tensor, projection_id: ProjectionId, state: _WriteState) -> Solution:
         if self.null_space is not None:
             space = state.second_moments.null_space(projection_id, self.null_space)
             return solve_in_null_space(share_NO, keys_NI, space, self.lam, self._past_II(projection_id, state))
-        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and projection_id not in self.edited.past_keys:
+        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and self._past_keys(projection_id, state) is None:
             try:
                 return solve_with_factor(share_NO, keys_NI, state.second_moments.factor(projection_id), self.lam)
             except FloatingPointError as error:
@@ -281,11 +285,11 @@ class WeightSpread(HyperparametersMixin, L.Callback):
 
     def _past_II(self, projection_id: ProjectionId, state: _WriteState) -> Tensor | None:
         """K_past K_pastᵀ, on the model's device, float64, shape [I, I]; ``None`` before the second edit batch."""
-        return (
-            unpack_products(self.edited.past_keys[projection_id], state.module.device)
-            if projection_id in self.edited.past_keys
-            else None
-        )
+        keys_NI = self._past_keys(projection_id, state)
+        if keys_NI is None:
+            return None
+        keys_NI = keys_NI.to(state.module.device)
+        return multiply_transposed(keys_NI, keys_NI)
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """The site whose values give a written site's target and residual (MEMIT: the layer's output)."""

@@ -344,8 +344,8 @@ def test_past_keys_are_protected_as_the_formula_says(inputs, tmp_path, monkeypat
         past[place] = past.get(place, 0) + keys.T @ keys
 
 
-def test_past_sums_are_there_once_and_once_before(inputs, tmp_path, monkeypatch):
-    """One triangle each on the CPU; what a rollback needs is no copy, and is gone when the next batch is written."""
+def test_past_keys_are_there_once_and_once_before(inputs, tmp_path, monkeypatch):
+    """A row for each fact on the CPU; what a rollback needs is no copy, and is gone when the next batch is written."""
     write, kept = WeightSpread.on_train_batch_end, []
 
     def alive(number):
@@ -354,7 +354,7 @@ def test_past_sums_are_there_once_and_once_before(inputs, tmp_path, monkeypatch)
     def writing(self, *arguments):
         write(self, *arguments)
         now = self.edited.past_keys
-        assert {(past.ndim, len(past), past.device.type) for past in now.values()} == {(1, 128 * 129 // 2, "cpu")}
+        assert {(*past.shape, past.device.type) for past in now.values()} == {(len(self.edited.facts), 128, "cpu")}
         if kept:
             assert all(self.edited.previous.past_keys[place] is found() for place, found in kept[-1].items())
         kept.append({place: weakref.ref(past) for place, past in now.items()})
@@ -369,7 +369,7 @@ def test_past_sums_are_there_once_and_once_before(inputs, tmp_path, monkeypatch)
     fit(inputs, tmp_path / "run", "--spread.protect_past", "true", "--drift.max_growth", "1e9")
     assert len(kept) == 3
     stored = load_file(tmp_path / "run" / "past-3.safetensors")
-    assert {tensor.shape for tensor in stored.values()} == {(128 * 129 // 2,)}
+    assert {(tensor.dim(), tensor.shape[1]) for tensor in stored.values()} == {(2, 128)}
 
 
 def test_the_null_space_is_made_once_for_all_edit_batches(inputs, tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from pmet_lightning.evaluation.probes import harmonic_mean
 from pmet_lightning.model.scoring import kl_divergence, target_scores
 from pmet_lightning.solver.cholesky import Factor, factorize
 from pmet_lightning.solver.null_space import null_space, solve_in_null_space
-from pmet_lightning.solver.packed import pack_lower
 from pmet_lightning.solver.update import multiply_transposed, solve_sums, solve_update, solve_with_factor
 from pmet_lightning.targets.loss import norm_penalty, project_to_ball
 from pmet_lightning.write.residual import residual_share
@@ -148,9 +147,9 @@ def test_the_callback_projects_past_keys_onto_the_null_space_of_c():
         return null_space(moment, share)
 
     now = SimpleNamespace(second_moments=SimpleNamespace(null_space=space),
-                          module=SimpleNamespace(device=torch.device("cpu")))  # fmt: skip
+                          module=SimpleNamespace(device=torch.device("cpu")), kept=[0, 1, 2])  # fmt: skip
     spread = WeightSpread(lam=2.0, null_space=0.3)
-    spread.edited.past_keys["ffn", 0] = pack_lower(keys[:3].T @ keys[:3])
+    spread.edited.past_keys["ffn", 0] = keys[:3]
     found = spread._solution(residual[3:], keys[3:], ("ffn", 0), now)
     expected = solve_in_null_space(residual[3:], keys[3:], null_space(moment, 0.3), 2.0, keys[:3].T @ keys[:3])
     torch.testing.assert_close(found.delta_OI, expected.delta_OI, rtol=1e-9, atol=1e-11)
