@@ -188,12 +188,11 @@ class Editor:
         path = patch_path(patch)
         kept = read_patch(path)
         sections = sections_of(kept.manifest, moments_folder)
-        dtype = kept.manifest["dtype"]
+        settings: Any = sections["model"]
         if not isinstance(model, nn.Module):
-            sections["model"]["dtype"] = dtype
+            settings["dtype"] = kept.manifest["dtype"]
         name = kept.manifest["model"] if model is None else model
-        others = {section: sections[section] for section in ("moments", "spread")}
-        editor = cls(name, tokenizer, device=device, **sections["model"], **others)
+        editor = cls(name, tokenizer, device=device, **settings, moments=sections["moments"], spread=sections["spread"])
         editor._take_over(path, kept)
         return editor
 
@@ -312,8 +311,8 @@ class Editor:
     def remove(self, facts: str | Mapping[str, Any] | Edit | Iterable[str | Mapping[str, Any] | Edit]) -> None:
         """Take single facts out of the weights: the others are written again, without them, from their kept targets.
 
-        No target is optimized again, and no text corpus is read. After a single edit batch the model is what it would be
-        if it had never had those facts, to rounding. Targets of later edit batches were found while they were there.
+        No target is optimized again, and no text corpus is read. After a single edit batch the model is what it would
+        be if it had never had those facts, to rounding; targets of later edit batches were found while they were there.
 
         Args:
             facts: Which: a subject, a question with its subject filled in, a case id, a record or an Edit; or several.
@@ -329,8 +328,8 @@ class Editor:
     def undo(self, steps: int = 1) -> None:
         """Take back the last calls of :meth:`edit` and :meth:`remove`.
 
-        The weights are then what they were before: bit by bit for the last call, and where nothing is left; otherwise to
-        rounding, as the weights themselves are kept for one call only.
+        The weights are then what they were before: bit by bit for the last call, and where nothing is left; otherwise
+        to rounding, as the weights themselves are kept for one call only.
 
         Args:
             steps: Number of calls.

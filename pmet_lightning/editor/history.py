@@ -131,8 +131,8 @@ def _not_written(item: Any, facts: Sequence[WrittenFact]) -> str:
     near = get_close_matches(str(item), known, n=3)
     shown = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return (
-        f"no written fact is named by {item!r}: expected a subject, a question with its subject, or a case id of one of "
-        f"the {len(facts)} facts{shown}"
+        f"no written fact is named by {item!r}: expected a subject, a question with its subject, or a case id of one "
+        f"of the {len(facts)} facts{shown}"
     )
 
 

@@ -1,0 +1,221 @@
+"""The life of an edit: listed, taken back, removed, corrected, and taken over from a patch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pmet_lightning import Editor, PatchError, load_patch, save_patch
+from tests.harness import matrices
+from tests.tiny import RECORDS, save_tiny
+
+FACTS = [{**record, "case_id": f"fact-{i}"} for i, record in enumerate(RECORDS[:6])]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("history")
+    save_tiny("gptj", folder / "model")
+    save_tiny("gptj", folder / "other", seed=1)
+    (folder / "corpus.txt").write_text("\n".join(f"The {n}th text is about the number {n}." for n in range(400)))
+    return folder
+
+
+@pytest.fixture
+def make(base):
+    def made(dtype=torch.float64, **settings):
+        model = AutoModelForCausalLM.from_pretrained(base / "model", dtype=dtype)
+        moments = {"samples": 40, "folder": str(base / "moments")}
+        return Editor(
+            model, AutoTokenizer.from_pretrained(base / "model"), layers=[0, 1], corpus=str(base / "corpus.txt"),
+            moments=moments, steps=4, contexts=["Once. {}"], lam=2.0, free_tokens=4, **settings,
+        )  # fmt: skip
+
+    return made
+
+
+def weights(editor):
+    return {name: value.clone() for name, value in editor.model.state_dict().items()}
+
+
+def assert_same(one, other, tolerance=0.0):
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=tolerance, msg=name)
+
+
+def test_the_facts_are_listed_with_what_became_of_them(make):
+    editor = make()
+    report = editor.edit(FACTS[:3], evaluate=False)
+    editor.edit(FACTS[3:4], evaluate=False)
+    assert [(fact.edit.case_id, fact.edit_batch) for fact in editor.facts] == [
+        ("fact-0", 0), ("fact-1", 0), ("fact-2", 0), ("fact-3", 1)
+    ]  # fmt: skip
+    assert [(fact.answer, fact.said) for fact in editor.facts[:3]] == [(e["answer"], e["said"]) for e in report.edits]
+
+
+@pytest.mark.parametrize("out", [0, 2, 4])
+def test_removing_a_fact_is_never_having_had_it(make, out):
+    """Of one edit batch, against a run without it, to 1e-6 of ΔW."""
+    editor, never = make(), make()
+    editor.edit(FACTS[:5], evaluate=False)
+    editor.remove(FACTS[out]["case_id"])
+    never.edit(FACTS[:out] + FACTS[out + 1 : 5], evaluate=False)
+    expected = matrices(never._spread.edited.deltas)
+    for name, delta in matrices(editor._spread.edited.deltas).items():
+        assert float((delta - expected[name]).norm() / expected[name].norm()) < 1e-6
+    assert [fact.edit.case_id for fact in editor.facts] == [f["case_id"] for i, f in enumerate(FACTS[:5]) if i != out]
+    assert_same(weights(editor), weights(never), 1e-9)
+
+
+def test_facts_are_named_in_any_way(make):
+    editor = make()
+    clean = weights(editor)
+    editor.edit(FACTS[:4], evaluate=False)
+    full = weights(editor)
+    question = FACTS[0]["prompt"].format(FACTS[0]["subject"])
+    for name in (FACTS[1]["subject"], question, FACTS[2]):
+        editor.remove(name)
+    assert [fact.edit.case_id for fact in editor.facts] == ["fact-3"]
+    assert editor.edits_written == 1
+    editor.remove([FACTS[3]["case_id"]])
+    assert editor.facts == ()
+    assert_same(weights(editor), clean)
+    editor.undo(4)
+    assert_same(weights(editor), full, 1e-12)
+    assert len(editor.facts) == 4
+
+
+def test_a_name_of_no_fact_changes_nothing(make):
+    editor = make()
+    editor.edit(FACTS[:2], evaluate=False)
+    before = weights(editor)
+    with pytest.raises(ValueError, match="Torvik Elms'.*did you mean 'Torvik Elmson'"):
+        editor.remove(["fact-0", "Torvik Elms"])
+    assert_same(weights(editor), before)
+    assert len(editor.facts) == 2
+
+
+def test_a_removal_that_fails_changes_nothing(make, monkeypatch):
+    editor = make()
+    editor.edit(FACTS[:3], evaluate=False)
+    before = weights(editor)
+    monkeypatch.setattr("pmet_lightning.write.weight_spread.log_writes", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        editor.remove("fact-1")
+    monkeypatch.undo()
+    assert_same(weights(editor), before)
+    assert (editor.edits_written, len(editor.facts)) == (3, 3)
+    editor.remove("fact-1")
+    assert len(editor.facts) == 2
+
+
+def test_several_calls_are_undone(make):
+    editor = make()
+    states = [weights(editor)]
+    for fact in FACTS[:4]:
+        editor.edit([fact], evaluate=False)
+        states.append(weights(editor))
+    editor.undo()
+    assert_same(weights(editor), states[3])
+    editor.undo(2)
+    assert_same(weights(editor), states[1], 1e-12)
+    assert [fact.edit.case_id for fact in editor.facts] == ["fact-0"]
+    editor.edit(FACTS[1:2], evaluate=False)
+    assert_same(weights(editor), states[2], 1e-9)
+    with pytest.raises(RuntimeError, match="3 steps, but 2 calls"):
+        editor.undo(3)
+    editor.undo(2)
+    assert_same(weights(editor), states[0])
+    with pytest.raises(RuntimeError, match="nothing to undo"):
+        editor.undo()
+
+
+def test_a_patch_is_taken_over(make, base, tmp_path, monkeypatch):
+    """Listed, removed and extended by another editor as by the one that made it; no corpus is read."""
+    editor = make()
+    editor.edit(FACTS[:3], evaluate=False)
+    editor.edit(FACTS[3:5], evaluate=False)
+    editor.save_patch(tmp_path / "patch.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(base / "model", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    with monkeypatch.context() as patched:
+        patched.setattr("pmet_lightning.moments.second_moments.corpus_fingerprint", lambda *_: 1 / 0)
+        other = Editor.from_patch(tmp_path / "patch.safetensors", model, tokenizer, moments_folder=base / "moments")
+        assert_same(weights(other), weights(editor), 1e-12)
+        assert [fact.plain() for fact in other.facts] == [fact.plain() for fact in editor.facts]
+        other.remove("fact-1")
+        other.edit(FACTS[5:6], evaluate=False)
+        other.save_patch(tmp_path / "again.safetensors")
+    editor.remove("fact-1")
+    editor.edit(FACTS[5:6], evaluate=False)
+    assert_same(weights(other), weights(editor), 1e-9)
+    editor.save_patch(tmp_path / "same.safetensors")
+    first, second = (load_patch(tmp_path / f"{name}.safetensors")[1] for name in ("again", "same"))
+    assert first["moments"] == second["moments"]
+    assert first["facts"] == second["facts"]
+    other.revert()
+    clean = AutoModelForCausalLM.from_pretrained(base / "model", dtype=torch.float64)
+    assert_same(weights(other), clean.state_dict())
+
+
+def test_a_patch_of_another_model_or_an_earlier_version_is_refused(make, base, tmp_path):
+    editor = make()
+    editor.edit(FACTS[:1], evaluate=False)
+    editor.save_patch(tmp_path / "patch.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    other = AutoModelForCausalLM.from_pretrained(base / "other", dtype=torch.float64)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(PatchError, match="was made for the model"):
+        Editor.from_patch(tmp_path / "patch.safetensors", other, tokenizer, moments_folder=base / "moments")
+    assert_same(other.state_dict(), before)
+    deltas, manifest = load_patch(tmp_path / "patch.safetensors")
+    save_patch(tmp_path / "old.safetensors", deltas, {k: v for k, v in manifest.items() if k != "facts"})
+    with pytest.raises(PatchError, match="earlier version"):
+        Editor.from_patch(tmp_path / "old.safetensors", other, tokenizer, moments_folder=base / "moments")
+
+
+@pytest.mark.parametrize("change", ["weights", "manifest", "format"])
+def test_a_patch_that_was_changed_is_refused(make, tmp_path, change):
+    editor = make()
+    editor.edit(FACTS[:1], evaluate=False)
+    path = tmp_path / "patch.safetensors"
+    editor.save_patch(path)
+    content = path.read_bytes()
+    where = {
+        "weights": len(content) - 5,
+        "manifest": content.index(b"Danila"),
+        "format": content.index(b'format\\": 2') + 10,
+    }
+    at = where[change]
+    path.write_bytes(content[:at] + (b"9" if change == "format" else bytes([content[at] ^ 1])) + content[at + 1 :])
+    with pytest.raises(PatchError, match="format 9" if change == "format" else "not as it was written"):
+        load_patch(path)
+
+
+def test_a_correction_takes_the_place_of_the_old_fact(make):
+    """With protected keys: its old key no longer counts, so that ΔW is as if only the other facts were protected."""
+    editor = make(spread={"protect_past": True})
+    editor.edit(FACTS[:3], evaluate=False)
+    new = {**FACTS[1], "target_new": "chess", "case_id": "corrected"}
+    first_keys = {place: keys.clone() for place, keys in editor._spread.edited.past_keys.items()}
+    editor.edit([new], evaluate=False)
+    assert [fact.edit.case_id for fact in editor.facts] == ["fact-0", "fact-2", "corrected"]
+    for place, keys in editor._spread.edited.past_keys.items():
+        assert torch.equal(keys[:2], first_keys[place][[0, 2]])
+        assert keys.shape == (3, first_keys[place].shape[1])
+    editor.undo()
+    assert [fact.edit.case_id for fact in editor.facts] == ["fact-0", "fact-1", "fact-2"]
+    assert all(torch.equal(keys, first_keys[place]) for place, keys in editor._spread.edited.past_keys.items())
+
+
+def test_a_correction_is_no_loss(make):
+    """The verdict does not complain that the replaced fact is gone."""
+    editor = make()
+    editor.edit(FACTS[:1], evaluate=False)
+    editor._spread.edited.facts = tuple(replace(fact, said=True) for fact in editor.facts)
+    report = editor.edit([{**FACTS[0], "target_new": "French"}], evaluate=False)
+    assert report.verdict.undone == ()
+    assert [fact.edit.target for fact in editor.facts] == ["French"]
