@@ -129,6 +129,8 @@ def _check_required(command: str, named: set[str], configs: Sequence[str]) -> No
             f", which a configuration sets: {command} --config pmet.yaml, or another file; these ship: "
             f"{', '.join(shipped_configs())}"
         )
+    elif configs:
+        problem += f", which {' and '.join(Path(name).name for name in configs)} leaves to you"
     raise UsageError(problem)
 
 
