@@ -98,7 +98,7 @@ WITHOUT = {
     "attn_module_tmp": _MODULES,
     "ln_f_module": "the model's own logits are used",
     "lm_head_module": "the model's own logits are used",
-    "mom2_dtype": "moments are always collected in float32 or better",
+    "mom2_dtype": "moments are summed in float64",
     "stats_dir": "moments.folder caches ours; moments.given takes a folder of their .npz files",
     "device": "trainer.accelerator and trainer.devices say where a run takes place",
     "max_length": "no prompt is cut",
