@@ -232,10 +232,13 @@ def test_the_guide_for_ones_own_model_does_what_it_says(walk, capsys):
     state = json.loads(Path("run/state.json").read_text())
     assert (state["status"], state["verdict"]["facts"]) == ("finished", 2)
     assert Path("first/report.html").is_file()
-    (code,) = re.findall(r"^```python\n(.*?pipeline.*?)^```", PAGES["own-model.md"], re.MULTILINE | re.DOTALL)
+    asked, edited = re.findall(r"^```python\n(.*?)^```", PAGES["own-model.md"], re.MULTILINE | re.DOTALL)
     capsys.readouterr()
-    exec(code, {})
+    exec(asked, {})
     assert "Clara Prilforth plays the sport of" in capsys.readouterr().out
+    names = {"model": str(walk / "tiny"), "tokenizer": None, "facts": RECORDS[:2]}
+    exec(edited, names)
+    assert len(names["report"].edits) == 2
 
 
 def test_the_guide_finds_the_layers_of_a_model_that_knows_something(walk, caplog):
