@@ -59,6 +59,8 @@ def test_a_command_and_a_configuration_are_suggested():
         main(["fti"])
     with pytest.raises(FileNotFoundError, match=r"did you mean pmet.yaml\?"):
         main(["fit", "--config", "pmt.yaml"])
+    with pytest.raises(FileNotFoundError, match=r"did you mean qwen2.5.yaml\?"):
+        main(["fit", "--config", "qwen2.5-1.5b.yaml"])
     with pytest.raises(UsageError, match="fit needs --model.model_name and --data.path.*llama-3-8b.yaml"):
         main(["fit"])
 
