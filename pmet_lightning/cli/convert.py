@@ -125,8 +125,8 @@ def convert_settings(theirs: Mapping[str, Any], name: str, method: MethodName | 
             settings |= {setting: (ours, key) for setting, ours in _ours(key, value, name).items()}
             continue
         dropped[key] = f"({json.dumps(value, default=str)}): {reason or _why_dropped(key)}"
-        if key in FIXED and value != FIXED[key][0] or not (reason or key in (*FIXED, *WITHOUT)):
-            differing.append(key)
+        differs = value != FIXED[key][0] if key in FIXED else not reason and key not in WITHOUT
+        differing += [key] if differs else []
     return Converted(chosen, settings, dropped, differing)
 
 
