@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -17,15 +19,19 @@ from lightning.pytorch.cli import LightningArgumentParser
 from pmet_lightning import EditDataModule, Editor
 from pmet_lightning.baselines.finetuning import FineTuning
 from pmet_lightning.baselines.retrieval import Retrieval
-from pmet_lightning.cli.dispatch import FILE_COMMANDS, TRAINER_COMMANDS
+from pmet_lightning.cli.dispatch import FILE_COMMANDS, TRAINER_COMMANDS, main
 from pmet_lightning.model.architectures import ARCHITECTURES
 from pmet_lightning.run.settings import add_shared_sections, section_parser
 from pmet_lightning.run.trainer import EditTrainer
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
+from pmet_lightning.utils.resources import locate
 from tests.conftest import ROOT
+from tests.tiny import RECORDS, save_tiny
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 TEXTS = PAGES | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+# Configurations that are not for a model of its own.
+OTHERS = ("pmet", "stream", "multi-gpu", "compare", "compare-gemma", "finetune", "retrieve")
 COMMANDS = (*TRAINER_COMMANDS, *FILE_COMMANDS)
 
 
@@ -194,6 +200,62 @@ def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "edited" / "config.json").is_file()
     assert (tmp_path / "patch.safetensors").is_file()
     assert "golf" in names["editor"].ask("Clara Prilforth became a champion of")[0], "the last call was taken back"
+
+
+@pytest.fixture
+def walk(tmp_path, monkeypatch):
+    """An empty folder and home with what the guide takes as given: facts.json and text.txt."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("facts.json").write_text(json.dumps(RECORDS[:2]))
+    Path("text.txt").write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
+    return tmp_path
+
+
+def lines_of(page: str, first: str) -> list[list[str]]:
+    """The words of the commands on a page that begin with one of some commands."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [words[1:] for words in lines if words[0] == "pmet-lightning" and re.fullmatch(first, words[1])]
+
+
+def run_all(commands: list[list[str]], **replaced: str) -> None:
+    for words in commands:
+        main([replaced.get(word.replace("-", "_"), word) for word in words])
+
+
+def test_the_guide_for_ones_own_model_does_what_it_says(walk, capsys):
+    """From the first run to the exported model, with a model that it knows nothing about."""
+    commands = lines_of("own-model.md", "fit|stats|export|validate")
+    assert [words[0] for words in commands] == ["fit", "stats", "fit", "export", "validate"]
+    run_all(commands, FOLDER=save_tiny("llama", walk / "tiny"))
+    state = json.loads(Path("run/state.json").read_text())
+    assert (state["status"], state["verdict"]["facts"]) == ("finished", 2)
+    assert Path("first/report.html").is_file()
+    asked, edited = re.findall(r"^```python\n(.*?)^```", PAGES["own-model.md"], re.MULTILINE | re.DOTALL)
+    capsys.readouterr()
+    exec(asked, {})
+    assert "Clara Prilforth plays the sport of" in capsys.readouterr().out
+    names = {"model": str(walk / "tiny"), "tokenizer": None, "facts": RECORDS[:2]}
+    exec(edited, names)
+    assert len(names["report"].edits) == 2
+
+
+def test_the_guide_finds_the_layers_of_a_model_that_knows_something(walk, caplog):
+    commands = lines_of("own-model.md", "known|analyze")
+    assert [words[0] for words in commands] == ["known", "analyze"]
+    caplog.set_level("INFO", "pmet_lightning")
+    world = {"FOLDER": locate("atlas"), "earth_records": "atlas-records", "100": "10"}
+    run_all(commands, **world)
+    assert "to edit the proposed layers, give fit: --model.layers" in caplog.text
+    assert Path("layers/analysis.html").is_file()
+
+
+def test_the_guide_lists_every_configuration_of_a_model():
+    listed = set(re.findall(r"`([\w.-]+\.yaml)`", PAGES["own-model.md"]))
+    shipped = {path.name for path in (ROOT / "configs").glob("*.yaml") if path.stem not in OTHERS}
+    assert {name.replace("zsre", "counterfact") for name in shipped} <= listed
+    assert listed <= {*shipped, "mine.yaml"}
 
 
 @pytest.mark.parametrize("page", PAGES)

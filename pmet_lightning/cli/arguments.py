@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from pmet_lightning.cli.foreign_keys import SIGNS
 from pmet_lightning.run.options import UsageError, as_option, check_settings, options_of, problem_with
 from pmet_lightning.utils.resources import locate_config, shipped_configs
 
@@ -44,6 +45,7 @@ def check_arguments(command: str, arguments: Sequence[str]) -> list[str]:
         if name == "config":
             path = locate_config(text)
             settings = read_config(path)
+            _check_ours(settings, text)
             check_settings(command, settings, Path(path).name)
             named |= _names(settings)
             located.append(f"--config={path}")
@@ -76,6 +78,15 @@ def read_config(path: str) -> Mapping[str, Any]:
     if not isinstance(settings, Mapping):
         raise UsageError(f"{path}: expected settings by name, such as 'model:', found {type(settings).__name__}")
     return settings
+
+
+def _check_ours(settings: Mapping[str, Any], path: str) -> None:
+    """Refuse a file with settings of another program, and say how to convert it."""
+    if any(key in settings for key in ("alg_name", *SIGNS)):
+        raise UsageError(
+            f"{Path(path).name}: settings of another program; pmet-lightning convert --settings {path} --out mine.yaml "
+            "makes a configuration of them"
+        )
 
 
 def _split(command: str, arguments: Sequence[str]) -> list[Given]:
@@ -129,6 +140,8 @@ def _check_required(command: str, named: set[str], configs: Sequence[str]) -> No
             f", which a configuration sets: {command} --config pmet.yaml, or another file; these ship: "
             f"{', '.join(shipped_configs())}"
         )
+    elif configs:
+        problem += f", which {' and '.join(Path(name).name for name in configs)} leaves to you"
     raise UsageError(problem)
 
 

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 # Commands that are a function of the same name, with the module of the function.
 FILE_COMMANDS = {
     "export": "pmet_lightning.cli.export",
+    "convert": "pmet_lightning.cli.convert",
     "demo": "pmet_lightning.demo",
     "compare": "pmet_lightning.compare.command",
     "harness": "pmet_lightning.cli.lm_eval",
@@ -37,6 +38,7 @@ _TEXTS = {
     "analyze": "find where a model keeps its facts, before and after an edit, and which layers to edit",
     "known": "keep the records whose old object a model knows",
     "export": "write the edited model of a run as a Hugging Face folder",
+    "convert": "turn settings of EasyEdit, MEMIT, ROME or AlphaEdit into a configuration",
     "harness": "evaluate an exported model with lm-evaluation-harness",
     "demo": "rebuild the bundled Atlas world and its model from a seed",
 }

@@ -152,6 +152,8 @@ class Editor:
         """
         configured = read_sections(str(config))
         model_name = configured["model"].pop("model_name")
+        if model is None and not model_name:
+            raise ValueError(f"{config} names no model; give one: Editor.from_config({str(config)!r}, model)")
         unused = (*(LOADING if isinstance(model, nn.Module) else ()), *(("optimizer",) if "lr" in changes else ()))
         settings = {name: value for name, value in configured.pop("model").items() if name not in unused}
         replaced: dict[str, Any] = {**changes}

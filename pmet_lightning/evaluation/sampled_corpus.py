@@ -17,7 +17,7 @@ from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.generation_config import own_generation_config
 
 NAME = "sampled-corpus"
-_TEXTS, _LENGTH = 32, 128  # texts sampled together; tokens of each
+_TEXTS, _LENGTH = 32, 128  # texts sampled together; new tokens of each, fewer if the model has fewer positions
 _OPENING = "The"  # for tokenizers that put nothing before a text
 
 
@@ -47,13 +47,15 @@ def sampled_texts(module: EditableModel, seed: int) -> Iterator[str]:
     tokenizer = module.tokenizer
     start = prefix_of(tokenizer) or tokenizer(_OPENING, add_special_tokens=False)["input_ids"]
     ids_RT = torch.tensor([start] * _TEXTS, device=module.device)
+    positions = getattr(module.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+    length = _LENGTH if positions is None else min(_LENGTH, positions - len(start))
     for number in itertools.count():
         with isolate_rng(), torch.no_grad(), own_generation_config(module.model):
             torch.manual_seed(seed * 2**20 + number)
             output_RT = module.model.generate(  # type: ignore[operator]
                 input_ids=ids_RT,
                 attention_mask=torch.ones_like(ids_RT),
-                max_new_tokens=_LENGTH,
+                max_new_tokens=length,
                 do_sample=True,
                 top_k=0,
                 pad_token_id=module.encoder.pad_id,

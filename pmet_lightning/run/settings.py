@@ -102,7 +102,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_sections(config: str) -> dict[str, dict[str, Any]]:
-    """The sections of a configuration, with defaults for what it does not set.
+    """The sections of a configuration, with defaults for what it does not set; without a model, an empty model_name.
 
     Args:
         config: A path, or the name of a shipped one.
@@ -112,6 +112,7 @@ def read_sections(config: str) -> dict[str, dict[str, Any]]:
         ValueError: If it is not a configuration of an edit run.
     """
     parser = section_parser()
+    parser.set_defaults({"model.model_name": "", "data.path": _PLACEHOLDER})  # a configuration may leave them open
     for name in _OTHERS:
         parser.add_argument(f"--{name}", type=object)
     try:

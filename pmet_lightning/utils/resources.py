@@ -54,7 +54,9 @@ def locate_config(name: str) -> str:
         if (folder / name).is_file():
             return str(folder / name)
     shipped = shipped_configs()
-    close = get_close_matches(name, shipped, n=1)
+    # A family's file before that of another size: qwen2.5 for qwen2.5-1.5b, not qwen2.5-7b.
+    of_family = [one for one in shipped if name.startswith(f"{one.removesuffix('.yaml')}-")]
+    close = sorted(of_family, key=len, reverse=True) or get_close_matches(name, shipped, n=1)
     asked = f"did you mean {close[0]}? " if close else ""
     raise FileNotFoundError(
         f"no configuration {name!r}: not a local file; {asked}the shipped ones are {', '.join(shipped)}"

@@ -59,6 +59,8 @@ def test_a_command_and_a_configuration_are_suggested():
         main(["fti"])
     with pytest.raises(FileNotFoundError, match=r"did you mean pmet.yaml\?"):
         main(["fit", "--config", "pmt.yaml"])
+    with pytest.raises(FileNotFoundError, match=r"did you mean qwen2.5.yaml\?"):
+        main(["fit", "--config", "qwen2.5-1.5b.yaml"])
     with pytest.raises(UsageError, match="fit needs --model.model_name and --data.path.*llama-3-8b.yaml"):
         main(["fit"])
 
@@ -77,7 +79,8 @@ def test_keys_of_a_configuration_are_checked(tmp_path):
 def test_what_ships_passes(path):
     kind = path.stem.split("-")[0]
     command = kind if kind in ("compare", "finetune", "retrieve") else "fit"
-    assert check_arguments(command, ["--config", path.name]) == [f"--config={path}"]
+    own = ["--model.model_name=a-folder", "--data.path=facts.json"] if path.name == "your-model.yaml" else []
+    assert check_arguments(command, ["--config", path.name, *own]) == [f"--config={path}", *own]
 
 
 def test_every_argument_of_the_trainer_is_in_the_table():

@@ -108,6 +108,15 @@ def test_it_is_the_command_line(base, tmp_path, family):
             torch.testing.assert_close(tensor, clean[name] + deltas[name], rtol=0, atol=1e-6)
 
 
+def test_a_configuration_may_leave_the_model_to_be_given(base):
+    given = {"corpus": str(base / "corpus.txt"), "layers": [1, 2]}
+    model = AutoModelForCausalLM.from_pretrained(base / "llama")
+    editor = Editor.from_config("your-model.yaml", model, AutoTokenizer.from_pretrained(base / "llama"), **given)
+    assert editor.layers == [1, 2]
+    with pytest.raises(ValueError, match="your-model.yaml names no model; give one"):
+        Editor.from_config("your-model.yaml")
+
+
 def test_validate_is_evaluate(base, tmp_path, make, caplog):
     path = tmp_path / "facts.json"
     path.write_text(json.dumps(FACTS))
