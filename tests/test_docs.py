@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from pmet_lightning import EditDataModule, Editor
 from pmet_lightning.baselines.finetuning import FineTuning
 from pmet_lightning.baselines.retrieval import Retrieval
-from pmet_lightning.cli.dispatch import FILE_COMMANDS, TRAINER_COMMANDS, main
+from pmet_lightning.cli.dispatch import FILE_COMMANDS, TRAINER_COMMANDS, function_of, main
 from pmet_lightning.model.architectures import ARCHITECTURES
 from pmet_lightning.run.settings import add_shared_sections, section_parser
 from pmet_lightning.run.trainer import EditTrainer
@@ -57,8 +57,8 @@ def options():
         dests = {action.dest for action in parser._actions} | {"config", "print_config"}
         found |= dict.fromkeys(commands, dests)
     found["stats"] = found["stats"] | {"list"}
-    for command, module in FILE_COMMANDS.items():
-        function = getattr(import_module(module), command)
+    for command in FILE_COMMANDS:
+        function = function_of(command)
         parser = capture_parser(lambda function=function: auto_cli(function, args=[], as_positional=False))
         found[command] = {action.dest for action in parser._actions}
     assert set(found) == set(COMMANDS)
@@ -296,5 +296,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
         "trainer.resume",
     ):
         assert f"--{name}" in reference
-    assert all(f'id="{command}"' in commands for command in FILE_COMMANDS)
+    assert all(f'id="{command.replace(" ", "-")}"' in commands for command in FILE_COMMANDS)
     assert all(f"  {command}" in commands for command in TRAINER_COMMANDS)

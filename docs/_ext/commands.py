@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from docutils import nodes
@@ -15,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from sphinx.util.docutils import SphinxDirective
 
 from pmet_lightning.baselines.finetuning import FineTuning
-from pmet_lightning.cli.dispatch import FILE_COMMANDS, USAGE
+from pmet_lightning.cli.dispatch import FILE_COMMANDS, USAGE, function_of
 from pmet_lightning.run.settings import SECTIONS, section_parser
 from pmet_lightning.run.trainer import EditTrainer
 
@@ -67,8 +66,8 @@ def settings_markdown() -> str:
 def commands_markdown() -> str:
     """A section of each command."""
     parts = [f"```text\n{USAGE}\n```"]
-    for command, module in FILE_COMMANDS.items():
-        function = getattr(import_module(module), command)
+    for command in FILE_COMMANDS:
+        function = function_of(command)
         parser = capture_parser(lambda f=function: auto_cli(f, args=[], as_positional=False))
         description = (inspect.getdoc(function) or "").split("\n\nArgs:")[0]
         parts.append(f"## {command}\n\n{_escaped(description)}\n\n{_table(_options(parser))}")

@@ -24,6 +24,12 @@ FILE_COMMANDS = {
     "harness": "pmet_lightning.cli.lm_eval",
     "analyze": "pmet_lightning.analysis.command",
     "known": "pmet_lightning.analysis.known",
+    "ask": "pmet_lightning.cli.patches",
+    "patch show": "pmet_lightning.cli.patches",
+    "patch verify": "pmet_lightning.cli.patches",
+    "patch apply": "pmet_lightning.cli.patches",
+    "patch remove": "pmet_lightning.cli.patches",
+    "patch merge": "pmet_lightning.cli.patches",
 }
 TRAINER_COMMANDS = ("fit", "validate", "test", "stats", "finetune", "retrieve")
 PROGRAM = "pmet-lightning"
@@ -38,11 +44,17 @@ _TEXTS = {
     "analyze": "find where a model keeps its facts, before and after an edit, and which layers to edit",
     "known": "keep the records whose old object a model knows",
     "export": "write the edited model of a run as a Hugging Face folder",
+    "ask": "ask the model of a run, before and after its edits",
+    "patch show": "show what a patch holds: model, settings, every fact",
+    "patch verify": "check that a patch is whole, belongs to the model, and does what it says",
+    "patch apply": "write a model with a patch in its weights as a Hugging Face folder",
+    "patch remove": "write a patch without some of its facts",
+    "patch merge": "join patches of one model into one",
     "convert": "turn settings of EasyEdit, MEMIT, ROME or AlphaEdit into a configuration",
     "harness": "evaluate an exported model with lm-evaluation-harness",
     "demo": "rebuild the bundled Atlas world and its model from a seed",
 }
-_LINES = "\n".join(f"  {command:9} {text}" for command, text in _TEXTS.items())
+_LINES = "\n".join(f"  {command:12} {text}" for command, text in _TEXTS.items())
 USAGE = f"""usage: {PROGRAM} COMMAND [--config FILE] [options]
 
 {_LINES}
@@ -63,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command == "patch" and rest and not rest[0].startswith("-"):
+        command, rest = f"patch {rest[0]}", rest[1:]
     if command in ("-h", "--help"):
         sys.stdout.write(USAGE + "\n")
     elif command == "--version":
@@ -94,7 +108,7 @@ def _run(command: str, rest: list[str]) -> None:
         return
     checked = check_arguments(command, rest)
     if command in FILE_COMMANDS:
-        _call(getattr(import_module(FILE_COMMANDS[command]), command), checked)
+        _call(function_of(command), checked)
         return
     if "--print_config" not in rest:
         log.info("%s: loading PyTorch and Lightning, which takes some seconds", command)
@@ -104,7 +118,15 @@ def _run(command: str, rest: list[str]) -> None:
     run_command(command, checked)
 
 
+def function_of(command: str) -> Callable[..., None]:
+    """The function of a command that is one."""
+    function: Callable[..., None] = getattr(import_module(FILE_COMMANDS[command]), command.replace(" ", "_"))
+    return function
+
+
 def _call(function: Callable[..., None], arguments: Sequence[str]) -> None:
     from jsonargparse import auto_cli
 
-    auto_cli(function, args=list(arguments), as_positional=False, prog=f"{PROGRAM} {function.__name__}")
+    auto_cli(
+        function, args=list(arguments), as_positional=False, prog=f"{PROGRAM} {function.__name__.replace('_', ' ')}"
+    )

@@ -9,7 +9,8 @@ from typing import Any
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.records import Edit
 
-_COLUMNS_OF_FACTS = ("subject", "prompt", "src", "requested_rewrite")
+_COLUMNS_OF_FACTS = ("subject", "prompt", "prompts", "src", "requested_rewrite")
+_COLUMN_NAMES = {"prompts": "prompt", "rephrase_prompts": "rephrase_prompt"}  # EasyEdit's names of parallel lists
 
 
 def as_rows(facts: Any) -> Iterator[Any]:
@@ -61,7 +62,8 @@ def _rows_of_columns(columns: Mapping[str, list[Any]], facts: Mapping[str, Any])
     if len(set(lengths.values())) > 1:
         raise RecordError(f"facts: parallel lists of different lengths ({lengths}), expected one entry for each fact")
     same = {name: value for name, value in facts.items() if name not in columns}  # for all of the facts
-    return [same | dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    names = [_COLUMN_NAMES.get(name, name) for name in columns]
+    return [same | dict(zip(names, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 def _plain_row(row: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing_extensions import Unpack
 
 from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.readers import as_edits
-from pmet_lightning.data.records import Edit
+from pmet_lightning.data.records import Edit, check_no_contradictions
 from pmet_lightning.editor.edit_report import EditReport
 from pmet_lightning.editor.history import History, by_batches, positions_of
 from pmet_lightning.editor.isolation import preserve_caller_state
@@ -31,7 +32,7 @@ from pmet_lightning.model.patch import Patch, apply_patch, read_patch
 from pmet_lightning.moments.store import MOMENTS_FOLDER
 from pmet_lightning.report.model_card import write_card
 from pmet_lightning.run.ledger import EditLedger, ask_again
-from pmet_lightning.run.manifest import manifest_of, moments_of, sections_of
+from pmet_lightning.run.manifest import check_same_kind, manifest_of, moments_of, sections_of
 from pmet_lightning.run.outcome import answers_before_and_after, outcome_of
 from pmet_lightning.run.patch_file import PatchFile, patch_path, save_edits
 from pmet_lightning.run.settings import make_objects, read_sections
@@ -264,7 +265,36 @@ class Editor:
             )
 
     @arguments_named()
-    def edit(self, facts: Facts, *, evaluate: bool = True, run_dir: str | Path | None = None) -> EditReport:
+    def generate(self, prompts: str | Sequence[str], **settings: Any) -> list[str]:
+        """Let the model, as it is now, continue each prompt by its own ``generate``, as it would be served.
+
+        Args:
+            prompts: Complete texts, or a single one; in a chat, user messages.
+            settings: Settings of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, …
+
+        Returns:
+            The continuation of each prompt.
+        """
+        rows = self._module.encoder.encode_all([prompts] if isinstance(prompts, str) else list(prompts))
+        texts = []
+        with preserve_caller_state(self.model, self._device), torch.no_grad():
+            self.model.eval()
+            for row in rows:
+                ids = torch.tensor([row.ids], device=self._device)
+                output = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+                texts.append(self.tokenizer.decode(output[0, len(row.ids) :], skip_special_tokens=True))
+        return texts
+
+    @arguments_named()
+    def edit(
+        self,
+        facts: Facts,
+        subject: str | None = None,
+        target: str | None = None,
+        *,
+        evaluate: bool = True,
+        run_dir: str | Path | None = None,
+    ) -> EditReport:
         """Write facts into the model's weights, after what earlier calls have written (the command ``fit``).
 
         Either all of them are written or, if anything fails or the call is interrupted, none.
@@ -272,8 +302,11 @@ class Editor:
         Args:
             facts: Records as in a file (COUNTERFACT, zsRE or flat ones: ``prompt`` with ``{}``, ``subject``,
                 ``target_new``), :class:`~pmet_lightning.Edit` objects, a table (pandas, polars, pyarrow, datasets) or a
-                mapping of parallel lists with such columns, or what --data.path takes: a file or a hub data set, or a
-                list or tuple of several.
+                mapping of parallel lists with such columns (also under EasyEdit's names), or what --data.path takes: a
+                file or a hub data set, or a list or tuple of several. With ``subject`` and ``target``, the prompt of a
+                single fact.
+            subject: The subject of a single fact, which takes the place of the ``{}`` in its prompt.
+            target: The new object of a single fact.
             evaluate: Whether the model is evaluated on the facts before and after.
             run_dir: A new folder for all files that a run of the command line stores; ``None`` stores nothing.
 
@@ -283,7 +316,8 @@ class Editor:
             FileExistsError: If the folder holds another run.
             RuntimeError: If something else has changed the edited weights since the editor last wrote them.
         """
-        data = self._data(facts)
+        single = {"prompt": facts} | _given(subject=subject, target_new=target)
+        data = self._data(facts if len(single) == 1 else single)
         self._check_unchanged()
         before = self._spread.edited.snapshot(self._module)
         ledger = EditLedger(keep=True)
@@ -326,6 +360,28 @@ class Editor:
         out = set(positions_of(self.facts, facts))
         self._check_unchanged()
         self._rewrite(by_batches(fact for i, fact in enumerate(self.facts) if i not in out))
+
+    @arguments_named()
+    def merge(self, *patches: str | Path) -> None:
+        """Join the facts of patches with those of this editor: all are written as one edit batch, from kept targets.
+
+        Args:
+            patches: Patches of the same base model, layers and settings. A fact that both have is written once.
+
+        Raises:
+            FileNotFoundError: If there is no such patch.
+            PatchError: If a patch is of another model or kind; the message says what differs.
+            RecordError: If facts contradict each other.
+        """
+        facts, manifest = list(self.facts), self._manifest()
+        for given in patches:
+            path = patch_path(given)
+            kept = read_patch(path)
+            check_same_kind(manifest, kept.manifest, path)
+            facts += facts_of(kept.manifest["facts"], kept.targets, str(path))
+        check_no_contradictions([fact.edit for fact in facts])
+        self._check_unchanged()
+        self._rewrite([list({fact.question: fact for fact in reversed(facts)}.values())[::-1]])
 
     def undo(self, steps: int = 1) -> None:
         """Take back the last calls of :meth:`edit` and :meth:`remove`.
@@ -383,6 +439,30 @@ class Editor:
             if self._spread.edited.deltas:
                 write_card(unfinished, self._manifest(), weights=self._spread.edited.deltas)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """As :meth:`save`, under transformers' name."""
+        self.save(folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what :meth:`save` writes, with its card, to a repository on the Hugging Face hub.
+
+        Args:
+            repo_id: The repository, which is made if it does not exist.
+            private: Whether a new repository is private; by default as the account says.
+            token: An access token; by default the one that was logged in with.
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Edited model"))
+
     @arguments_named()
     def save_patch(self, path: str | Path) -> None:
         """Write ΔW of all edits so far and its manifest, in the format of --model.patch and ``export``.
@@ -395,6 +475,8 @@ class Editor:
         """
         if not self._spread.edited.deltas:
             raise ValueError("Editor.save_patch: nothing has been edited, so there is no patch")
+        if self._spread.protect_past:
+            PatchFile(Path(path).expanduser().parent).save_past_keys(self._spread.edited, self._module.batches_done)
         save_edits(path, self._spread.edited, self._manifest())
 
     @arguments_named()
@@ -473,7 +555,7 @@ class Editor:
         if spread.protect_past:
             file.check_past_keys(batches)
             past_keys = file.past_keys(batches)
-        spread.edited.resume(patch.deltas, past_keys, facts_of(manifest["facts"], patch.targets))
+        spread.edited.resume(patch.deltas, past_keys, facts_of(manifest["facts"], patch.targets, str(path)))
         self._moments_identity = manifest["moments"]
         self._written(clean, batches, int(manifest["edits"]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from pmet_lightning.run.hparams import settings_of
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.versions import versions
 from pmet_lightning.write.weight_spread import WeightSpread
+
+log = logging.getLogger(__name__)
 
 # What must be the same when a run is resumed, besides the settings.
 _IDENTITY = ("fingerprint", "layers", "optimizer", "contexts", "moments")
@@ -94,6 +97,31 @@ def sections_of(manifest: Mapping[str, Any], moments_folder: str | Path) -> dict
     return sections
 
 
+def check_same_kind(ours: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> None:
+    """Refuse to join patches that were not made in the same way.
+
+    Args:
+        ours: The manifest of the one.
+        other: The manifest of the other.
+        path: Its file, for the message.
+
+    Raises:
+        PatchError: If something differs; the message says what.
+    """
+    if "facts" not in other:
+        raise PatchError(f"{path} is of an earlier version and holds no targets; write its edits again with fit")
+    mine, theirs = ({k: v for k, v in _compared(_as_json(m)).items() if k != "contexts"} for m in (ours, other))
+    differences = [
+        f"{name}: {theirs.get(name)}, expected {value}" for name, value in mine.items() if theirs.get(name) != value
+    ]
+    if differences:
+        raise PatchError(
+            f"{path} was made in another way ({'; '.join(differences)}); patches that are joined must agree"
+        )
+    if ours["contexts"] != other["contexts"]:
+        log.warning("%s: its contexts are others; keys are measured in those of the first patch", path)
+
+
 def check_same_settings(earlier: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Refuse to resume a run whose edits were written with other settings.
 
@@ -105,7 +133,7 @@ def check_same_settings(earlier: Mapping[str, Any], now: Mapping[str, Any], fold
     Raises:
         ValueError: If something differs; the message says what.
     """
-    then, current = _compared(earlier), _compared(json.loads(json.dumps(now, default=str)))
+    then, current = _compared(earlier), _compared(_as_json(now))
     differences = [
         f"{name}: {then.get(name)} then, {value} now" for name, value in current.items() if then.get(name) != value
     ]
@@ -114,6 +142,11 @@ def check_same_settings(earlier: Mapping[str, Any], now: Mapping[str, Any], fold
             f"--trainer.resume: {folder} holds a run with other settings ({'; '.join(differences)}); give the same "
             "ones, or another --trainer.run_dir"
         )
+
+
+def _as_json(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest as it is when it is read again."""
+    return dict(json.loads(json.dumps(manifest, default=str)))
 
 
 def _compared(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class PatchFile:
         """
         past = self._past_path(manifest["edit_batches"])
         if protect_past:
-            save_past_keys(past, edited.past_keys)
+            self.save_past_keys(edited, manifest["edit_batches"])
         save_edits(self.path, edited, manifest)
         for path in self.path.parent.glob("past-*.safetensors"):
             if path != past:
@@ -66,6 +66,10 @@ class PatchFile:
     def load(self) -> Patch:
         """What it holds."""
         return read_patch(self.path)
+
+    def save_past_keys(self, edited: EditedWeights, edit_batches: int) -> None:
+        """Store the protected keys of so many edit batches."""
+        save_past_keys(self._past_path(edit_batches), edited.past_keys)
 
     def past_keys(self, edit_batches: int) -> dict[ProjectionId, Tensor]:
         """The protected keys of so many edit batches."""

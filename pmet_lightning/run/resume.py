@@ -76,6 +76,6 @@ def _resume_after(
     trainer.datamodule.resume_after(itertools.islice(journal.edits(), manifest["edits"]))  # type: ignore[attr-defined]
     # Only the process that solves needs them; they are as large as the second moments.
     past_keys = patch.past_keys(batches) if spread.protect_past and trainer.is_global_zero else {}
-    spread.edited.resume(kept.deltas, past_keys, facts_of(manifest.get("facts", []), kept.targets))
+    spread.edited.resume(kept.deltas, past_keys, facts_of(manifest.get("facts", []), kept.targets, str(patch.path)))
     module.batches_done = batches - 1  # the first batch of this epoch stands for what was written
     return batches

@@ -81,11 +81,11 @@ def stacked_values(facts: Sequence[WrittenFact]) -> dict[str, Tensor]:
     return {site: torch.stack([fact.values[site] for fact in facts]) for site in sites}
 
 
-def facts_of(lines: Sequence[Mapping[str, Any]], values: Mapping[str, Tensor]) -> tuple[WrittenFact, ...]:
-    """The facts of :meth:`WrittenFact.plain` and :func:`stacked_values`."""
+def facts_of(lines: Sequence[Mapping[str, Any]], values: Mapping[str, Tensor], origin: str) -> tuple[WrittenFact, ...]:
+    """The facts of :meth:`WrittenFact.plain` and :func:`stacked_values`; ``origin`` is named in messages."""
     return tuple(
         WrittenFact(
-            Edit(**{name: line[name] for name in _FIELDS}, origin=f"fact {i} of the patch"),
+            Edit(**{name: line[name] for name in _FIELDS}, origin=f"{origin}, fact {i}"),
             line["edit_batch"],
             {site: values_NF[i] for site, values_NF in values.items()},  # type: ignore[misc]
             line["answer"],

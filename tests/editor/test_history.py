@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pmet_lightning import Editor, PatchError, load_patch, save_patch
+from pmet_lightning import Editor, PatchError, RecordError, load_patch, save_patch
 from tests.harness import matrices
 from tests.tiny import RECORDS, save_tiny
 
@@ -219,3 +219,57 @@ def test_a_correction_is_no_loss(make):
     report = editor.edit([{**FACTS[0], "target_new": "French"}], evaluate=False)
     assert report.verdict.undone == ()
     assert [fact.edit.target for fact in editor.facts] == ["French"]
+
+
+def test_one_fact_is_given_by_its_parts(make):
+    editor, other = make(), make()
+    editor.edit(FACTS[0]["prompt"], FACTS[0]["subject"], FACTS[0]["target_new"], evaluate=False)
+    other.edit(FACTS[:1], evaluate=False)
+    assert_same(weights(editor), weights(other))
+    with pytest.raises(RecordError, match="subject"):
+        editor.edit(FACTS[0]["prompt"], target="English")
+
+
+def test_parallel_lists_under_easyedit_s_names(make):
+    editor, other = make(), make()
+    editor.edit({
+        "prompts": [fact["prompt"].format(fact["subject"]) for fact in FACTS[:2]],
+        "subject": [fact["subject"] for fact in FACTS[:2]],
+        "target_new": [fact["target_new"] for fact in FACTS[:2]],
+    }, evaluate=False)  # fmt: skip
+    other.edit(FACTS[:2], evaluate=False)
+    assert_same(weights(editor), weights(other))
+
+
+def test_generate_is_the_model_s_own(make):
+    editor = make()
+    texts = editor.generate(["Once upon a time", "The cat"], max_new_tokens=5, do_sample=False)
+    assert [len(text) > 0 for text in texts] == [True, True]
+    ids = editor.tokenizer("The cat", return_tensors="pt")
+    expected = editor.model.generate(**ids, max_new_tokens=5, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert texts[1] == editor.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_an_upload_is_what_save_writes(make, tmp_path, monkeypatch):
+    editor, seen = make(), []
+
+    class Hub:
+        def __init__(self, token=None):
+            seen.append(token)
+
+        def create_repo(self, repo_id, private, exist_ok):
+            seen.append((repo_id, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            seen.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+            return "https://hub/commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    editor.edit(FACTS[:1], evaluate=False)
+    assert editor.push_to_hub("me/edited", private=True, token="secret") == "https://hub/commit"
+    editor.save_pretrained(tmp_path / "saved")
+    assert seen == [
+        "secret",
+        ("me/edited", True, True),
+        ("me/edited", sorted(p.name for p in (tmp_path / "saved").iterdir())),
+    ]
