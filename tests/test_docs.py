@@ -162,7 +162,7 @@ def definitions(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 10), ("method.md", 18), ("evaluation.md", 8)])
+@pytest.mark.parametrize(("page", "least"), [("method.md", 28), ("evaluation.md", 8)])
 def test_every_equation_is_where_the_page_says(page, least):
     rows = re.findall(r"\| `([\w/]+\.py)` \| `([\w.]+)` \|$", TEXTS[page], re.MULTILINE)
     assert len(rows) >= least
