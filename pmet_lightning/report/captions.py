@@ -13,6 +13,7 @@ from pmet_lightning.report.html import number, plain, shown
 from pmet_lightning.report.run_data import by_batch, column, known, rows_of, value_at
 
 MANY = 0.1  # a share of the edits that is worth a remedy
+ALL_LEFT = 0.8  # of the residual, before the last layer is written: the writes below it hardly show
 MOST_LEFT = 0.5  # of the residual: from here on the weights hold less than half of the change
 _NAMES = {"score": "Score"}
 _REASONS = {
@@ -83,10 +84,18 @@ def _steps(data: Mapping[str, Any]) -> str:
 
 def _residual(data: Mapping[str, Any]) -> str:
     left = [value for values in residuals_left(data).values() for value in values]
-    if not left or not any(row.get("residual") is not None for row in rows_of(data, "layers")):
+    rows = [row for row in rows_of(data, "layers") if row.get("residual") is not None and row.get("layer") is not None]
+    if not left or not rows:
         return ""
     mean = _mean(left)
     text = f"At the end {shown(100 * mean, '.0f')} % of the change is missing, on average over {len(left)} edits."
+    last = max(row["layer"] for row in rows)
+    before_last = _mean([row["residual"] for row in rows if row["layer"] == last])
+    if before_last >= ALL_LEFT > MOST_LEFT > mean and any(row["layer"] != last for row in rows):
+        text += (
+            " The writes below the last layer add to the residual stream, and hardly show here, where the output of "
+            "the last layer is measured."
+        )
     return f"{text} A smaller λ, fewer edits or more layers would leave less." if mean >= MOST_LEFT else text
 
 

@@ -223,7 +223,8 @@ def _over_layers(
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.margins(x=0.06, y=0.08)
     ax.set(title=title, xlabel="layer", ylim=(0, None))
-    ax.legend()
+    if len(lines) > 1:
+        ax.legend()
     return figure
 
 
