@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.compare.estimate import edits_of, longest_first, plan_line, time_line
+from pmet_lightning.compare.estimate import longest_first, plan_line, run_line, time_line
 from pmet_lightning.compare.plan import Method, Run, plan_runs, quiet, read_report
 from pmet_lightning.utils.console import quieten
 from pmet_lightning.utils.files import write_json
@@ -67,8 +67,8 @@ def _run_all(runs: Sequence[Run], methods: Mapping[str, Method], common: Mapping
     for number, run in enumerate(longest_first(runs), start=1):
         left = [other for other in runs if other not in taken]
         if run in left:
-            time_left = f" ({time_line(left, taken)})" if taken else ""
-            log.info("run %d of %d: %s, %s, seed %d%s", number, len(runs), run.method, edits_of(run), run.seed, time_left)
+            time_left = f"; {time_line(left, taken)}" if taken else ""
+            log.info("run %d of %d: %s%s", number, len(runs), run_line(run), time_left)
         start = time.perf_counter()
         _run(run, methods[run.method], common, folder)
         taken.setdefault(run, time.perf_counter() - start)

@@ -20,18 +20,21 @@ def plan_line(runs: Sequence[Run], taken: Mapping[Run, float]) -> str:
         runs: All runs.
         taken: Seconds of those that are finished.
     """
-    methods, seeds = ({getattr(run, name) for run in runs} for name in ("method", "seed"))
-    counts = " and ".join(map(str, sorted({run.edits for run in runs})))
-    line = f"{len(runs)} runs: {len(methods)} methods, {counts} edits, {len(seeds)} seed{'' if len(seeds) == 1 else 's'}"
+    methods, seeds = (len({getattr(run, name) for run in runs}) for name in ("method", "seed"))
+    *others, last = map(str, sorted({run.edits for run in runs}))
+    counts = f"{', '.join(others)} and {last}" if others else last
+    line = f"{len(runs)} runs: {_many(methods, 'method')}, {counts} edits, {_many(seeds, 'seed')}"
     left = [run for run in runs if run not in taken]
+    if not left:
+        return f"{line}; all are finished"
     if taken:
         return f"{line}; {len(taken)} are finished, {time_line(left, taken)}"
     return f"{line}; the longest come first, and after the first one it is known how long all will take"
 
 
-def edits_of(run: Run) -> str:
-    """The number of edits in words."""
-    return f"{run.edits} edit{'' if run.edits == 1 else 's'}"
+def run_line(run: Run) -> str:
+    """A run in words."""
+    return f"{run.method}, {_many(run.edits, 'edit')}, seed {run.seed}"
 
 
 def time_line(left: Sequence[Run], taken: Mapping[Run, float]) -> str:
@@ -59,3 +62,7 @@ def seconds_left(left: Sequence[Run], taken: Mapping[Run, float]) -> float:
         return taken[nearest]
 
     return math.fsum(map(like, left))
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 RESULT, PAGE = "comparison.json", "comparison.html"
 UNEDITED = "unedited"
+FAR = 20.0  # points below the highest Score: methods that far away are drawn on the edge
 
 
 def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Path) -> None:
@@ -45,7 +46,9 @@ def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Pa
         temporary.write_text("\n".join(markdown_lines(results)) + "\n", encoding="utf-8")
     values = {
         "results": results,
-        "plots": {count: svg(score_plot(own, limits_of(results)), f"scores{count}") for count, own in by_count(results)},
+        "plots": {
+            count: svg(score_plot(own, limits_of(results)), f"scores{count}") for count, own in by_count(results)
+        },
         "findings": {count: finding(own) for count, own in by_count(results)},
         "several_seeds": any(len(row["score_by_seed"]) > 1 for row in results),
         "methods": methods,
@@ -115,24 +118,31 @@ def markdown_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def table_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """The results for a terminal: for each number of edits a table, and what it shows in a sentence."""
-    width = max((len(row["method"]) for row in results), default=0)
     lines = []
     for count, rows in by_count(results):
-        first = next((row["method"] for row in rows if row["method"] != UNEDITED), "")
-        heads = ["efficacy", "generalisation", "specificity", "Score", f"Score to {first}", "seconds"]
-        widths = [max(len(head), least) + 2 for head, least in zip(heads, (0, 0, 0, 17, 19, 0), strict=True)]
         records = f", {rows[0]['count']:.0f} records" if rows[0]["count"] != count else ""
-        lines += ["", f"{count} edit{'' if count == 1 else 's'} in one edit batch{records}"]
-        lines.append(" " * width + "".join(f"{head:>{wide}}" for head, wide in zip(heads, widths, strict=True)))
-        for row in rows:
-            plain = [f"{row[name]:.1f}" if name in row else "-" for name in METRICS[:-1]]
-            seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
-            cells = [*plain, score_cell(row, METRICS[-1]), score_cell(row, "difference"), seconds]
-            lines.append(
-                f"{row['method']:{width}}" + "".join(f"{c:>{wide}}" for c, wide in zip(cells, widths, strict=True))
-            )
-        lines.append(finding(rows))
+        lines += [
+            "",
+            f"{count} edit{'' if count == 1 else 's'} in one edit batch{records}",
+            *_aligned(rows),
+            finding(rows),
+        ]
     return lines
+
+
+def _aligned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table in columns, the names on the left and the numbers on the right."""
+    first = next((row["method"] for row in rows if row["method"] != UNEDITED), "")
+    table = [["", *METRICS[:-1], "Score", f"Score to {first}", "seconds"]]
+    for row in rows:
+        plain = [f"{row[name]:.1f}" if name in row else "-" for name in METRICS[:-1]]
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
+        table.append([row["method"], *plain, score_cell(row, METRICS[-1]), score_cell(row, "difference"), seconds])
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    return [
+        f"{name:{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        for name, *cells in table
+    ]
 
 
 def finding(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -140,16 +150,16 @@ def finding(rows: Sequence[Mapping[str, Any]]) -> str:
     scored = [row for row in rows if row["method"] != UNEDITED and "score" in row]
     if not scored:
         return ""
-    best = max(scored, key=lambda row: float(row["score"]))
-    text = f"The highest Score has {best['method']}: {best['score']:.1f}."
+    best = max(round(row["score"], 1) for row in scored)
+    names = ", ".join(row["method"] for row in scored if round(row["score"], 1) == best)
+    text = f"Highest Score: {best:.1f} ({names})."
     reference, *others = scored
-    groups = {
-        side: ", ".join(row["method"] for row in others if side_of(row) == side) for side in ("above", "below", "")
-    }
-    for side in ("above", "below"):
-        if groups[side]:
-            text += f" {side.capitalize()} {reference['method']} beyond chance: {groups[side]}."
-    return text + (f" Not told apart from it: {groups['']}." if groups[""] else "")
+    for side in ("above", "below", ""):
+        names = ", ".join(row["method"] for row in others if side_of(row) == side)
+        if names:
+            title = f"{side.capitalize()} {reference['method']} beyond chance" if side else "Not told apart from it"
+            text += f" {title}: {names}."
+    return text
 
 
 def side_of(row: Mapping[str, Any]) -> str:
@@ -160,9 +170,11 @@ def side_of(row: Mapping[str, Any]) -> str:
 
 
 def limits_of(results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """A range of Scores that holds those of all methods with their intervals."""
-    lows = [row.get("score_low", row["score"]) for row in results if row["method"] != UNEDITED and "score" in row]
-    return 10 * math.floor((min(lows, default=0.0) - 1) / 10), 101.0
+    """A range of Scores that holds those of most methods with their intervals; those far below would squeeze it."""
+    scored = [row for row in results if row["method"] != UNEDITED and "score" in row]
+    best = max((row["score"] for row in scored), default=0.0)
+    low = min((row.get("score_low", row["score"]) for row in scored if row["score"] >= best - FAR), default=0.0)
+    return max(0.0, 10 * math.floor((low - 1) / 10)), 101.0
 
 
 def score_plot(results: Sequence[Mapping[str, Any]], limits: tuple[float, float] | None = None) -> Figure:
@@ -179,22 +191,26 @@ def score_plot(results: Sequence[Mapping[str, Any]], limits: tuple[float, float]
     with rc_context(STYLE):
         figure, charts = panels(4.6, 0.6 + sum(heights), len(groups), 1, sharex=True, height_ratios=heights)
         for axes, (count, rows) in zip(charts, groups, strict=True):
-            _draw_scores(axes, rows)
             axes.set(title=f"{count:,} edit{'' if count == 1 else 's'}", xlim=limits or limits_of(results))
+            _draw_scores(axes, rows)
         charts[-1].set_xlabel("Score")
     return figure
 
 
 def _draw_scores(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A disc with its interval for each method, in the color of its side; the first method's Score goes through all."""
-    colors = {"above": GREEN, "below": ORANGE, "": MUTED}
+    """A disc with its interval for each method, in the color of its side, and its Score as a number on the right.
+
+    A Score that is below the range is a triangle on its edge. The first method's goes through all as a line.
+    """
+    colors, least = {"above": GREEN, "below": ORANGE, "": MUTED}, axes.get_xlim()[0]
     for height, row in enumerate(rows):
         if "score" not in row:
             continue
         score, color = row["score"], colors[side_of(row)] if height else INK
         low, high = (row.get(f"score_{end}", score) for end in ("low", "high"))
-        axes.plot([low, high], [height, height], color=color, lw=2, alpha=0.6, solid_capstyle="butt")
-        axes.plot([score], [height], "o", color=color)
+        axes.plot([max(low, least), high], [height, height], color=color, lw=2, alpha=0.6, solid_capstyle="butt")
+        axes.plot([max(score, least)], [height], "o" if score >= least else "<", color=color, clip_on=False)
+        axes.text(1.03, height, f"{score:.1f}", color=color, va="center", transform=axes.get_yaxis_transform())
     if rows and "score" in rows[0]:
         axes.axvline(rows[0]["score"], color=INK, lw=0.8, ls=":")
     axes.set_yticks(range(len(rows)), [row["method"] for row in rows], color=INK)

@@ -175,7 +175,7 @@ class Collection:
                 change = _relative_change(self.previous.pop(projection_id), moment)  # freed before the next
                 changes.append(change)
                 log.info(
-                    "second moments of %s in layer %d: %d tokens, the last doubling of the text changed them by %.1f %%",
+                    "second moments of %s in layer %d: %d tokens, doubling the text has changed them by %.1f %%",
                     *projection_id, tokens, 100 * change,
                 )  # fmt: skip
             self.previous[projection_id] = moment.float()

@@ -109,7 +109,8 @@ def _draw_loss(ax: Axes, batches: Sequence[Sequence[Any]], numbers: Sequence[int
     if len(parts) > 1:  # a single part is the loss itself
         for name, values in parts.items():
             ax.plot(column(batches[0], "step"), values, color=_PARTS[name], lw=1.2, label=name.removeprefix("loss_"))
-    _scale([value for line in ax.lines for value in known(list(map(number, line.get_ydata())))], ax)
+    curves = [*(column(points, "loss") for points in batches), *(parts.values() if len(parts) > 1 else ())]
+    _scale([value for values in curves for value in known(values)], ax)
     ax.set_title("loss, mean over all edits")
     if len(ax.lines) > 1:
         ax.legend(loc="best", fontsize="small")

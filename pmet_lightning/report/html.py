@@ -101,7 +101,9 @@ def svg(figure: Figure, name: str) -> str:
         # Fix the layout, so that later drawings, for TensorBoard too, need not compute it again.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     drawing = buffer.getvalue()
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing[drawing.index("<svg") :])  # ids that recur in every figure
     # Some of the other ids hold an address in memory.
