@@ -47,23 +47,38 @@ def compare(
     if not (methods and edits and seeds):
         raise ValueError("--methods, --edits and --seeds: expected at least one of each")
     folder, common = Path(out).expanduser(), options or {}
+    runs = list(plan_runs(methods, edits, seeds, least))
+    taken = {run: float(read_report(folder / run.name)["seconds"]) for run in runs if _finished(folder / run.name)}
+    log.info("%s", plan_line(runs, taken))
     from pmet_lightning.run import lightning_cli  # noqa: F401  # seconds of imports, which --help does not wait for
 
     quieten()  # Lightning, once it is imported
-    runs = list(plan_runs(methods, edits, seeds, least))
-    for name, method in methods.items():
-        largest = max((run for run in runs if run.method == name), key=lambda run: run.skip + run.edits)
-        _check(largest, method, common, folder)
-    _run_all(runs, methods, common, folder)
+    with _quietly():
+        for name, method in methods.items():
+            largest = max((run for run in runs if run.method == name), key=lambda run: run.skip + run.edits)
+            _check(largest, method, common, folder)
+    _run_all(runs, taken, methods, common, folder)
     from pmet_lightning.compare.results import write_results  # seconds of imports
 
     write_results(methods, runs, folder)
 
 
-def _run_all(runs: Sequence[Run], methods: Mapping[str, Method], common: Mapping[str, Any], folder: Path) -> None:
-    """The runs, those with the most edits first, and before each how long all that is left will take."""
-    taken = {run: float(read_report(folder / run.name)["seconds"]) for run in runs if _finished(folder / run.name)}
-    log.info("%s", plan_line(runs, taken))
+def _run_all(
+    runs: Sequence[Run],
+    taken: dict[Run, float],
+    methods: Mapping[str, Method],
+    common: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """The runs, those with the most edits first, and before each how long all that is left will take.
+
+    Args:
+        runs: All runs.
+        taken: Seconds of those that are finished; the others are added.
+        methods: The methods by name.
+        common: Options that all runs share.
+        folder: Folder of the comparison.
+    """
     for number, run in enumerate(longest_first(runs), start=1):
         left = [other for other in runs if other not in taken]
         if run in left:
@@ -111,21 +126,25 @@ def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> N
         return
     if run_dir.exists():
         shutil.rmtree(run_dir)
-    with _only_warnings():
+    with _quietly():
         report = read_report(run_fit(method.config, quiet(settings, run_dir), method.command))
     _check_count(run, len(report["edits"]))
     write_json(run_dir / "run.json", wanted)
 
 
 @contextmanager
-def _only_warnings() -> Iterator[None]:
-    """Keep the lines of the single runs out of the log of the comparison, but for warnings."""
+def _quietly() -> Iterator[None]:
+    """Keep the lines and bars of the single runs out of the log of the comparison, but for warnings."""
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
     ours = logging.getLogger("pmet_lightning")
     level = ours.level
     ours.setLevel(logging.WARNING)
+    disable_progress_bar()
     try:
         yield
     finally:
+        enable_progress_bar()
         ours.setLevel(level)
 
 
