@@ -138,6 +138,7 @@ def promised(scores: dict, written=("ffn",), optimized=("attn", "ffn")) -> dict[
         "place": [f"{site}_layer_{layer}" for site in written for layer in LAYERS],
         "figure": ("loss", "probability", "steps", "stop_reasons", "residual", "norms", *by_score),
         "detail": [name for name in scores["after"] if name not in main_scores],
+        "score": list(scores["before"]),
         "live": ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt", "active_edits"),
     }
     tags: dict[str, str] = {}
@@ -160,7 +161,7 @@ def check_tags(events: EventAccumulator, tags: dict[str, str]) -> None:
     assert set(tags) == {*shown["scalars"], *shown["images"], *shown["histograms"], *texts}
     assert {tag for tag in tags if tag.startswith("6_")} == set(shown["images"])
     assert {tag for tag in tags if tag.startswith("7_")} == set(shown["histograms"])
-    assert texts == {"answers"}
+    assert texts == {"answers", "scores"}
 
 
 def looks(lines: list[dict]) -> int:
@@ -176,7 +177,7 @@ def looks(lines: list[dict]) -> int:
 
 
 def test_every_tag_is_finite_and_has_its_points(run, events, ledger):
-    check_points(events, promised(json.loads((run / "scores.json").read_text())), ledger, run)
+    check_points(events, promised(json.loads((run / "scores.json").read_text())), ledger)
 
 
 @pytest.mark.parametrize(
@@ -192,26 +193,24 @@ def test_the_family_shows_its_own(inputs, tmp_path, option, sites):
     folder = fit(inputs, tmp_path / "out", *EVERYTHING, *choice, *option)
     found, tags = events_of(folder), promised(json.loads((folder / "scores.json").read_text()), **sites)
     check_tags(found, tags)
-    check_points(found, tags, ledger_of(folder), folder)
+    check_points(found, tags, ledger_of(folder))
     start = plugin_data(found, SESSION_START_INFO_TAG).session_start_info.hparams
     assert [start[f"data.{name}"].number_value for name in ("skip", "limit", "shuffle")] == [0, sum(SIZES), 3]
 
 
-def check_points(events: EventAccumulator, tags: dict[str, str], ledger: list[list[dict]], run: Path) -> None:
+def check_points(events: EventAccumulator, tags: dict[str, str], ledger: list[list[dict]]) -> None:
     taken = [max(line["steps"] for line in lines) for lines in ledger]
     places = {
         "batch": [0, 1],
-        "edits": [0, sum(SIZES)],
+        "edits": [sum(SIZES)],
         "step": [number * STEPS + step for number, most in enumerate(taken) for step in range(most)],
         "write": list(range(2 * len(LAYERS))),
         "look": list(range(sum(map(looks, ledger)))),
     }
-    scores = json.loads((run / "scores.json").read_text())
     for tag, kind in tags.items():
         if tag in events.Tags()["scalars"]:
             assert all(map(math.isfinite, values(events, tag))), tag
-            once = kind == "edits" and tag.split("/")[1] not in scores["before"]
-            assert steps(events, tag) == places[kind][once:], tag
+            assert steps(events, tag) == ([0] if tag.startswith("9_before/") else places[kind]), tag
     assert sum(values(events, "9_live/active_edits")) == sum(line["steps"] for lines in ledger for line in lines)
     for tag in events.Tags()["images"]:
         assert [point.step for point in events.Images(tag)] == [sum(SIZES)], tag
@@ -248,7 +247,7 @@ def test_curves_by_step_end_where_the_ledger_does(run, events, ledger):
     points = {tag: dict(zip(steps(events, tag), values(events, tag), strict=True)) for tag in events.Tags()["scalars"]}
     curves = json.loads((run / "report.json").read_text())["curves"]
     assert points["9_active/active_edits"] == dict(zip(points["2_targets/p"], curves["active_edits"], strict=True))
-    assert values(events, "9_active/loss_kl") == pytest.approx(curves["loss_kl"], rel=1e-5)
+    assert values(events, "2_targets/loss_kl") == pytest.approx(curves["loss_kl"], rel=1e-5)
     names = {**{part: part for part in ("loss", "loss_nll", "loss_kl", "loss_norm")}, "p": "p_after"}
     for number, lines in enumerate(ledger):
         last = number * STEPS + max(line["steps"] for line in lines) - 1
