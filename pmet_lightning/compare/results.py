@@ -50,7 +50,6 @@ def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Pa
             count: svg(score_plot(own, limits_of(results)), f"scores{count}") for count, own in by_count(results)
         },
         "findings": {count: finding(own) for count, own in by_count(results)},
-        "several_seeds": any(len(row["score_by_seed"]) > 1 for row in results),
         "methods": methods,
     }
     page = write_page("comparison.html.jinja", values, folder / PAGE)

@@ -50,7 +50,8 @@ def _targets(data: Mapping[str, Any]) -> str:
             sentences.append(f"{title} went from {shown(first, form)} to {shown(last, form)}")
     if not sentences:
         return ""
-    text = f"Over the whole search {' and '.join(sentences)}."
+    step = "step" if value_at(data, "curves", "active_edits") else "epoch"
+    text = f"From the first to the last {step} {' and '.join(sentences)}."
     if len(batches) > 1:
         lines = f"{MOST_BATCHES} of the {len(batches)}" if len(batches) > MOST_BATCHES else f"the {len(batches)}"
         return f"{text} There is a line for each of {lines} edit batches, the later the stronger."

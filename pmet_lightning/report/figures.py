@@ -166,7 +166,7 @@ def _steps(data: Mapping[str, Any]) -> Drawn:
         taken = Counter(int(edit["steps"]) for edit in edits if str(edit["stop_reason"]) == name)
         ax.bar(list(taken), list(taken.values()), 0.85, [below[step] for step in taken], color=color, label=label)
         below.update(taken)
-    ax.set(title="edits by the steps they took", xlabel="steps")
+    ax.set(title="edits by the steps they took", xlabel="steps", xlim=(0, max(below) + 1))
     ax.locator_params(integer=True)
     yield "steps", figure
     figure, (ax,) = panels(_WIDTH, _HEIGHT, 1, 1)

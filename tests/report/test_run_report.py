@@ -356,9 +356,20 @@ def test_a_single_edit_batch_has_the_band_of_the_middle_half_and_no_curve_twice(
     assert [one.get_label() for one in drawn["loss"].axes[0].lines] == ["mean", "nll", "kl"]
 
 
-def test_a_baseline_has_epochs_and_no_active_edits():
-    (axes,) = figures({"curves": {"step": [0.0, 1.0], "loss": [3.0, 1.0], "p": [0.1, 0.6]}})["loss"].axes
+def test_a_baseline_has_epochs_and_no_active_edits(tmp_path):
+    data = {"curves": {"step": [0.0, 1.0], "loss": [3.0, 1.0], "p": [0.1, 0.6]}}
+    (axes,) = figures(data)["loss"].axes
     assert axes.get_xlabel() == "epoch"
+    text = page_of(data, tmp_path).text
+    assert "Training the weight" in text
+    assert "From the first to the last epoch the loss went from 3.00 to 1.00" in text
+    assert "search" not in text
+
+
+def test_edits_that_all_took_as_many_steps_are_one_bar_among_others():
+    edits = [{"stop_reason": "steps", "steps": 30}] * 4
+    (axes,) = figures({"edits": edits})["steps"].axes
+    assert axes.get_xlim() == (0, 31)
 
 
 def test_layers_show_residuals_and_norms():
