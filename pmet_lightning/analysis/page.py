@@ -49,7 +49,7 @@ def write_analysis_page(
         "phases": [f.phase for f in phases],
         "proposals": [line for f in phases for line in proposal_lines(f, named=len(phases) > 1)],
         "copy": copy_line(first),
-        "captions": captions(first),
+        "captions": captions(first, "Here" if len(phases) == 1 else "Before the edits"),
         "plots": {name: svg(figure, name) for name, figure in drawn.items()},
         "facts": [_fact(first, i) for i in range(min(MOST_FACTS, len(first.questions)))],
         "few": len(first.questions) < LEAST_FACTS,

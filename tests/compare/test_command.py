@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,20 @@ def test_a_comparison_goes_on_where_it_was(comparison, monkeypatch):
     assert (comparison / "out" / "comparison.json").read_text() == before
     with pytest.raises(ValueError, match="holds a run with other settings"):
         main(["compare", "--config", str(other_options(comparison))])
+
+
+def test_no_table_of_the_page_is_cut_off(comparison):
+    """Each scrolls in its own box, and becomes a block for each row on a narrow screen; charts are half a page wide."""
+    text = (comparison / "out" / "comparison.html").read_text()
+    tables = re.findall(r'<div class="wide">\s*<table class="numbers compared cards">(.*?)</table>', text, re.DOTALL)
+    assert len(tables) == 2
+    for table in tables:
+        assert table.count("<td") == table.count("data-label=") > 0
+    widths = re.findall(r'<svg[^>]* width="([\d.]+)pt"', text)
+    assert len(widths) == 2
+    assert max(map(float, widths)) < 4.7 * 72
+    assert text.count("<small>seeds ") == 2 * 4
+    assert "Highest Score: " in text
 
 
 def other_options(folder: Path) -> Path:
