@@ -1,4 +1,7 @@
-"""The figures of an analysis: similarities, logit lens and contributions by layer, causal tracing as heat maps."""
+"""The figures of an analysis: similarities, logit lens and contributions by layer, causal tracing as heat maps.
+
+Each is half as wide as the page, its charts below each other: two stand side by side, or one on a narrow screen.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_WIDTH = 9.4
+_WIDTH, _HEIGHT = 4.6, 2.1  # inches: of a figure, and of one of its charts
+_LEGEND = 0.3  # above the charts
 _COLORS = {ATTN: ORANGE, FFN: BLUE, TRUE: GREEN, NEW: PURPLE}
 _LINES = {"before": "-", "after": "--"}
 _TITLES = {SUBJECT: "subject's last token", LAST: "prompt's last token"}
@@ -43,7 +47,7 @@ def figures(phases: Sequence[Findings]) -> dict[str, Figure]:
             drawn |= {"effect": _effect(phases), "tracing": _tracing(phases)}
         if (count := len(phases[0].questions)) < LEAST_FACTS:
             for figure in drawn.values():
-                text = f"Facts: {count}. No intervals: {TOO_FEW} how others would differ"
+                text = f"Facts: {count}. No intervals: {TOO_FEW}\nhow others would differ"
                 figure.suptitle(text, x=0.01, ha="left", fontsize="medium")
     return drawn
 
@@ -71,13 +75,16 @@ def _line(ax: Axes, values_NL: Tensor, label: str, name: str, phase: str) -> Non
 
 
 def _finish(figure: Figure, axes: Sequence[Axes]) -> Figure:
-    for ax in axes[-2:]:
-        ax.set_xlabel("layer")
+    axes[-1].set_xlabel("layer")
     for ax in axes:
         ax.locator_params("x", integer=True)
-    handles, labels = axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=4)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
+
+
+def _column(charts: int, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with charts over layers below each other."""
+    return panels(_WIDTH, _LEGEND + _HEIGHT * charts, charts, 1, sharex=True, **options)
 
 
 def _label(name: str, findings: Findings, phases: Sequence[Findings]) -> str:
@@ -86,7 +93,7 @@ def _label(name: str, findings: Findings, phases: Sequence[Findings]) -> str:
 
 def _similarity(phases: Sequence[Findings]) -> Figure:
     """Cosine similarity and overlap of each component's input and output."""
-    figure, axes = panels(_WIDTH, 4.8, 2, 2, sharex=True)
+    figure, axes = _column(4)
     names = {"cosine": "cosine of input and output", "overlap": "overlap of their projections"}
     for i, (measure, title) in enumerate(names.items()):
         for ax, token in zip(axes[2 * i : 2 * i + 2], TOKENS, strict=True):
@@ -100,7 +107,7 @@ def _similarity(phases: Sequence[Findings]) -> Figure:
 
 def _lens(phases: Sequence[Findings]) -> Figure:
     """P of the answers if the model ended after a layer."""
-    figure, axes = panels(_WIDTH, 2.8, 1, 2, sharey=True)
+    figure, axes = _column(2, sharey=True)
     for ax, token in zip(axes, TOKENS, strict=True):
         for findings in phases:
             for answer in (TRUE, NEW):
@@ -112,7 +119,7 @@ def _lens(phases: Sequence[Findings]) -> Figure:
 
 def _contribution(phases: Sequence[Findings]) -> Figure:
     """What each component adds to the logit of the tracked answer."""
-    figure, axes = panels(_WIDTH, 2.8, 1, 2)
+    figure, axes = _column(2)
     for ax, token in zip(axes, TOKENS, strict=True):
         ax.axhline(0, color=STYLE["xtick.color"], lw=0.8)
         for findings in phases:
@@ -125,7 +132,7 @@ def _contribution(phases: Sequence[Findings]) -> Figure:
 
 def _effect(phases: Sequence[Findings]) -> Figure:
     """The indirect effect of attention and FFN with intervals, and the proposed layers."""
-    figure, axes = panels(_WIDTH, 2.8, 1, 2, sharey=True)
+    figure, axes = _column(2, sharey=True)
     proposal = phases[0].proposal()
     if proposal is not None and proposal.verdict != NO_EVIDENCE:
         axes[0].axvspan(proposal.layers[0] - 0.5, proposal.layers[-1] + 0.5, color=STYLE["grid.color"], alpha=0.6, lw=0)
@@ -140,8 +147,8 @@ def _effect(phases: Sequence[Findings]) -> Figure:
 
 
 def _tracing(phases: Sequence[Findings]) -> Figure:
-    """Heat maps of the indirect effect, a row for each phase and a column for each component."""
-    figure, axes = panels(_WIDTH, 0.6 + 2.4 * len(phases), len(phases), len(RESTORED), sharey=True)
+    """Heat maps of the indirect effect, one for each component in each phase."""
+    figure, axes = panels(_WIDTH, 0.4 + 1.75 * len(RESTORED) * len(phases), len(phases) * len(RESTORED), 1, sharex=True)
     maps = [f.measures["effect"].at(component=site).nanmean(dim=0).T for f in phases for site in RESTORED]
     titles = [(f, site) for f in phases for site in RESTORED]
     largest = max(float(values.nan_to_num().max()) for values in maps)
@@ -153,7 +160,6 @@ def _tracing(phases: Sequence[Findings]) -> Figure:
         ax.set_yticks(range(len(POSITIONS)), list(POSITIONS))
         ax.grid(visible=False)
         ax.locator_params("x", integer=True)
-    for ax in axes[-len(RESTORED) :]:
-        ax.set_xlabel("layer")
-    figure.colorbar(image, ax=axes, label="rise of P(answer)", shrink=0.8)
+    axes[-1].set_xlabel("layer")
+    figure.colorbar(image, ax=axes, label="rise of P(answer)", location="bottom", aspect=40, shrink=0.8)
     return figure

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pmet_lightning.analysis.captions import captions
 from pmet_lightning.analysis.claims import Claim
 from pmet_lightning.analysis.components import ANSWERS
 from pmet_lightning.analysis.measures import LEAST_FACTS
@@ -48,6 +49,7 @@ def write_analysis_page(
         "phases": [f.phase for f in phases],
         "proposals": [line for f in phases for line in proposal_lines(f, named=len(phases) > 1)],
         "copy": copy_line(first),
+        "captions": captions(first, "Here" if len(phases) == 1 else "Before the edits"),
         "plots": {name: svg(figure, name) for name, figure in drawn.items()},
         "facts": [_fact(first, i) for i in range(min(MOST_FACTS, len(first.questions)))],
         "few": len(first.questions) < LEAST_FACTS,

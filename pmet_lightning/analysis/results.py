@@ -21,6 +21,14 @@ _TRACING_COLUMNS = ("phase", "component", "layer", "place", *_NUMBERS)
 _FACT_COLUMNS = (
     "phase", "case_id", "relation", "prompt", "subject", "true", "new", "followed", "p_true", "p_new", "p_corrupted",
 )  # fmt: skip
+_COLUMNS_ARE = "columns: attention (attn) and FFN (ffn), at the subject's last token and at the prompt's last token"
+_HEADS = {
+    "cosine": "of what goes into the component and what comes out",
+    "overlap": "share of the likeliest tokens that input and output have in common",
+    "added to logit": "by how much its output raises the answer's logit above that of an average token",
+    "indirect effect": "how much of P(answer), lost to noise on the subject, returns when its output is restored",
+}
+_LENS = "P(answer) if the model ended after that layer"
 _POSITIONS = {SUBJECT: SUBJECT_LAST, LAST: LAST_TOKEN}
 
 
@@ -98,21 +106,22 @@ def summary_lines(phases: Sequence[Findings], claims: Sequence[Claim]) -> list[s
 
 def _table(findings: Findings) -> list[str]:
     """Means over facts, for the tracked answer; the columns on the left are those of the subject's last token."""
-    heads = ["cosine", "overlap", "added to logit", "indirect effect"]
     names = [f"{component} {token}" for token in (SUBJECT, LAST) for component in COMPONENTS]
     columns = _columns(findings)
     depth = len(next(iter(columns.values())))
-    lines = [f"{findings.phase}, {len(findings.questions)} facts{_probabilities(findings)}"]
-    for head in heads:
+    lines = [f"{findings.phase}, {len(findings.questions)} facts{_probabilities(findings)}", _COLUMNS_ARE]
+    for head, meaning in _HEADS.items():
         own = [name for name in columns if name.startswith(f"{head}:")]
         if not own:
             continue
-        lines.append(f"{head:16}" + "".join(f"{name:>14}" for name in names))
+        lines += ["", f"{head}: {meaning}"]
+        lines.append(" " * 16 + "".join(f"{name:>14}" for name in names))
         lines += [
             f"  layer {layer:<8}" + "".join(f"{columns[name][layer]:14.3f}" for name in own) for layer in range(depth)
         ]
     lens = [name for name in columns if name.startswith("lens:")]
-    lines.append(f"{'P under the lens':16}" + "".join(f"{name.partition(':')[2]:>14}" for name in lens))
+    lines += ["", f"P under the lens: {_LENS}"]
+    lines.append(" " * 16 + "".join(f"{name.partition(':')[2]:>14}" for name in lens))
     lines += [f"  layer {i:<8}" + "".join(f"{columns[name][i]:14.3f}" for name in lens) for i in range(depth)]
     return lines
 

@@ -40,7 +40,7 @@ _TEXTS = {
     "stats": "collect the second moments of the keys of the edited layers (--list: show the stored ones)",
     "finetune": "the fine-tuning baseline: train one weight matrix on the edits",
     "retrieve": "the baseline without an edit: ask with the new fact in the prompt",
-    "compare": "run several methods on the same records, and write one table and one plot",
+    "compare": "run several methods on the same records, and compare their Scores on one page",
     "analyze": "find where a model keeps its facts, before and after an edit, and which layers to edit",
     "known": "keep the records whose old object a model knows",
     "export": "write the edited model of a run as a Hugging Face folder",

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.compare.estimate import longest_first, plan_line, run_line, time_line
 from pmet_lightning.compare.plan import Method, Run, plan_runs, quiet, read_report
+from pmet_lightning.utils.console import quieten
 from pmet_lightning.utils.files import write_json
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
@@ -24,13 +28,13 @@ def compare(
     least: PositiveInt = 10,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Run several methods on the same records: one table and one plot of the Score against the number of edits.
+    """Run several methods on the same records: a table and a plot of their Scores for each number of edits.
 
     A comparison that was stopped resumes where it was: runs that are finished in the folder are not repeated.
 
     Args:
         methods: Name and settings of each method.
-        out: Folder for the runs, comparison.json, comparison.csv and comparison.html.
+        out: Folder for the runs and for comparison.html, .md, .json and .csv.
         edits: Numbers of edits; each number is written in one edit batch.
         seeds: Each seed shuffles the records and samples its own contexts.
         least: Minimum number of records evaluated for each seed: a run with fewer edits is repeated on further
@@ -44,15 +48,45 @@ def compare(
         raise ValueError("--methods, --edits and --seeds: expected at least one of each")
     folder, common = Path(out).expanduser(), options or {}
     runs = list(plan_runs(methods, edits, seeds, least))
-    for name, method in methods.items():
-        largest = max((run for run in runs if run.method == name), key=lambda run: run.skip + run.edits)
-        _check(largest, method, common, folder)
-    for number, run in enumerate(runs, start=1):
-        log.info("run %d of %d: %s, %d edits, seed %d", number, len(runs), run.method, run.edits, run.seed)
-        _run(run, methods[run.method], common, folder)
-    from pmet_lightning.compare.results import write_results  # seconds of imports, which --help does not wait for
+    taken = {run: float(read_report(folder / run.name)["seconds"]) for run in runs if _finished(folder / run.name)}
+    log.info("%s", plan_line(runs, taken))
+    from pmet_lightning.run import lightning_cli  # noqa: F401  # seconds of imports, which --help does not wait for
+
+    quieten()  # Lightning, once it is imported
+    with _quietly():
+        for name, method in methods.items():
+            largest = max((run for run in runs if run.method == name), key=lambda run: run.skip + run.edits)
+            _check(largest, method, common, folder)
+    _run_all(runs, taken, methods, common, folder)
+    from pmet_lightning.compare.results import write_results  # seconds of imports
 
     write_results(methods, runs, folder)
+
+
+def _run_all(
+    runs: Sequence[Run],
+    taken: dict[Run, float],
+    methods: Mapping[str, Method],
+    common: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """The runs, those with the most edits first, and before each how long all that is left will take.
+
+    Args:
+        runs: All runs.
+        taken: Seconds of those that are finished; the others are added.
+        methods: The methods by name.
+        common: Options that all runs share.
+        folder: Folder of the comparison.
+    """
+    for number, run in enumerate(longest_first(runs), start=1):
+        left = [other for other in runs if other not in taken]
+        if run in left:
+            time_left = f"; {time_line(left, taken)}" if taken else ""
+            log.info("run %d of %d: %s%s", number, len(runs), run_line(run), time_left)
+        start = time.perf_counter()
+        _run(run, methods[run.method], common, folder)
+        taken.setdefault(run, time.perf_counter() - start)
 
 
 def _check(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> None:
@@ -92,9 +126,26 @@ def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> N
         return
     if run_dir.exists():
         shutil.rmtree(run_dir)
-    report = read_report(run_fit(method.config, quiet(settings, run_dir), method.command))
+    with _quietly():
+        report = read_report(run_fit(method.config, quiet(settings, run_dir), method.command))
     _check_count(run, len(report["edits"]))
     write_json(run_dir / "run.json", wanted)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the lines and bars of the single runs out of the log of the comparison, but for warnings."""
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+    ours = logging.getLogger("pmet_lightning")
+    level = ours.level
+    ours.setLevel(logging.WARNING)
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        enable_progress_bar()
+        ours.setLevel(level)
 
 
 def _finished(folder: Path) -> bool:

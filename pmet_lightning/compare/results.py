@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pmet_lightning.compare.plan import Method, Run, read_report
 from pmet_lightning.evaluation.scores import METRICS, NAMES, SCALES, score_difference, table_of
-from pmet_lightning.report.html import STYLE, panels, svg, write_page
+from pmet_lightning.report.html import GREEN, INK, MUTED, ORANGE, STYLE, panels, svg, write_page
 from pmet_lightning.report.tables import score_cell
-from pmet_lightning.utils.files import write_csv, write_json
+from pmet_lightning.utils.files import atomic_path, write_csv, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 
 RESULT, PAGE = "comparison.json", "comparison.html"
 UNEDITED = "unedited"
+FAR = 20.0  # points below the highest Score: methods that far away are drawn on the edge
 
 
 def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Path) -> None:
-    """Write comparison.json, comparison.csv and comparison.html, and log the table.
+    """Write comparison.json, .csv, .md and .html, and log the table.
 
     Args:
         methods: The methods by name.
@@ -41,9 +42,18 @@ def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Pa
     write_json(folder / RESULT, {"results": results, "methods": {name: vars(m) for name, m in methods.items()}})
     rows = [{name: value for name, value in row.items() if name != "score_by_seed"} for row in results]
     write_csv(folder / "comparison.csv", list(dict.fromkeys(name for row in rows for name in row)), rows)
-    values = {"results": results, "plot": svg(score_plot(results), "scores"), "methods": methods}
+    with atomic_path(folder / "comparison.md") as temporary:
+        temporary.write_text("\n".join(markdown_lines(results)) + "\n", encoding="utf-8")
+    values = {
+        "results": results,
+        "plots": {
+            count: svg(score_plot(own, limits_of(results)), f"scores{count}") for count, own in by_count(results)
+        },
+        "findings": {count: finding(own) for count, own in by_count(results)},
+        "methods": methods,
+    }
     page = write_page("comparison.html.jinja", values, folder / PAGE)
-    log.info("%s\n%s", "\n".join(table_lines(results)), page)
+    log.info("%s\nthe page with the plots: %s", "\n".join(table_lines(results)), page)
 
 
 def _collect(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
@@ -87,8 +97,14 @@ def _floats(table: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(value) for name, value in table.items()}
 
 
-def table_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The results as a Markdown table."""
+def by_count(results: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[str, Any]]]]:
+    """The rows of each number of edits."""
+    counts = dict.fromkeys(row["edits"] for row in results)
+    return [(count, [row for row in results if row["edits"] == count]) for count in counts]
+
+
+def markdown_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All results with their intervals as a Markdown table."""
     head = ["edits", "method", *METRICS, "vs. first", "records", "Score by seed", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in results:
@@ -99,27 +115,102 @@ def table_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def score_plot(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Score against the number of edits, a line with 95 % intervals for each method."""
+def table_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The results for a terminal: for each number of edits a table, and what it shows in a sentence."""
+    lines = []
+    for count, rows in by_count(results):
+        records = f", {rows[0]['count']:.0f} records" if rows[0]["count"] != count else ""
+        lines += [
+            "",
+            f"{count} edit{'' if count == 1 else 's'} in one edit batch{records}",
+            *_aligned(rows),
+            finding(rows),
+        ]
+    return lines
+
+
+def _aligned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table in columns, the names on the left and the numbers on the right."""
+    first = next((row["method"] for row in rows if row["method"] != UNEDITED), "")
+    table = [["", *METRICS[:-1], "Score", f"Score to {first}", "seconds"]]
+    for row in rows:
+        plain = [f"{row[name]:.1f}" if name in row else "-" for name in METRICS[:-1]]
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
+        table.append([row["method"], *plain, score_cell(row, METRICS[-1]), score_cell(row, "difference"), seconds])
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    return [
+        f"{name:{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        for name, *cells in table
+    ]
+
+
+def finding(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the methods of one number of edits come to, in words; empty without Scores."""
+    scored = [row for row in rows if row["method"] != UNEDITED and "score" in row]
+    if not scored:
+        return ""
+    best = max(round(row["score"], 1) for row in scored)
+    names = ", ".join(row["method"] for row in scored if round(row["score"], 1) == best)
+    text = f"Highest Score: {best:.1f} ({names})."
+    reference, *others = scored
+    for side in ("above", "below", ""):
+        names = ", ".join(row["method"] for row in others if side_of(row) == side)
+        if names:
+            title = f"{side.capitalize()} {reference['method']} beyond chance" if side else "Not told apart from it"
+            text += f" {title}: {names}."
+    return text
+
+
+def side_of(row: Mapping[str, Any]) -> str:
+    """Whether a method's Score is ``above`` or ``below`` the first one's beyond chance, or neither (empty)."""
+    if row.get("difference_low", -math.inf) > 0:
+        return "above"
+    return "below" if row.get("difference_high", math.inf) < 0 else ""
+
+
+def limits_of(results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """A range of Scores that holds those of most methods with their intervals; those far below would squeeze it."""
+    scored = [row for row in results if row["method"] != UNEDITED and "score" in row]
+    best = max((row["score"] for row in scored), default=0.0)
+    low = min((row.get("score_low", row["score"]) for row in scored if row["score"] >= best - FAR), default=0.0)
+    return max(0.0, 10 * math.floor((low - 1) / 10)), 101.0
+
+
+def score_plot(results: Sequence[Mapping[str, Any]], limits: tuple[float, float] | None = None) -> Figure:
+    """The Score of every method with its 95 % interval, a row for each, one chart for each number of edits.
+
+    Args:
+        results: Rows as in comparison.json.
+        limits: The range of the Scores that is drawn; by default that of these results.
+    """
     from matplotlib import rc_context
 
+    groups = [(count, [row for row in rows if row["method"] != UNEDITED]) for count, rows in by_count(results)]
+    heights = [0.4 + 0.26 * len(rows) for _, rows in groups]
     with rc_context(STYLE):
-        figure, (axes,) = panels(9.4, 4.6, 1, 1)
-        _draw_scores(axes, results)
+        figure, charts = panels(4.6, 0.6 + sum(heights), len(groups), 1, sharex=True, height_ratios=heights)
+        for axes, (count, rows) in zip(charts, groups, strict=True):
+            axes.set(title=f"{count:,} edit{'' if count == 1 else 's'}", xlim=limits or limits_of(results))
+            _draw_scores(axes, rows)
+        charts[-1].set_xlabel("Score")
     return figure
 
 
-def _draw_scores(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
-    for method in dict.fromkeys(row["method"] for row in results if row["method"] != UNEDITED):
-        points = [row for row in results if row["method"] == method and "score" in row]
-        scores = [row["score"] for row in points]
-        errors = [
-            [max(0.0, row["score"] - row.get("score_low", row["score"])) for row in points],
-            [max(0.0, row.get("score_high", row["score"]) - row["score"]) for row in points],
-        ]
-        axes.errorbar([row["edits"] for row in points], scores, yerr=errors, marker="o", capsize=3, label=method)
-    axes.set(xscale="log", xlabel="edits in one batch", ylabel="Score", ylim=(0, 102))
-    counts = sorted({row["edits"] for row in results})
-    axes.set_xticks(counts, [f"{count:,}" for count in counts])
-    axes.minorticks_off()
-    axes.legend(loc="lower left", ncols=2)
+def _draw_scores(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A disc with its interval for each method, in the color of its side, and its Score as a number on the right.
+
+    A Score that is below the range is a triangle on its edge. The first method's goes through all as a line.
+    """
+    colors, least = {"above": GREEN, "below": ORANGE, "": MUTED}, axes.get_xlim()[0]
+    for height, row in enumerate(rows):
+        if "score" not in row:
+            continue
+        score, color = row["score"], colors[side_of(row)] if height else INK
+        low, high = (row.get(f"score_{end}", score) for end in ("low", "high"))
+        axes.plot([max(low, least), high], [height, height], color=color, lw=2, alpha=0.6, solid_capstyle="butt")
+        axes.plot([max(score, least)], [height], "o" if score >= least else "<", color=color, clip_on=False)
+        axes.text(1.03, height, f"{score:.1f}", color=color, va="center", transform=axes.get_yaxis_transform())
+    if rows and "score" in rows[0]:
+        axes.axvline(rows[0]["score"], color=INK, lw=0.8, ls=":")
+    axes.set_yticks(range(len(rows)), [row["method"] for row in rows], color=INK)
+    axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -173,11 +173,10 @@ class Collection:
             moment = symmetrize(self.processes.all_reduce_sum(total)).div_(tokens)
             if projection_id in self.previous:
                 change = _relative_change(self.previous.pop(projection_id), moment)  # freed before the next
-                rank = float(moment.diagonal().sum() ** 2 / moment.norm() ** 2)
                 changes.append(change)
                 log.info(
-                    "second moments of %s in layer %d: %d tokens, changed by %.1f %% with the last doubling, effective "
-                    "rank %.1f of %d", *projection_id, tokens, 100 * change, rank, len(moment),
+                    "second moments of %s in layer %d: %d tokens, doubling the text has changed them by %.1f %%",
+                    *projection_id, tokens, 100 * change,
                 )  # fmt: skip
             self.previous[projection_id] = moment.float()
         converged = len(changes) == len(self.sums.lower) and max(changes) <= self.settings.tolerance

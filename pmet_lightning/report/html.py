@@ -52,7 +52,7 @@ def write_page(template: str, values: Mapping[str, Any], path: Path) -> Path:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("pmet_lightning.report"), autoescape=True, trim_blocks=True)
-    environment.filters["shown"] = _shown
+    environment.filters["shown"] = shown
     shared = {
         "metrics": METRICS,
         "colors": COLORS,
@@ -82,7 +82,7 @@ def number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _shown(value: Any, form: str = ".1f") -> str:
+def shown(value: Any, form: str = ".1f") -> str:
     """A number as it is shown on a page, or a dash."""
     if math.isnan(number(value)):
         return "–"
@@ -101,7 +101,9 @@ def svg(figure: Figure, name: str) -> str:
         # Fix the layout, so that later drawings, for TensorBoard too, need not compute it again.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     drawing = buffer.getvalue()
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing[drawing.index("<svg") :])  # ids that recur in every figure
     # Some of the other ids hold an address in memory.

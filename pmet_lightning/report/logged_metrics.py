@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pmet_lightning.evaluation.scores import METRICS
+from pmet_lightning.report.tables import score_cell
 from pmet_lightning.targets.loop import Rules
 from pmet_lightning.targets.store import PARTS, STOP_REASONS, Target, mean_curves, pad_histories
 from pmet_lightning.utils.metric_names import (
@@ -43,14 +44,17 @@ def step_points(targets: Sequence[Target], rules: Rules) -> Iterator[dict[str, f
     """At each step of an edit batch: means and quantiles over all its edits, stopped ones with their last values.
 
     Means over the edits that took the step are there too, and the share of edits that are finished after it. Parts of
-    the loss without a weight are left out.
+    the loss without a weight are left out, and a part that is all of the loss.
 
     Args:
         targets: Targets of the edit batch.
         rules: The weights of the parts.
     """
     weights = {"loss_nll": rules.nll, "loss_kl": rules.kl, "loss_norm": rules.norm}
-    names = [part for part in PARTS if weights.get(part, 1)]
+    weighted = [part for part, weight in weights.items() if weight]
+    # A single part with the weight 1 is the loss itself, and its curve would be there twice.
+    twice = weighted if [weights[part] for part in weighted] == [1] else []
+    names = [part for part in PARTS if weights.get(part, 1) and part not in twice]
     columns = [PARTS.index(name) for name in names]
     histories_BSP = pad_histories(targets)[..., columns]
     levels_L = histories_BSP.new_tensor(list(LEVELS.values()))
@@ -125,7 +129,14 @@ def answers_table(questions: Sequence[str], before: Sequence[str], ledger: Seque
     rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
     for question, answer_before, line in zip(questions, before, ledger, strict=True):
         rows.append((question, line["target_true"] or "", line["target"], answer_before, line["answer"]))
-    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+    return _markdown(rows)
+
+
+def scores_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """The scores of each phase with their intervals, in Markdown."""
+    rows = [("", *METRICS), ("---",) * (1 + len(METRICS))]
+    rows += [(phase, *(score_cell(table, name) for name in METRICS)) for phase, table in results.items()]
+    return _markdown(rows)
 
 
 def is_shown(edit_batch: int) -> bool:
@@ -143,7 +154,7 @@ def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
         return "Margin", [f"{QUANTILES}/{part}_{level}" for level in ("q50", "q10", "q90")]
 
     return {
-        "scores before and after": {"scores": ("Multiline", [f"{SCORES}/{name}" for name in METRICS])},
+        "scores": {"scores": ("Multiline", [f"{SCORES}/{name}" for name in METRICS])},
         "targets by step: median, 10 % and 90 % of the edits": {part: band(part) for part in ("loss", "p", "p_prompt")},
         "edit batches": {
             "why the search stopped": ("Multiline", [f"{EDIT_BATCHES}/stopped_by_.*"]),
@@ -155,6 +166,10 @@ def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
 
 def _deltas(report: WriteReport) -> list[str]:
     return [f"delta_{site}" for site in report.targets[0].values]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
 
 
 def _cell(text: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,47 @@ from pmet_lightning.data.encoder import fill
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.scores import CORE, row_scores
 from pmet_lightning.evaluation.verdict import Outcome
+from pmet_lightning.report.html import number
 
 
 def columns_of(points: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """Points of curves, turned into one list of values for each curve."""
     return {name: [point[name] for point in points] for name in points[0]} if points else {}
+
+
+def value_at(data: Any, *path: str) -> Any:
+    """The value at a path of keys, or ``None``."""
+    for key in path:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data
+
+
+def rows_of(data: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The rows of a part of a report that have anything in them."""
+    return [row for row in data.get(name) or [] if row]
+
+
+def column(rows: Sequence[Any], *path: str) -> list[float]:
+    """The number at a path of keys in each row, or NaN."""
+    return [number(value_at(row, *path)) for row in rows]
+
+
+def known(values: Sequence[float]) -> list[float]:
+    """The values without NaN."""
+    return [value for value in values if not math.isnan(value)]
+
+
+def by_batch(curves: Mapping[str, Any]) -> list[list[dict[str, float]]]:
+    """The points of curves that :func:`columns_of` has joined, for each edit batch; the step of each begins anew."""
+    names = [name for name in curves if curves[name]]
+    batches: list[list[dict[str, float]]] = []
+    for index, values in enumerate(zip_longest(*(curves[name] for name in names))):
+        point = dict(zip(names, map(number, values), strict=True))
+        point["step"] = float(index) if math.isnan(point.get("step", math.nan)) else point["step"]
+        if not batches or point["step"] <= batches[-1][-1]["step"]:
+            batches.append([])
+        batches[-1].append(point)
+    return batches
 
 
 def edit_lines(

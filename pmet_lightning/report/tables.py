@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pmet_lightning.evaluation.scores import METRICS, TEXTS
+from pmet_lightning.evaluation.scores import METRICS
 
 _TABLES = {"": "  forced", "_contains": "  freely"}  # rows below the headline
+_OTHERS = {
+    "perplexity": "perplexity of unrelated text",
+    "specificity_kept": "answers about other subjects that are still the unedited model's, in % of their tokens",
+    "fluency": "fluency of sampled texts (entropy of their word pairs and triples, times 100; higher is more varied)",
+    "consistency": "consistency of sampled texts with texts about the new objects (cosine times 100)",
+}
 
 
 def score_table(results: Mapping[str, Mapping[str, float]]) -> str:
@@ -27,6 +33,8 @@ def score_table(results: Mapping[str, Mapping[str, float]]) -> str:
     counts = {int(table["count"]) for table in results.values() if "count" in table}
     if any(map(headline_suffix, results.values())):
         lines.append("no old object to compare with: share of answers that say the new one; forced: of its tokens")
+    elif any("efficacy_contains" in table for table in results.values()):
+        lines.append("freely: share of the generated answers that have the new object in them")
     return "\n".join([*lines, f"records: {', '.join(map(str, sorted(counts)))}"])
 
 
@@ -48,12 +56,12 @@ def score_cell(table: Mapping[str, float], name: str) -> str:
 
 
 def other_lines(results: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Lines of the other measures: on text unrelated to the edits, and on generated text about what was edited."""
+    """Lines of other measures that say what they are; the rest are in scores.json and on the report's page."""
     lines = []
-    for name in ("perplexity", "kl", "specificity_kept", "specificity_kl", "specificity_top1", *TEXTS):
+    for name, words in _OTHERS.items():
         values = [f"{phase} {table[name]:.4g}" for phase, table in results.items() if name in table]
         if values:
-            lines.append(f"{name.replace('_', ' ')}: {', '.join(values)}")
+            lines.append(f"{words}: {', '.join(values)}")
     return lines
 
 

@@ -12,8 +12,9 @@ import lightning as L
 
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.evaluation.verdict import verdict_lines
+from pmet_lightning.report.figures import figures
 from pmet_lightning.report.run_data import add_outcomes, columns_of, edit_lines, relation_lines, saved_settings
-from pmet_lightning.report.run_report import figures, worst, write_report
+from pmet_lightning.report.run_report import worst, write_report
 from pmet_lightning.run.journal import Journal
 from pmet_lightning.run.outcome import RunOutcome
 from pmet_lightning.run.summary import Summary

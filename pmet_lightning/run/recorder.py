@@ -29,7 +29,7 @@ from pmet_lightning.run.patch_file import PatchFile
 from pmet_lightning.run.resume import reapply_patch, restore_progress
 from pmet_lightning.run.state import RunState
 from pmet_lightning.run.summary import Summary, plain_rows, summary_of
-from pmet_lightning.targets.store import mean_curves
+from pmet_lightning.targets.store import overall_curves
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import find_callback, is_stream
 from pmet_lightning.utils.files import write_json
@@ -213,7 +213,7 @@ def _journal_entry(outputs: BatchOutputs) -> dict[str, Any]:
     entry = {
         "edit_batch": report.edit_batch,
         "layers": report.layer_lines(),
-        "curves": mean_curves(report.targets),
+        "curves": overall_curves(report.targets),
     }
     if "rows_at_once" in outputs:
         entry["before"] = plain_rows(outputs.get("rows_before"))

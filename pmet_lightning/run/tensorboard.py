@@ -25,6 +25,7 @@ from pmet_lightning.report.logged_metrics import (
     is_shown,
     layer_points,
     layout,
+    scores_table,
     shown_edits,
     step_points,
     write_points,
@@ -35,7 +36,7 @@ from pmet_lightning.run.timing import PhaseProfiler
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import all_edits
 from pmet_lightning.utils.distributed import ProcessGroup
-from pmet_lightning.utils.metric_names import DETAILS, EDIT_BATCHES, FIGURES, SCORES, TEXTS
+from pmet_lightning.utils.metric_names import BEFORE, DETAILS, EDIT_BATCHES, FIGURES, SCORE_TABLE, SCORES, TEXTS
 from pmet_lightning.write.write_report import BatchOutputs
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class TensorBoardCallback(L.Callback):
         for writer in _writers(trainer):
             for name, figure in self.recorder.drawn.items():
                 writer.add_figure(f"{FIGURES}/{name}", figure, self._edits(trainer))
+            writer.add_text(SCORE_TABLE, scores_table(pl_module.results), self._edits(trainer))
             if self._started:
                 writer._get_file_writer().add_summary(hparams_summaries({}, [])[2])
 
@@ -156,11 +158,18 @@ class TensorBoardCallback(L.Callback):
         writer.add_text(TEXTS, table, report.edit_batch)
 
     def _log_scores(self, trainer: L.Trainer, module: EditableModel, phase: str) -> None:
-        """Log scores of all records, with the number of edits that have been written as the step."""
+        """Log scores of all records, with the number of edits that have been written as the step.
+
+        Those of the unedited model have charts of their own: TensorBoard smooths curves unless told otherwise, and of
+        two points, 0 and 98, it would show the second one at 61.
+        """
         values = module.results.get(phase, {})
         self._shown.add(phase)
+        if phase == "before":
+            self._log(trainer, {f"{BEFORE}/{name}": value for name, value in values.items()}, 0)
+            return
         points = {f"{SCORES if name in _MAIN else DETAILS}/{name}": value for name, value in values.items()}
-        self._log(trainer, points, 0 if phase == "before" else self._edits(trainer))
+        self._log(trainer, points, self._edits(trainer))
 
     def _log(self, trainer: L.Trainer, points: Mapping[str, float], step: int) -> None:
         finite = {name: value for name, value in points.items() if math.isfinite(value)}

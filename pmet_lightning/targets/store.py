@@ -6,6 +6,7 @@ Legend: B = edits, A = those that took a given step, F = model width, S = steps,
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pmet_lightning.utils.tensor_files import save_tensors
 PARTS = ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt")
 # Why an edit stops: its loss is low, its target tokens are the argmax, or it is out of steps.
 STOP_REASONS = ("loss", "argmax", "steps")
+QUARTILES = {"q25": 0.25, "q75": 0.75}  # of the loss and P(o*) over the edits: between them lies the middle half
 _HISTORY = "history"  # name of the history in a file, where the other tensors have names of sites
 
 
@@ -94,6 +96,27 @@ def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
         means = dict(zip(PARTS, here_AP.mean(dim=0).tolist(), strict=True))
         points.append({"step": float(step), **means, "active_edits": float(len(here_AP))})
     return points
+
+
+def overall_curves(targets: Sequence[Target]) -> list[dict[str, float]]:
+    """At each step, means and quartiles over all edits: one that has stopped keeps its last values.
+
+    Unlike those of :func:`mean_curves`, these means do not jump when easy edits stop and leave the hard ones behind.
+
+    Returns:
+        For each step ``step``, the mean of each of ``PARTS``, ``loss_q25``, ``loss_q75``, ``p_q25``, ``p_q75``, and
+        how many edits took the step (``active_edits``).
+    """
+    if not targets:
+        return []
+    histories_BSP, lengths_B = pad_histories(targets), torch.tensor([len(target.history_SP) for target in targets])
+    means_SP = histories_BSP.mean(dim=0)
+    columns = {name: means_SP[:, i] for i, name in enumerate(PARTS)}
+    for name, level in itertools.product(("loss", "p"), QUARTILES):
+        columns[f"{name}_{level}"] = histories_BSP[..., PARTS.index(name)].quantile(QUARTILES[level], dim=0)
+    columns["active_edits"] = (lengths_B > torch.arange(len(means_SP)).unsqueeze(1)).sum(dim=1)
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [{"step": float(step), **dict(zip(columns, map(float, row), strict=True))} for step, row in enumerate(rows)]
 
 
 def pad_histories(targets: Sequence[Target]) -> Tensor:

@@ -127,13 +127,15 @@ def add_outcomes(
 
 
 def log_writes(reports: Sequence[LayerReport], edit_batch: int) -> None:
-    """Log what was written, and warn where precision was lost."""
+    """Log what was written, a line for the edit batch, and warn where precision was lost."""
+    last = {report.site: report for report in reports}
+    left = ", ".join(f"the {site} outputs are {100 * report.residual_after:.0f} %" for site, report in last.items())
+    kept = min(report.kept for report in reports)
+    log.info(
+        "edit batch %d is written: %s as far from their targets as before%s", edit_batch, left,
+        f"; the stored weights have {100 * kept:.1f} % of the change or more" if kept < _NEARLY_ALL else "",
+    )  # fmt: skip
     for report in reports:
-        log.info(
-            "edit batch %d, %s written: the outputs are %.0f %% of their first distance from the targets, before it "
-            "%.0f %%%s", edit_batch, report.name, 100 * report.residual_after, 100 * report.residual,
-            f"; the stored weight has {100 * report.kept:.1f} % of the change" if report.kept < _NEARLY_ALL else "",
-        )  # fmt: skip
         if report.rounding > MUCH_ROUNDING:
             log.warning(
                 "%s: rounding to the weight's precision changed dW by %.0f %% of its norm (%.0f %% of the entries "

@@ -7,11 +7,14 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
+from pmet_lightning.analysis.captions import captions
 from pmet_lightning.analysis.claims import claims_of
 from pmet_lightning.analysis.facts import read_facts
 from pmet_lightning.analysis.figures import figures
 from pmet_lightning.analysis.page import write_analysis_page
+from pmet_lightning.analysis.tracing import SUBJECT_LAST
 from tests.planted import records, save_planted, study_of, written
 from tests.report.test_run_report import HOSTILE, Page
 
@@ -51,6 +54,36 @@ def test_the_page_has_the_finding_the_layers_and_captioned_figures(text):
     assert "None" not in page.text
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(drawing)
+
+
+def test_captions_say_what_the_figures_show(found, text):
+    """The planted model stores in layer 1 and fetches in layer 2, where the answer becomes readable."""
+    told = captions(found)
+    assert set(told) == {"effect", "tracing", "contribution", "lens"}
+    effect = found.measures["effect"]
+    ffn = effect.at(component="ffn", place=SUBJECT_LAST).nanmean(dim=0)
+    assert f"FFN's effect is largest in layer 1 ({float(ffn[1]):.3f})" in told["effect"]
+    assert "attention's is largest in layer 2" in told["effect"]
+    assert told["tracing"].endswith("prompt's last token from layer 2 on.")
+    for component, words in (("attn", "attention adds {}"), ("ffn", "the FFNs {}")):
+        added = found.of_followed("contribution", token="last", component=component).mean(dim=0).sum()
+        assert words.format(f"{float(added):.1f}") in told["contribution"]
+    assert all(sentence in Page(text).text for sentence in told.values())
+
+
+def test_a_caption_does_not_call_unreadable_what_is_readable(found):
+    def told(subject, last):
+        lens = found.measures["lens"]
+        values = torch.zeros_like(lens.values)
+        axes = list(lens.axes)
+        assert axes.index("token") == 0, "a legend for what follows"
+        names = list(lens.axes["token"])
+        values[:, names.index("subject")], values[:, names.index("last")] = subject, last
+        return captions(replace(found, measures=found.measures | {"lens": replace(lens, values=values)}))["lens"]
+
+    assert "not the answer in a form that can be said" in told(0.0, 1.0)
+    assert "not the answer in a form that can be said" not in told(0.9, 1.0)
+    assert "stays below one half" in told(0.0, 0.2)
 
 
 def test_it_fetches_nothing_and_names_stay_text(text):

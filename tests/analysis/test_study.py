@@ -197,7 +197,7 @@ def test_of_each_fact_its_own_answer_is_shown(tmp_path):
     drawn = {line.get_label(): line.get_ydata() for line in ax.lines}["attention"]
     assert drawn == pytest.approx(fetched.mean(dim=0).tolist())
     rows = summary_lines([found], [])
-    added = rows[next(i for i, row in enumerate(rows) if row.startswith("added to logit")) + 3]
+    added = rows[next(i for i, row in enumerate(rows) if row.startswith("added to logit")) + 2 + 2]
     assert float(added.split()[4]) == pytest.approx(float(fetched[:, 2].mean()), abs=1e-3)
 
 

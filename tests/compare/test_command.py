@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmet_lightning.cli.dispatch import main
-from pmet_lightning.compare.plan import Method, plan_runs, quiet
-from pmet_lightning.compare.results import score_plot
+from pmet_lightning.compare.estimate import longest_first, plan_line, seconds_left, time_line
+from pmet_lightning.compare.plan import Method, Run, plan_runs, quiet
+from pmet_lightning.compare.results import finding, limits_of, score_plot, table_lines
 from pmet_lightning.data.readers import read_edits
 from pmet_lightning.evaluation.scores import NAMES, score_difference
 from pmet_lightning.report.html import write_svg
 from pmet_lightning.run import lightning_cli
 from pmet_lightning.run.lightning_cli import run_fit
-from pmet_lightning.utils.resources import locate
+from pmet_lightning.utils.resources import locate, locate_config
 
 FAST = {
     "trainer.accelerator": "cpu",
@@ -205,6 +208,20 @@ def test_a_comparison_goes_on_where_it_was(comparison, monkeypatch):
         main(["compare", "--config", str(other_options(comparison))])
 
 
+def test_no_table_of_the_page_is_cut_off(comparison):
+    """Each scrolls in its own box, and becomes a block for each row on a narrow screen; charts are half a page wide."""
+    text = (comparison / "out" / "comparison.html").read_text()
+    tables = re.findall(r'<div class="wide">\s*<table class="numbers compared cards">(.*?)</table>', text, re.DOTALL)
+    assert len(tables) == 2
+    for table in tables:
+        assert table.count("<td") == table.count("data-label=") > 0
+    widths = re.findall(r'<svg[^>]* width="([\d.]+)pt"', text)
+    assert len(widths) == 2
+    assert max(map(float, widths)) < 4.7 * 72
+    assert text.count("<small>seeds ") == 2 * 4
+    assert "Highest Score: " in text
+
+
 def other_options(folder: Path) -> Path:
     settings = json.loads((folder / "small.yaml").read_text())
     settings["methods"]["PMET"]["options"]["spread.lam"] = 3
@@ -250,6 +267,103 @@ def test_a_setting_that_no_method_knows_is_an_error_before_the_first_run(compari
     assert not (comparison / "misspelled").exists()
 
 
+def scored(method: str, edits: int, score: float, difference: float, width: float = 1.0) -> dict:
+    found = {"score": score, "score_low": score - width, "score_high": min(100.0, score + width)}
+    found |= {"difference": difference, "difference_low": difference - width, "difference_high": difference + width}
+    found |= dict.fromkeys(("efficacy", "generalisation", "specificity"), score)
+    return {"method": method, "edits": edits, "count": float(edits), "score_by_seed": {"0": score}, **found}
+
+
+METHODS = [("PMET", 93.4, 0.0), ("MEMIT", 93.9, 0.5), ("better", 96.0, 2.6), ("worse", 84.4, -9.0), ("far", 0.0, -93.4)]
+RESULTS = [scored(name, count, score, gap) for count in (100, 200) for name, score, gap in METHODS]
+
+
+def test_every_method_has_a_row_of_its_own_in_the_plot():
+    """However close their Scores are, no two methods share a place, a name or a number."""
+    low, _ = limits_of(RESULTS)
+    assert low == 80, "a method that is far away does not squeeze the others"
+    figure = score_plot(RESULTS)
+    names = [name for name, *_ in METHODS]
+    for axes, count in zip(figure.axes, (100, 200), strict=True):
+        assert axes.get_title(loc="left") == f"{count} edits"
+        assert [label.get_text() for label in axes.get_yticklabels()] == names
+        assert [text.get_text() for text in axes.texts] == [f"{score:.1f}" for _, score, _ in METHODS]
+        marks = [one for one in axes.lines if one.get_marker() in ("o", "<")]
+        assert [mark.get_ydata()[0] for mark in marks] == list(range(len(METHODS)))
+        assert [mark.get_xdata()[0] for mark in marks] == [93.4, 93.9, 96.0, 84.4, low]
+        assert [mark.get_marker() for mark in marks] == ["o"] * 4 + ["<"]
+        assert len({mark.get_color() for mark in marks}) == 4, "first, above, below, not told apart"
+
+
+def test_the_finding_says_what_the_numbers_say():
+    text = finding(RESULTS[:5])
+    assert text == (
+        "Highest Score: 96.0 (better). Above PMET beyond chance: better. Below PMET beyond chance: worse, far. "
+        "Not told apart from it: MEMIT."
+    )
+    assert finding([scored("A", 1, 100.0, 0.0), scored("B", 1, 100.0, 0.0)]).startswith("Highest Score: 100.0 (A, B).")
+    assert not finding([])
+
+
+def test_the_table_of_the_terminal_is_aligned():
+    wide = scored("worst", 100, 0.0, -100.0, width=100.0)
+    lines = table_lines([*RESULTS[:5], wide])
+    rows = lines[2:9]
+    assert len({len(row) for row in rows}) == 1
+    assert all("  " in row for row in rows)
+    assert rows[0].split("  ")[-1].strip() == "seconds"
+    assert "-100.0 [-200.0, 0.0]" in rows[-1]
+    assert lines[-1].startswith("Highest Score: 96.0")
+
+
+def test_the_time_that_is_left_is_that_of_the_most_similar_runs():
+    runs = list(plan_runs(["A", "B"], [10, 200], [0, 1], 10))
+    assert [run.edits for run in longest_first(runs)] == [200] * 4 + [10] * 4
+    taken = {Run("A", 200, 0, 0): 30.0}
+    left = [run for run in runs if run not in taken]
+    assert seconds_left(left, taken) == 7 * 30, "nothing is known but the longest kind"
+    taken[Run("B", 200, 0, 0)] = 50.0
+    taken[Run("A", 10, 0, 0)] = 3.0
+    left = [run for run in runs if run not in taken]
+    assert seconds_left(left, taken) == 30 + 50 + 3 + 50 + 50  # B has no run of 10 edits yet
+    assert time_line(left, taken) == "at most about 4 min left"
+    assert time_line(left[:1], {Run("A", 200, 0, 0): 7201.0}) == "at most about 2.0 h left"
+
+
+def test_a_comparison_says_first_what_it_is_going_to_do():
+    runs = list(plan_runs(["A", "B"], [10, 200], [0], 10))
+    assert plan_line(runs, {}).startswith("4 runs: 2 methods, 10 and 200 edits, 1 seed; the longest come first")
+    assert plan_line(runs, {runs[0]: 20.0}).endswith("1 are finished, at most about 60 s left")
+    assert plan_line(runs, dict.fromkeys(runs, 1.0)).endswith("all are finished")
+
+
+def test_the_log_of_a_comparison_is_its_own(comparison, tmp_path, caplog):
+    """A line before each run with the time that is left, not the lines of the runs; the table at the end."""
+    settings = json.loads((comparison / "small.yaml").read_text()) | {"out": str(tmp_path / "out"), "seeds": [0]}
+    settings["methods"] = {name: settings["methods"][name] for name in ("fine-tuning", "retrieval")}
+    (tmp_path / "quiet.yaml").write_text(json.dumps(settings))
+    with caplog.at_level("INFO"):
+        main(["compare", "--config", str(tmp_path / "quiet.yaml")])
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    assert lines[0].startswith("6 runs: 2 methods, 1 and 2 edits, 1 seed;")
+    assert lines[1] == "run 1 of 6: fine-tuning, 2 edits, seed 0"
+    assert all(line.startswith(f"run {number} of 6: ") for number, line in enumerate(lines[1:7], start=1))
+    assert all("left" in line for line in lines[2:7])
+    assert "Highest Score" in lines[7]
+    assert len(lines) == 8
+    table = (tmp_path / "out" / "comparison.md").read_text()
+    assert table.startswith("| edits | method | efficacy |")
+    assert len(table.splitlines()) == 2 + 2 * 3
+
+
+def test_the_shipped_comparison_ends_soon():
+    """27 runs of 2,790 edits took six minutes on one core; the seeds of the README are given there."""
+    settings = yaml.safe_load(Path(locate_config("compare.yaml")).read_text(encoding="utf-8"))
+    runs = list(plan_runs(settings["methods"], settings["edits"], settings["seeds"], settings["least"]))
+    assert len(runs) <= 27
+    assert sum(run.edits for run in runs) <= 2790
+
+
 def test_a_plot_is_the_same_file_every_time(tmp_path):
     """With its words as words, so that it can be searched and compared."""
     scores = {"score": 80.0, "score_low": 70.0, "score_high": 90.0}
@@ -261,4 +375,4 @@ def test_a_plot_is_the_same_file_every_time(tmp_path):
     one, other = (file.read_text(encoding="utf-8") for file in files)
     assert one == other
     assert ">PMET</text>" in one
-    assert ">edits in one batch</text>" in one
+    assert ">100 edits</text>" in one

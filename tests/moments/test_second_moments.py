@@ -317,7 +317,7 @@ def test_the_callback_stores_what_a_plain_sum_gives(folder, corpus, tmp_path, lo
         found = moments.moment(("ffn", layer)).double()
         assert float((found - expected / tokens).norm() / found.norm()) < 1e-6
     assert {int(found["tokens"]) for found in stored_moments(tmp_path / "out")} == {tokens}
-    assert "effective rank" in caplog.text
+    assert "doubling the text has changed them by" in caplog.text
     assert not list((tmp_path / "out").glob("*/unfinished*"))
     caplog.clear()
     collect(folder, corpus, tmp_path / "out")

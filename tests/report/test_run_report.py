@@ -20,11 +20,17 @@ from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pmet_lightning.report import run_report as report
-from pmet_lightning.report.run_report import figures, write_report
+from pmet_lightning.report.captions import captions
+from pmet_lightning.report.figures import MOST_BATCHES, figures
+from pmet_lightning.report.run_report import write_report
 
 CORE = ("efficacy", "generalisation", "specificity")
 SECTIONS = {"scores", "measures", "targets", "layers", "relations", "forgetting", "worst", "settings", "versions"}
-FIGURES = {"loss_curves", "steps", "residual", "norms", "relations", "forgetting"}
+FIGURES = {
+    *("loss", "probability", "steps", "stop_reasons", "residual", "norms"),
+    *("relations_efficacy", "relations_specificity", *(f"forgetting_{name}" for name in (*CORE, "score"))),
+}
+CAPTIONS = {"targets", "steps", "residual", "norms", "relations", "forgetting"}
 HOSTILE = "<b>&\"'</b><script>alert(1)</script>--><!-- ]]> $x_$ {{ 7 * 7 }}"
 
 
@@ -66,7 +72,7 @@ def full_data(count: int = 60) -> dict:
             {"edit_batch": i, "at_once": score_table(95.0 - i), "at_the_end": score_table(90.0 - i)} for i in (0, 1)
         ],
         "curves": {
-            "step": list(range(5)), "loss": [5.0, 1.0, 0.1, 4.0, 0.5], "loss_nll": [4.0, 0.9, 0.1, 3.0, 0.4],
+            "step": [0, 1, 2, 0, 1], "loss": [5.0, 1.0, 0.1, 4.0, 0.5], "loss_nll": [4.0, 0.9, 0.1, 3.0, 0.4],
             "loss_kl": [0.0, 0.1, 0.2, 0.0, 0.1], "loss_norm": [0.0] * 5, "p": [0.1, 0.5, 0.9, 0.2, 0.8],
             "active_edits": active,
         },
@@ -147,7 +153,8 @@ def test_a_full_data_set_gives_every_part_on_one_page(full):
     assert {file.name for file in full.parent.iterdir()} == {"report.html", "report.json"}
     assert full.name == "report.html"
     assert set(page.ids) >= SECTIONS
-    assert page.tags["svg"] == page.tags["figcaption"] == len(FIGURES)
+    assert page.tags["svg"] == len(FIGURES)
+    assert page.tags["figcaption"] == len(CAPTIONS)
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(drawing)
 
@@ -212,8 +219,10 @@ def test_any_script_can_be_drawn(tmp_path):
 
 
 ALONE = {  # the sections and the figures of each part
-    "scores": {"scores", "measures"}, "edit_batches": {"forgetting"}, "layers": {"layers", "residual", "norms"},
-    "edits": {"worst", "targets", "steps"}, "curves": {"targets", "loss_curves"}, "relations": {"relations"},
+    "scores": {"scores", "measures"}, "layers": {"layers", "residual", "norms"},
+    "edit_batches": {"forgetting", *(f"forgetting_{name}" for name in (*CORE, "score"))},
+    "edits": {"worst", "targets", "steps", "stop_reasons"}, "curves": {"targets", "loss", "probability"},
+    "relations": {"relations", "relations_efficacy", "relations_specificity"},
     "settings": {"settings"}, "versions": {"versions"}, "title": set(), "model": set(), "seconds": set(),
 }  # fmt: skip
 
@@ -296,7 +305,8 @@ def slow_order(edit: dict) -> tuple[Fraction, Fraction]:
 
 def test_bars_of_steps_and_stop_reasons():
     data = full_data()
-    left, right = figures(data)["steps"].axes
+    drawn = figures(data)
+    (left,), (right,) = drawn["steps"].axes, drawn["stop_reasons"].axes
     reasons = Counter(edit["stop_reason"] for edit in data["edits"])
     names = {"loss low enough": "loss", "target is first choice": "argmax", "out of steps": "steps", "hand": "hand"}
     labels = [label.get_text() for label in right.get_yticklabels()]
@@ -308,15 +318,58 @@ def test_bars_of_steps_and_stop_reasons():
     assert heights == Counter(edit["steps"] for edit in data["edits"])
 
 
-def test_curves_show_every_step():
+def test_every_edit_batch_has_a_curve_and_the_active_edits_are_added_up():
     data = full_data()
-    loss, p, active = figures(data)["loss_curves"].axes
-    for label, name in (("loss", "loss"), ("nll", "loss_nll")):
-        assert line(loss, label) == (data["curves"]["step"], data["curves"][name])
-    assert line(p, "p") == (data["curves"]["step"], data["curves"]["p"])
-    assert [one.get_label() for one in loss.lines] == ["loss", "nll", "kl"], "a part that is 0 throughout is left out"
-    assert len(loss.lines[0].get_xdata()) == 6, "a gap between the edit batches"
-    assert active.get_ylim()[1] >= 8
+    drawn = figures(data)
+    loss, active = drawn["loss"].axes
+    (p,) = drawn["probability"].axes
+    for axes, name in ((loss, "loss"), (p, "p")):
+        values = data["curves"][name]
+        assert line(axes, "edit batch 0") == ([0, 1, 2], values[:3])
+        assert line(axes, "edit batch 1") == ([0, 1], values[3:])
+        assert len(axes.lines) == 2, "no parts of the loss of several edit batches"
+    (area,) = active.collections
+    assert {y for _, y in area.get_paths()[0].vertices} == {8 + 7, 5 + 3, 2, 0}
+
+
+def test_of_many_edit_batches_some_have_a_curve_from_the_first_to_the_last():
+    points = {"step": [0, 1] * 30, "loss": [float(i) for i in range(1, 61)], "active_edits": [1] * 60}
+    axes, _ = figures({"curves": points})["loss"].axes
+    assert len(axes.lines) == MOST_BATCHES
+    assert line(axes, "edit batch 0")[1] == [1, 2]
+    assert line(axes, "edit batch 29")[1] == [59, 60]
+    assert "a line for each of 8 of the 30 edit batches" in captions({"curves": points})["targets"]
+
+
+def one_batch(**more) -> dict:
+    curves = {"step": [0, 1, 2], "loss": [5.0, 1.0, 0.2], "loss_nll": [5.0, 1.0, 0.2], "p": [0.1, 0.5, 0.9]}
+    bands = {f"{name}_{level}": [value] * 3 for name in ("loss", "p") for level, value in (("q25", 0.1), ("q75", 0.9))}
+    return {"curves": curves | bands | {"active_edits": [8, 5, 2], "loss_kl": [0.0] * 3} | more}
+
+
+def test_a_single_edit_batch_has_the_band_of_the_middle_half_and_no_curve_twice():
+    drawn = figures(one_batch())
+    loss, _ = drawn["loss"].axes
+    assert [one.get_label() for one in loss.lines] == ["mean"], "all of the loss is its only part"
+    assert len(loss.collections) == len(drawn["probability"].axes[0].collections) == 1
+    drawn = figures(one_batch(loss_kl=[0.1, 0.2, 0.1]))
+    assert [one.get_label() for one in drawn["loss"].axes[0].lines] == ["mean", "nll", "kl"]
+
+
+def test_a_baseline_has_epochs_and_no_active_edits(tmp_path):
+    data = {"curves": {"step": [0.0, 1.0], "loss": [3.0, 1.0], "p": [0.1, 0.6]}}
+    (axes,) = figures(data)["loss"].axes
+    assert axes.get_xlabel() == "epoch"
+    text = page_of(data, tmp_path).text
+    assert "Training the weight" in text
+    assert "From the first to the last epoch the loss went from 3.00 to 1.00" in text
+    assert "search" not in text
+
+
+def test_edits_that_all_took_as_many_steps_are_one_bar_among_others():
+    edits = [{"stop_reason": "steps", "steps": 30}] * 4
+    (axes,) = figures({"edits": edits})["steps"].axes
+    assert axes.get_xlim() == (0, 31)
 
 
 def test_layers_show_residuals_and_norms():
@@ -335,18 +388,18 @@ def test_relations_and_forgetting_show_both_times():
     data = full_data()
     drawn = figures(data)
     rows = sorted(data["relations"], key=lambda row: row["count"], reverse=True)
-    for axes, name in zip(drawn["relations"].axes, ("efficacy", "specificity"), strict=True):
+    for name in ("efficacy", "specificity"):
+        (axes,) = drawn[f"relations_{name}"].axes
         for phase in ("before", "after"):
             assert line(axes, phase) == ([row[phase][name] for row in rows], [0, 1, 2])
-    assert [label.get_text() for label in drawn["relations"].axes[0].get_yticklabels()] == [
-        "P2 (12)",
-        "P1 (11)",
-        "P0 (10)",
-    ]
-    for axes, name in zip(drawn["forgetting"].axes, (*CORE, "score"), strict=True):
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert labels == ["P2 (12)", "P1 (11)", "P0 (10)"]
+    for name in (*CORE, "score"):
+        (axes,) = drawn[f"forgetting_{name}"].axes
         for label, phase in (("right after writing", "at_once"), ("at the end", "at_the_end")):
             assert line(axes, label) == ([0, 1], [batch[phase][name] for batch in data["edit_batches"]])
-    assert "forgetting" not in figures(data | {"edit_batches": data["edit_batches"][:1]})
+    once = figures(data | {"edit_batches": data["edit_batches"][:1]})
+    assert not [name for name in once if name.startswith("forgetting")]
 
 
 def test_many_relations_layers_and_batches_are_drawn():
@@ -357,8 +410,8 @@ def test_many_relations_layers_and_batches_are_drawn():
         for layer in range(40)
     ]  # fmt: skip
     drawn = figures(data)
-    assert len(drawn["relations"].axes[0].get_yticks()) == report.MOST_RELATIONS
-    assert line(drawn["relations"].axes[0], "after")[1] == list(range(30))
+    assert len(drawn["relations_efficacy"].axes[0].get_yticks()) == report.MOST_RELATIONS
+    assert line(drawn["relations_efficacy"].axes[0], "after")[1] == list(range(30))
     assert len(drawn["residual"].axes[0].get_xticks()) <= 20
     assert len(drawn["residual"].axes[0].get_legend().get_texts()) == 4, "of each site the first and the last"
     assert "norms" not in drawn
@@ -385,3 +438,63 @@ def test_a_run_does_not_start_slower_for_its_report():
     imported = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert imported
     assert not [statement for statement in imported if "matplotlib" in statement or "jinja2" in statement]
+
+
+def test_captions_say_what_the_figures_show():
+    data = full_data()
+    told = captions(data)
+    assert set(told) == CAPTIONS
+    assert "the loss went from 4.53 to 0.29 and P(target) went from 0.15 to 0.85" in told["targets"]  # weighed 8 to 7
+    reasons = Counter(edit["stop_reason"] for edit in data["edits"])
+    for count in reasons.values():
+        assert re.search(rf"\b{count} (stopped|ran)", told["steps"])
+    left = sum(edit["residual_left"] for edit in data["edits"]) / len(data["edits"])
+    assert f"{100 * left:.0f} % of the change is missing" in told["residual"]
+    assert "largest update, in layer 2 in edit batch 1, is 0.071 times" in told["norms"]
+    assert "not measured" in told["norms"]
+    assert told["relations"] == "Efficacy is lowest, 90, for P0. Specificity is lowest, 90, for P0."
+    assert "97" not in told["forgetting"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "factor", "said"), [("none", 1.03, "No size is too large in itself"), ("damaged", 6.2, "too much")]
+)
+def test_whether_an_update_is_too_large_is_judged_by_what_became_of_other_text(damage, factor, said):
+    """Atlas' updates are many times their weights, and do no harm: the caption must not call that bad, nor good."""
+    rows = [{"edit_batch": 0, "site": "ffn", "layer": i, "norm_ratio": ratio} for i, ratio in enumerate((4.7, 21, 22))]
+    told = captions({"layers": rows, "verdict": {"damage": damage, "perplexity_factor": factor}})["norms"]
+    assert "in layer 2, is 22 times" in told
+    assert "in layer 0, 4.7 times" in told
+    assert said in told
+    assert f"× {factor}" in told
+
+
+def test_a_residual_that_stays_is_not_called_falling():
+    def data(before_last, left):
+        rows = [{"site": "ffn", "layer": i, "residual": value} for i, value in enumerate((1.0, before_last))]
+        return {"layers": rows, "edits": [{"residual_left": left}] * 4}
+
+    assert "hardly show here" in captions(data(0.95, 0.1))["residual"]
+    assert "hardly show here" not in captions(data(0.4, 0.1))["residual"]
+    assert "smaller λ" in captions(data(0.95, 0.9))["residual"]
+
+
+def test_a_remedy_is_only_told_where_many_edits_need_it():
+    def told(out_of_steps):
+        reasons = ["steps"] * out_of_steps + ["argmax"] * (20 - out_of_steps)
+        return captions({"edits": [{"stop_reason": reason} for reason in reasons]})["steps"]
+
+    assert "More steps" in told(5)
+    assert "More steps" not in told(1)
+
+
+def test_nothing_is_cut_off(full):
+    """Tables scroll in their own box, and every column has its name beside the value where a table becomes cards."""
+    text = full.read_text(encoding="utf-8")
+    for table in re.finditer(r'<table class="([^"]*)">(.*?)</table>', text, re.DOTALL):
+        scrolls = text[: table.start()].rstrip().endswith('<div class="wide">')
+        assert scrolls or "names" in table[1], table[1]
+        if "cards" in table[1].split():
+            assert table[2].count("<td") == table[2].count("data-label=") > 0
+    for width in re.findall(r'<svg[^>]* width="([\d.]+)pt"', text):
+        assert float(width) < 4.7 * 72, "half a page, so that it need not be shrunk on a narrow screen"

@@ -91,8 +91,9 @@ def test_scores_before_and_after(run):
     assert scores["after"]["efficacy"] >= 90
     assert scores["after"]["score_low"] <= scores["after"]["score"] <= scores["after"]["score_high"]
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-    logged = [float(row["1_scores/score"]) for row in rows if row.get("1_scores/score")]
-    assert logged == pytest.approx([scores[phase]["score"] for phase in ("before", "after")])
+    for group, phase in (("9_before", "before"), ("1_scores", "after")):
+        logged = [float(row[f"{group}/score"]) for row in rows if row.get(f"{group}/score")]
+        assert logged == pytest.approx([scores[phase]["score"]])
 
 
 def test_scores_of_each_edit_batch_and_what_is_forgotten(run):
@@ -148,7 +149,7 @@ def test_tensorboard_has_every_step_and_layer(run):
     steps = [point.step for point in events.Scalars("9_live/loss")]
     assert steps == list(range(len(steps)))
     assert len(events.Scalars("5_layers/residual_after/ffn_layer_0")) == 2  # edit batches
-    figures = {f"6_figures/{name}" for name in ("loss_curves", "steps", "residual", "norms", "relations", "forgetting")}
+    figures = {f"6_figures/{name}" for name in ("loss", "steps", "residual", "norms", "forgetting_score")}
     assert figures <= set(events.Tags()["images"])
 
 

@@ -128,6 +128,7 @@ def promised(scores: dict, written=("ffn",), optimized=("attn", "ffn")) -> dict[
         optimized: Sites that have a delta.
     """
     main_scores = {*METRICS, "perplexity", "kl"}
+    by_score = (*(f"relations_{name}" for name in ("efficacy", "specificity")), *(f"forgetting_{m}" for m in METRICS))
     names = {
         "metric": METRICS,
         "part": ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt"),
@@ -135,8 +136,9 @@ def promised(scores: dict, written=("ffn",), optimized=("attn", "ffn")) -> dict[
         "site": written,
         "optimized": optimized,
         "place": [f"{site}_layer_{layer}" for site in written for layer in LAYERS],
-        "figure": ("loss_curves", "steps", "residual", "norms", "relations", "forgetting"),
+        "figure": ("loss", "probability", "steps", "stop_reasons", "residual", "norms", *by_score),
         "detail": [name for name in scores["after"] if name not in main_scores],
+        "score": list(scores["before"]),
         "live": ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt", "active_edits"),
     }
     tags: dict[str, str] = {}
@@ -159,7 +161,7 @@ def check_tags(events: EventAccumulator, tags: dict[str, str]) -> None:
     assert set(tags) == {*shown["scalars"], *shown["images"], *shown["histograms"], *texts}
     assert {tag for tag in tags if tag.startswith("6_")} == set(shown["images"])
     assert {tag for tag in tags if tag.startswith("7_")} == set(shown["histograms"])
-    assert texts == {"answers"}
+    assert texts == {"answers", "scores"}
 
 
 def looks(lines: list[dict]) -> int:
@@ -175,7 +177,7 @@ def looks(lines: list[dict]) -> int:
 
 
 def test_every_tag_is_finite_and_has_its_points(run, events, ledger):
-    check_points(events, promised(json.loads((run / "scores.json").read_text())), ledger, run)
+    check_points(events, promised(json.loads((run / "scores.json").read_text())), ledger)
 
 
 @pytest.mark.parametrize(
@@ -191,26 +193,24 @@ def test_the_family_shows_its_own(inputs, tmp_path, option, sites):
     folder = fit(inputs, tmp_path / "out", *EVERYTHING, *choice, *option)
     found, tags = events_of(folder), promised(json.loads((folder / "scores.json").read_text()), **sites)
     check_tags(found, tags)
-    check_points(found, tags, ledger_of(folder), folder)
+    check_points(found, tags, ledger_of(folder))
     start = plugin_data(found, SESSION_START_INFO_TAG).session_start_info.hparams
     assert [start[f"data.{name}"].number_value for name in ("skip", "limit", "shuffle")] == [0, sum(SIZES), 3]
 
 
-def check_points(events: EventAccumulator, tags: dict[str, str], ledger: list[list[dict]], run: Path) -> None:
+def check_points(events: EventAccumulator, tags: dict[str, str], ledger: list[list[dict]]) -> None:
     taken = [max(line["steps"] for line in lines) for lines in ledger]
     places = {
         "batch": [0, 1],
-        "edits": [0, sum(SIZES)],
+        "edits": [sum(SIZES)],
         "step": [number * STEPS + step for number, most in enumerate(taken) for step in range(most)],
         "write": list(range(2 * len(LAYERS))),
         "look": list(range(sum(map(looks, ledger)))),
     }
-    scores = json.loads((run / "scores.json").read_text())
     for tag, kind in tags.items():
         if tag in events.Tags()["scalars"]:
             assert all(map(math.isfinite, values(events, tag))), tag
-            once = kind == "edits" and tag.split("/")[1] not in scores["before"]
-            assert steps(events, tag) == places[kind][once:], tag
+            assert steps(events, tag) == ([0] if tag.startswith("9_before/") else places[kind]), tag
     assert sum(values(events, "9_live/active_edits")) == sum(line["steps"] for lines in ledger for line in lines)
     for tag in events.Tags()["images"]:
         assert [point.step for point in events.Images(tag)] == [sum(SIZES)], tag
@@ -228,12 +228,15 @@ def check_points(events: EventAccumulator, tags: dict[str, str], ledger: list[li
 def test_scores_are_those_of_the_run(run, events):
     scores = json.loads((run / "scores.json").read_text())
     for name in METRICS:
-        both = [scores["before"][name], scores["after"][name]]
-        assert values(events, f"1_scores/{name}") == pytest.approx(both)
+        # One point in a chart: TensorBoard's smoothing of two would show the second one where it is not.
+        assert values(events, f"9_before/{name}") == pytest.approx([scores["before"][name]])
+        assert values(events, f"1_scores/{name}") == pytest.approx([scores["after"][name]])
         at_once = [batch["at_once"][name] for batch in scores["edit_batches"]]
         assert values(events, f"3_edit_batches/at_once_{name}") == pytest.approx(at_once)
     assert values(events, "1_scores/kl") == pytest.approx([scores["after"]["kl"]])
-    assert values(events, "9_details/count") == [7, 7]
+    assert values(events, "9_details/count") == values(events, "9_before/count") == [7]
+    (point,) = events.Tensors("scores/text_summary")
+    assert f"{scores['after']['score']:.1f} [" in point.tensor_proto.string_val[0].decode()
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     written = [float(row["1_scores/score"]) for row in rows if row.get("1_scores/score")]
     assert written == pytest.approx(values(events, "1_scores/score"))
@@ -244,7 +247,7 @@ def test_curves_by_step_end_where_the_ledger_does(run, events, ledger):
     points = {tag: dict(zip(steps(events, tag), values(events, tag), strict=True)) for tag in events.Tags()["scalars"]}
     curves = json.loads((run / "report.json").read_text())["curves"]
     assert points["9_active/active_edits"] == dict(zip(points["2_targets/p"], curves["active_edits"], strict=True))
-    assert values(events, "9_active/loss_kl") == pytest.approx(curves["loss_kl"], rel=1e-5)
+    assert values(events, "2_targets/loss_kl") == pytest.approx(curves["loss_kl"], rel=1e-5)
     names = {**{part: part for part in ("loss", "loss_nll", "loss_kl", "loss_norm")}, "p": "p_after"}
     for number, lines in enumerate(ledger):
         last = number * STEPS + max(line["steps"] for line in lines) - 1
@@ -392,7 +395,7 @@ def test_a_stream_is_shown_to_its_end_and_goes_on(inputs, tmp_path):
     fit(inputs, folder, *arguments, records="growing.jsonl")
     second = events_of(folder)
     assert [steps(found, "3_edit_batches/steps") for found in (first, second)] == [[0], [1, 2]]
-    assert [steps(found, "1_scores/score") for found in (first, second)] == [[0, 3], [0, 7]]
+    assert [steps(found, "1_scores/score") for found in (first, second)] == [[3], [7]]
     assert steps(second, "2_targets/loss")[0] == STEPS
     assert [point.step for point in second.Tensors("answers/text_summary")] == [1, 2]
 
@@ -407,7 +410,8 @@ def test_the_baseline_is_shown_too(inputs, ledger, tmp_path):
     assert values(found, "2_finetuning/p")[0] == pytest.approx(clean.mean(), rel=1e-4)
     assert values(found, "2_finetuning/loss")[0] == pytest.approx(-np.log(clean).mean(), rel=1e-4)
     assert values(found, "2_finetuning/p")[-1] > values(found, "2_finetuning/p")[0]
-    assert steps(found, "1_scores/efficacy") == [0, 4]
+    assert steps(found, "9_before/efficacy") == [0]
+    assert steps(found, "1_scores/efficacy") == [4]
     assert plugin_data(found, SESSION_START_INFO_TAG).session_start_info.hparams["model.epochs"].number_value == 3
 
 
@@ -427,13 +431,13 @@ def test_a_run_can_be_watched_while_it_goes_on(inputs, tmp_path):
     cli.trainer.callbacks.append(watcher)
     cli.trainer.fit(cli.model, cli.datamodule)
     found = watcher.events
-    assert steps(found, "1_scores/score") == [0]
+    assert steps(found, "9_before/score") == [0]
     assert steps(found, "3_edit_batches/steps") == [0]
     assert steps(found, "4_writes/growth_ffn") == [0, 1]
     assert [point.step for point in found.Tensors("answers/text_summary")] == [0]
     looks = steps(found, "9_live/loss")
     assert looks == list(range(len(looks)))
-    for tag in ("9_live/loss", "2_targets/loss", "3_edit_batches/steps", "1_scores/score"):
+    for tag in ("9_live/loss", "2_targets/loss", "3_edit_batches/steps", "9_before/score"):
         kept = [(float(row[tag]), int(row["step"])) for row in watcher.rows if row.get(tag)]
         assert [value for value, _ in kept] == pytest.approx(values(found, tag), rel=1e-5)
         assert [step for _, step in kept] == steps(found, tag)

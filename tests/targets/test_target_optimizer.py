@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import statistics
 from dataclasses import replace
 from functools import partial
 
@@ -22,7 +23,7 @@ from pmet_lightning.model.projections import Sites, in_features
 from pmet_lightning.targets import target_optimizer as module_of_targets
 from pmet_lightning.targets.active_batch import ActiveBatch
 from pmet_lightning.targets.loop import TargetLoop
-from pmet_lightning.targets.store import PARTS, mean_curves
+from pmet_lightning.targets.store import PARTS, mean_curves, overall_curves
 from pmet_lightning.utils.resources import locate
 from pmet_lightning.write import keys
 from tests.conftest import mostly_slow
@@ -337,6 +338,25 @@ def test_curves_are_means_over_the_edits_that_took_a_step(folder_of, tmp_path):
         there = [h[step, PARTS.index("loss")] for h in histories if len(h) > step]
         assert point["active_edits"] == len(there)
         assert point["loss"] == pytest.approx(float(sum(there)) / len(there))
+
+
+def test_overall_curves_are_over_all_edits_and_do_not_jump(folder_of, tmp_path):
+    """What the report draws: an edit that has stopped keeps its last values, against a plain loop."""
+    _, _, reports = run(folder_of("gpt2"), tmp_path, loss_tolerance=8.5, clamp=8.0)
+    histories = [t.history_SP.tolist() for t in reports[0].targets]
+    points = overall_curves(reports[0].targets)
+    assert [point["step"] for point in points] == list(range(max(map(len, histories))))
+    assert points[-1]["active_edits"] < points[0]["active_edits"] == len(histories)
+    for step, point in enumerate(points):
+        assert point["active_edits"] == sum(len(h) > step for h in histories)
+        for name in ("loss", "p", "p_prompt"):
+            values = [h[min(step, len(h) - 1)][PARTS.index(name)] for h in histories]
+            assert point[name] == pytest.approx(sum(values) / len(values))
+            if name != "p_prompt":
+                low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+                assert [point[f"{name}_q25"], point[f"{name}_q75"]] == pytest.approx([low, high])
+    ends = [h[-1] for h in histories]
+    assert points[-1]["loss"] == pytest.approx(sum(end[PARTS.index("loss")] for end in ends) / len(ends))
 
 
 def test_edit_batches_are_written_one_after_the_other(folder_of, tmp_path):
