@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pmet_lightning.compare.estimate import longest_first, plan_line, run_line, time_line
-from pmet_lightning.compare.plan import Method, Run, plan_runs, quiet, read_report
+from pmet_lightning.compare.plan import Method, Run, Setting, plan_runs, quiet, read_report
 from pmet_lightning.utils.console import quieten
 from pmet_lightning.utils.files import write_json
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
@@ -26,7 +26,7 @@ def compare(
     edits: list[PositiveInt],
     seeds: list[NonNegativeInt],
     least: PositiveInt = 10,
-    options: dict[str, Any] | None = None,
+    options: dict[str, Setting] | None = None,
 ) -> None:
     """Run several methods on the same records: a table and a plot of their Scores for each number of edits.
 

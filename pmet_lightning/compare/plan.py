@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+# A value as YAML has it. With Any, jsonargparse would make an object of every {class_path: …}.
+Setting = bool | int | float | str | list[Any] | dict[str, Any] | None
+
 
 @dataclass(frozen=True)
 class Method:
@@ -20,7 +23,7 @@ class Method:
     """
 
     config: str = "pmet.yaml"
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Setting] = field(default_factory=dict)
     command: Literal["fit", "finetune", "retrieve"] = "fit"
 
 

@@ -356,6 +356,22 @@ def test_the_log_of_a_comparison_is_its_own(comparison, tmp_path, caplog):
     assert len(table.splitlines()) == 2 + 2 * 3
 
 
+def test_an_option_may_be_an_optimizer(tmp_path, monkeypatch):
+    """Of a method or of all: what YAML says goes on as it is, and is not made an object on the way."""
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 2.0}}
+    seen = []
+    monkeypatch.setattr("pmet_lightning.compare.command.plan_runs", lambda methods, *_: seen.append(methods) or [])
+    monkeypatch.setattr("pmet_lightning.compare.command._check", lambda *_: None)
+    path = tmp_path / "compare.yaml"
+    method = {"options": {"model.optimizer": adam, "model.layers": [0, 1], "data.shuffle": None, "spread.lam": 0.5}}
+    path.write_text(
+        yaml.safe_dump({"out": str(tmp_path / "out"), "edits": [1], "seeds": [0], "methods": {"a": method}})
+    )
+    with pytest.raises(ValueError, match="."):  # there is no run
+        main(["compare", "--config", str(path)])
+    assert seen[0]["a"].options == method["options"]
+
+
 def test_the_shipped_comparison_ends_soon():
     """27 runs of 2,790 edits took six minutes on one core; the seeds of the README are given there."""
     settings = yaml.safe_load(Path(locate_config("compare.yaml")).read_text(encoding="utf-8"))
