@@ -16,6 +16,7 @@ from pmet_lightning.model.architectures import Architecture, architecture_of
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.loading import DtypeName, load_model
+from pmet_lightning.model.origin import write_origin
 from pmet_lightning.model.patch import apply_patch, load_patch, rounding_of
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.solver.weight_delta import WeightDelta
@@ -86,6 +87,7 @@ def _save_edited(
     model = model.to(_written_dtype(model, deltas, manifest, dtype))
     apply_patch(model, sites, patch, base_fingerprint)
     save_model(model, folder)
+    write_origin(folder, {**manifest, "model": name}, fingerprint(model))
     load_tokenizer(name, trust_remote_code).save_pretrained(folder)
     copy_processor_files(name, folder)
 

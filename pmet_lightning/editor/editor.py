@@ -26,8 +26,9 @@ from pmet_lightning.editor.names import arguments_named
 from pmet_lightning.editor.settings import EditorSettings, ModelSettings
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
 from pmet_lightning.model.adapter import save_adapter
-from pmet_lightning.model.fingerprint import checksum
+from pmet_lightning.model.fingerprint import checksum, fingerprint
 from pmet_lightning.model.generation_config import save_model
+from pmet_lightning.model.origin import write_origin
 from pmet_lightning.model.patch import Patch, apply_patch, read_patch
 from pmet_lightning.moments.store import MOMENTS_FOLDER
 from pmet_lightning.report.model_card import write_card
@@ -437,6 +438,7 @@ class Editor:
             self._processor.save_pretrained(unfinished)
             copy_processor_files(str(getattr(self.model, "name_or_path", "")), unfinished)
             if self._spread.edited.deltas:
+                write_origin(unfinished, self._manifest(), fingerprint(self.model))
                 write_card(unfinished, self._manifest(), weights=self._spread.edited.deltas)
 
     def save_pretrained(self, folder: str | Path) -> None:

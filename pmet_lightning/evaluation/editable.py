@@ -38,6 +38,7 @@ from pmet_lightning.model.architectures import (
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.fsdp import load_in_turn, shard
 from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load_model, set_plain_outputs
+from pmet_lightning.model.origin import Origin, origin_of
 from pmet_lightning.model.patch import apply_patch
 from pmet_lightning.model.projections import Sites, keep_in_float32
 from pmet_lightning.utils.distributed import ProcessGroup
@@ -136,6 +137,7 @@ class EditableModel(L.LightningModule):
         self.lm: nn.Module | None = None
         self._attached: tuple[nn.Module, Any] | None = None
         self.base_fingerprint = ""
+        self.origin: Origin | None = None  # of a model that was edited already
         # Written earlier: by the run that is resumed (edit batches), by earlier runs of this object (both).
         self.batches_done = self.edits_done = 0
         self.inner_step = 0
@@ -206,12 +208,14 @@ class EditableModel(L.LightningModule):
         else:
             self.__dict__["lm"] = model  # not as a submodule: Lightning would move all of it to one device
         self.base_fingerprint = fingerprint(model)
+        self.origin = origin_of(self.model_name, self.base_fingerprint)
         if self.keep_float32:
             for projection_id in self.sites.written(written_sites("attn+ffn"), self.layers):
                 keep_in_float32(self.sites.module(*projection_id))
         if self.patch is not None:
-            apply_patch(model, self.sites, self.patch, self.base_fingerprint)
-            self.base_fingerprint = fingerprint(model)  # second moments and further edits are of the patched weights
+            manifest = apply_patch(model, self.sites, self.patch, self.base_fingerprint)
+            self.origin = Origin(self.model_name, self.base_fingerprint, manifest["dtype"])
+            self.base_fingerprint = fingerprint(model)  # further edits are of the patched weights
 
     def _loaded(self) -> nn.Module:
         """The language model from its files, or this process's shard of it."""

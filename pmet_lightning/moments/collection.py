@@ -119,7 +119,7 @@ class Collection:
             if dead:
                 log.warning("%s in layer %d: %d of %d key dimensions are dead", *projection_id, dead, len(moment))
             if self.trainer.is_global_zero:
-                self.store.save(projection_id, moment, tokens, self.key)
+                self.store.save(projection_id, moment, tokens, self.key, self.module.model_name)
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero:
             shutil.rmtree(self.unfinished, ignore_errors=True)

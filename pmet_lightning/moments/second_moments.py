@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,7 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         self.sites = written_sites(write)
         self._store: MomentStore | None = None
         self._module: EditableModel | None = None
+        self._base_key: MomentKey | None = None  # of the model that an edited one comes from, if its moments are used
         self._null_spaces: dict[tuple[ProjectionId, float], NullSpace] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -93,6 +95,7 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         widths = {
             projection_id: in_features(pl_module.sites.module(*projection_id)) for projection_id in projection_ids
         }
+        self._base_key = self._key_of_base(pl_module, projection_ids)
         key = self.key(pl_module)
         store = MomentStore(self.given or self.folder / key.folder(), read_only=self.given is not None)
         missing = {p: w for p, w in widths.items() if not self.given and not store.path(p).is_file()}
@@ -114,7 +117,7 @@ class SecondMoments(HyperparametersMixin, L.Callback):
             for group in groups:
                 Collection(self.settings, trainer, pl_module, group, store, key).run()
         for projection_id, width in widths.items():
-            store.check(projection_id, pl_module.base_fingerprint, width, pl_module.sites.weight_name(*projection_id))
+            store.check(projection_id, key.model, width, pl_module.sites.weight_name(*projection_id))
         if self._store is None or self._store.folder != store.folder:
             self._null_spaces.clear()
         self._store, self._module = store, pl_module
@@ -156,8 +159,22 @@ class SecondMoments(HyperparametersMixin, L.Callback):
             self._module.device,
         )
 
+    def _key_of_base(self, module: EditableModel, projection_ids: Sequence[ProjectionId]) -> MomentKey | None:
+        """The key of the base model's moments, if this model is an edited one and all of them are stored."""
+        self._base_key = None
+        if module.origin is None or self.given:
+            return None
+        key = replace(self.key(module), model=module.origin.fingerprint, dtype=module.origin.dtype)
+        store = MomentStore(self.folder / key.folder())
+        if not all(store.path(projection_id).is_file() for projection_id in projection_ids):
+            return None
+        log.info("the model is an edited %s: its second moments are those of the base model", module.origin.model)
+        return key
+
     def key(self, module: EditableModel) -> MomentKey:
         """What the moments of this run depend on."""
+        if self._base_key is not None:
+            return self._base_key
         settings = self.settings
         return MomentKey(
             model=module.base_fingerprint,

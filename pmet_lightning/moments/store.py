@@ -80,11 +80,12 @@ class MomentStore:
         """The file of a site and layer."""
         return self.folder / f"{projection_id[0]}-{projection_id[1]}.safetensors"
 
-    def save(self, projection_id: ProjectionId, moment_II: Tensor, tokens: int, key: MomentKey) -> None:
-        """Store a mean second moment: one triangle of it, in float32."""
+    def save(self, projection_id: ProjectionId, moment_II: Tensor, tokens: int, key: MomentKey, name: str = "") -> None:
+        """Store a mean second moment: one triangle of it, in float32; ``name`` is that of the model, for the list."""
         lower = pack_lower(moment_II.to(torch.float32).cpu())
         metadata = {
             **vars(key),
+            "name": name,
             "site": projection_id[0],
             "layer": projection_id[1],
             "tokens": tokens,
@@ -210,8 +211,8 @@ def list_moments(folder: str = MOMENTS_FOLDER) -> None:
     Args:
         folder: Where they are stored (--moments.folder of the other commands).
     """
-    columns = ("model", "site", "layer", "width", "tokens", "samples", "length", "dtype", "corpus", "path")
-    rows = [columns, *(tuple(found.get(name, "-") for name in columns) for found in stored_moments(folder))]
+    columns = ("name", "model", "site", "layer", "width", "tokens", "samples", "length", "dtype", "corpus", "path")
+    rows = [columns, *(tuple(found.get(name) or "-" for name in columns) for found in stored_moments(folder))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     for row in rows:
         sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")

@@ -168,7 +168,7 @@ def test_triangles():
 
 def test_round_trip_and_list(tmp_path, capsys):
     store = MomentStore(tmp_path / KEY.folder())
-    store.save(("ffn", 3), moment(), 99, KEY)
+    store.save(("ffn", 3), moment(), 99, KEY, "a/model")
     store.factor(("ffn", 3), 5, WEIGHT, CPU)
     store.check(("ffn", 3), "model", 5, WEIGHT)
     assert torch.equal(store.load(("ffn", 3), 5, WEIGHT), moment())
@@ -177,6 +177,7 @@ def test_round_trip_and_list(tmp_path, capsys):
     main(["stats", "--list", "--folder", str(tmp_path)])
     shown = capsys.readouterr().out
     assert "tokens" in shown
+    assert shown.splitlines()[1].startswith("a/model  model  ffn")
     assert str(store.path(("ffn", 3))) in shown
 
 
