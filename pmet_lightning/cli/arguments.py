@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from pmet_lightning.run.options import UsageError, as_option, check_settings, options_of, problem_with
+from pmet_lightning.utils.errors import first_line
 from pmet_lightning.utils.resources import locate_config, shipped_configs
 
 # Options of every command that parsers add themselves.
@@ -72,7 +73,7 @@ def read_config(path: str) -> Mapping[str, Any]:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"{path}{line}: not valid YAML ({error.problem})") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: not a text file with YAML ({str(error).splitlines()[0]})") from error
+        raise UsageError(f"{path}: not a text file with YAML ({first_line(error)})") from error
     if not isinstance(settings, Mapping):
         raise UsageError(f"{path}: expected settings by name, such as 'model:', found {type(settings).__name__}")
     return settings

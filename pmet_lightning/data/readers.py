@@ -31,6 +31,7 @@ from pmet_lightning.data.fields import (
 from pmet_lightning.data.records import Edit, ZsreTarget, check_no_contradictions, parse_records
 from pmet_lightning.data.tables import as_rows
 from pmet_lightning.data.text_files import as_text, csv_rows, json_lines, json_rows, numbered
+from pmet_lightning.utils.errors import first_line
 from pmet_lightning.utils.hub import check_reachable
 from pmet_lightning.utils.resources import locate
 
@@ -316,7 +317,7 @@ def _cell(cell: str) -> Any:
         return cell
     try:
         return json.loads(cell) or cell  # "{}" is a prompt that is nothing but its subject
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a text that only begins as JSON does
         return cell
 
 
@@ -326,7 +327,7 @@ def _parquet_rows(found: str, name: str) -> Any:
     try:
         return datasets.Dataset.from_parquet(found)
     except Exception as error:  # pyarrow raises many types; all mean that the file is not such a table
-        raise RecordError(f"{name}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        raise RecordError(f"{name}: cannot be read as parquet: {first_line(error)}") from error
 
 
 def _hub_rows(name: str, split: str) -> Any:
@@ -338,5 +339,5 @@ def _hub_rows(name: str, split: str) -> Any:
     except Exception as error:
         raise FileNotFoundError(
             f"no edits file {name!r} here, and the hub data set of that name cannot be read "
-            f"({str(error).splitlines()[0]}); set --data.path to a local file"
+            f"({first_line(error)}); set --data.path to a local file"
         ) from error

@@ -82,7 +82,7 @@ def check_device(name: str | None, option: str) -> str:
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{option} {chosen}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{option} {chosen}: {first_line(error)}") from error
     return chosen
 
 

@@ -50,7 +50,9 @@ def work(command: str, base: Path, out: Path, is_ready) -> None:
 
 
 def run(command: str, base: Path, out: Path, seconds: float | None = None) -> bool:
-    """Whether a command ended before it was killed."""
+    """Whether a command ended before it was killed; an export that ended before its process did is not run again."""
+    if (out / "model").exists() and command == "export":
+        return True
     is_ready = PROCESSES.Event()
     process = PROCESSES.Process(target=work, args=(command, base, out, is_ready))
     process.start()
