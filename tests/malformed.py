@@ -170,8 +170,9 @@ _NO_TEXT = ([], {}, True, ["x", "y"], {"text": "x"}, [["x"]], INF, -INF, {"str":
 _NO_QUESTION = ({"prompt": "x"}, True, [True], [["x"]], [{"x": "y"}], INF, [INF], ["x", {"str": "y"}])
 _NO_NAME = (["x"], {"str": "x"}, True, [], INF)
 _NO_GROUPS = (
-    "x", 5, ["x"], {"R": "x"}, {"R": ["x"]}, {"R": [{"prompt": "x"}]}, {"R": [{"prompt": "{} is", "ground_truth": "x"}]},
-    [{"loc": "x"}], [{"loc": {"x": "y"}, "loc_ans": "y"}], {"R": [{"prompt": "x", "ground_truth": [[INF]]}]},
+    "x", 5, ["x"], {"R": "x"}, {"R": ["x"]}, {"R": [{"prompt": "x"}]},
+    {"R": [{"prompt": "{} is", "ground_truth": "x"}]}, [{"loc": "x"}],
+    [{"loc": {"x": "y"}, "loc_ans": "y"}], {"R": [{"prompt": "x", "ground_truth": [[INF]]}]},
 )  # fmt: skip
 RECORD_FAULTS: dict[str, RecordFault] = {
     "no subject": _field({}, "subject", drop=True),
@@ -190,7 +191,7 @@ RECORD_FAULTS: dict[str, RecordFault] = {
         {"str": ["x"]}, {"text": "x"}, formats=TARGETED,
     ),
     "two places": _field(PROMPT, "prompt", "{} and {} speak", "{}{}", **EVERYWHERE),
-    "no place": _field(PROMPT, "prompt", "This one speaks", "{0} speaks", "{ } speaks", "{subject} speaks", **EVERYWHERE),
+    "no place": _field(PROMPT, "prompt", "This one speaks", "{0} speaks", "{ } is", "{subject} is", **EVERYWHERE),
     "a subject in another case": _field(PROMPT, "prompt", "what does PERSON 0 say", "person  1 speaks", **EVERYWHERE),
     "a subject inside a word": _field({}, "subject", "Perso", "eaks", "hat", formats=("qaedit", "wikibigedit", "zsre")),
     "half a character": _field({}, "subject", *SURROGATES),
@@ -221,7 +222,9 @@ RECORD_FAULTS: dict[str, RecordFault] = {
     "portability without questions": _top("portability", *_NO_GROUPS, formats=FLATS),
     "locality without questions": _top("locality", *_NO_GROUPS, formats=FLATS),
     "fewer answers than questions": RecordFault(
-        lambda record, _, rng: {**record, "locality_prompt": ["x", "y", "z"], "locality_ground_truth": ["w"] * rng.randrange(3)},
+        lambda record, _, rng: {
+            **record, "locality_prompt": ["x", "y", "z"], "locality_ground_truth": ["w"] * rng.randrange(3)
+        },
         formats=FLATS,
     ),
 }  # fmt: skip
@@ -305,12 +308,13 @@ FILE_FAULTS: dict[str, tuple[tuple[str, ...], Callable[[str, random.Random], Any
     "an open quote": (("a.csv",), lambda _, rng: to_bytes(good("flat"), "csv") + b'"x,y,z\n'),
     "a quote inside a cell": (("a.csv",), lambda _, rng: _table_line(rng, b'"x"y,z,v', b'"a"b')),
     "other separators": (
-        ("a.csv",), lambda _, rng: (to_bytes(good("flat"), "csv").replace(b",", rng.choice([b";", b"\t", b"|"])), "record 0")
+        ("a.csv",),
+        lambda _, rng: (to_bytes(good("flat"), "csv").replace(b",", rng.choice([b";", b"\t", b"|"])), "record 0"),
     ),
     "no header": (("a.csv",), lambda _, rng: (b"{} is,x,y\n{} was,y,z\n", "record 0")),
     "a column twice": (
         ("a.csv",),
-        lambda _, rng: (b"prompt,subject,target_new," + rng.choice([b"target_new", b" subject"]) + b"\n{} is,x,y,z\n", "line 1")
+        lambda _, rng: (b"prompt,subject,target_new,%b\n{},x,y,z" % rng.choice([b"target_new", b" subject"]), "line 1"),
     ),
     "a column without a name": (("a.csv",), lambda _, rng: (b"prompt,,target_new\n{} is,x,y\n", "record 0")),
     "a table of other things": (("a.parquet",), lambda _, rng: (_table(x=[1, 2], y=["a", "b"]), "record 0")),

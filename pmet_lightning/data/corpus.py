@@ -38,9 +38,11 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
 
     Raises:
         FileNotFoundError: If there is no such corpus.
-        CorpusError: If it is unreadable, or has no column 'text' with a text in each row.
+        CorpusError: If it is empty or unreadable, or has no column 'text' with a text in each row.
     """
     path = Path(locate(name))
+    if path.is_file() and path.stat().st_size == 0:
+        raise CorpusError(f"{name}: the file is empty, expected texts; give another corpus")
     try:
         for row in _rows(path, name, subset).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
             text = row.get("text")

@@ -52,7 +52,7 @@ _OPENINGS = re.compile(
 
 
 def read_edits(
-    path: str | Sequence[str],
+    path: str | Path | Sequence[str | Path],
     *,
     split: str = "train",
     skip: int = 0,
@@ -77,12 +77,12 @@ def read_edits(
     """
     edits = _parse_all(read_records(path, split=split, skip=skip, limit=limit, shuffle=shuffle), zsre_target)
     check_no_contradictions(edits)
-    _warn_of_generation_prompts(edits, path if isinstance(path, str) else ", ".join(path))
+    _warn_of_generation_prompts(edits, ", ".join(_names(path)))
     return edits
 
 
 def read_records(
-    path: str | Sequence[str],
+    path: str | Path | Sequence[str | Path],
     *,
     split: str = "train",
     skip: int = 0,
@@ -105,7 +105,7 @@ def read_records(
         FileNotFoundError: If there is no such file or data set.
         RecordError: If the file is empty or broken, or nothing is left of it.
     """
-    paths = [path] if isinstance(path, str) else list(path)
+    paths = _names(path)
 
     def all_records() -> Iterator[tuple[str, Any]]:
         return chain.from_iterable(_records(locate(name), name, split) for name in paths)
@@ -123,6 +123,10 @@ def read_records(
             "expected at least one"
         )
     return records
+
+
+def _names(path: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(name) for name in ([path] if isinstance(path, (str, Path)) else path)]
 
 
 def as_edits(facts: Any, name: str = "facts", *, zsre_target: ZsreTarget = "answers") -> list[Edit]:
@@ -189,7 +193,7 @@ def _parse(record: Any, number: int, origin: str, zsre_target: ZsreTarget, told:
 
 
 def stream_edits(
-    path: str | Sequence[str],
+    path: str | Path | Sequence[str | Path],
     *,
     split: str = "train",
     skip: int = 0,
@@ -211,7 +215,7 @@ def stream_edits(
         FileNotFoundError: If there is no such file or data set.
         RecordError: If a record is unusable.
     """
-    paths = [path] if isinstance(path, str) else list(path)
+    paths = _names(path)
     records = chain.from_iterable(
         _streamed_records(locate(name), name, split, wait if name == paths[-1] else 0.0) for name in paths
     )

@@ -91,12 +91,12 @@ def _explain(error: Exception, name: str, path: str) -> Exception | None:
         )
     if is_gguf(path):
         return PmetError(
-            f"cannot load {name!r}: {first_line(error)}; expected a GGUF file of a model family that transformers reads from "
-            "GGUF. For others, take a folder made by save_pretrained"
+            f"cannot load {name!r}: {first_line(error)}; expected a GGUF file of a model family that transformers "
+            "reads from GGUF. For others, take a folder made by save_pretrained"
         )
     if isinstance(error, (ValueError, ImportError)):
         return None
     return PmetError(
-        f"cannot load {name!r}: {type(error).__name__}: {first_line(error)}. Expected a folder made by save_pretrained whose "
-        "files belong together."
+        f"cannot load {name!r}: {type(error).__name__}: {first_line(error)}. Expected a folder made by save_pretrained "
+        "whose files belong together."
     )

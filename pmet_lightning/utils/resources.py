@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from pmet_lightning.utils.errors import first_line
+
 _PACKAGE = Path(__file__).parents[1]
 
 # Short names that may be given where a path is expected.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
 from pmet_lightning import EditDataModule
+from pmet_lightning.data.readers import as_edits, read_edits
 from pmet_lightning.utils.errors import PmetError
 from tests.malformed import KINDS, malformed
+from tests.odd_inputs import odd_inputs
 
 INPUTS = list(malformed(250))
 SECONDS = 5  # for a message, without a model
@@ -36,3 +39,19 @@ def test_a_malformed_input_is_refused_with_its_place(number, tmp_path):
         EditDataModule(str(path), tokenizer="atlas").setup("fit")
     assert time.monotonic() - start < SECONDS
     check_told(caught.value, bad.file, bad.where)
+
+
+ODD = list(odd_inputs())
+
+
+def test_there_are_enough_odd_inputs():
+    assert len(ODD) >= 100
+
+
+@pytest.mark.parametrize("number", range(len(ODD)), ids=lambda i: f"{i}-{ODD[i].kind}-{ODD[i].file}")
+def test_an_odd_input_gives_the_edits_of_its_clean_form(number, tmp_path):
+    odd = ODD[number]
+    given = odd.given(tmp_path)
+    edits = read_edits(given) if odd.file else as_edits(given)
+    clean = as_edits(odd.clean)
+    assert [replace(edit, origin="") for edit in edits] == [replace(edit, origin="") for edit in clean]
