@@ -334,6 +334,67 @@ FILE_FAULTS: dict[str, tuple[tuple[str, ...], Callable[[str, random.Random], Any
 }  # fmt: skip
 
 
+ROWS = b"".join(json.dumps({"text": f"This is text {i}."}).encode() + b"\n" for i in range(4))
+# Corpora: name of the file, its content, and the place that the message must name.
+CORPORA: dict[str, tuple[str, bytes, str]] = {
+    "empty lines": ("a.jsonl", b"", "empty"),
+    "an empty text": ("a.txt", b"", "empty"),
+    "an empty table": ("a.csv", b"", "empty"),
+    "an empty column": ("a.parquet", b"", "empty"),
+    "a number": ("a.jsonl", ROWS + b'{"text": 5}', "record 4"),
+    "numbers": ("a.parquet", _table(text=[1, 2]), "record 0"),
+    "a list": ("a.jsonl", b'{"text": ["x"]}', "record 0"),
+    "a mapping": ("a.json", b'[{"text": {"a": 1}}]', "record 0"),
+    "a missing text": ("a.jsonl", ROWS + b'{"text": null}', "record 4"),
+    "a row without the column": ("a.jsonl", ROWS + b'{"body": "x"}', "record 4"),
+    "another column": ("a.jsonl", b'{"body": "x"}', "found body"),
+    "other columns": ("a.csv", b"a,b\n1,2\n", "found a, b"),
+    "another column of a table": ("a.parquet", _table(a=[1]), "found a"),
+    "a broken line": ("a.jsonl", ROWS + b'{"text": \n', "row 4"),
+    "no lines of JSON": ("a.jsonl", b"nonsense", "row 0"),
+    "Latin-1": ("a.jsonl", ROWS + b'{"text": "M\xfcnchen"}', "line 5"),
+    "Latin-1 in plain text": ("a.txt", b"one\ntwo\nM\xfcnchen\n", "line 3"),
+    "Latin-1 in a table": ("a.csv", b"text\nM\xfcnchen\n", "line 2"),
+    "UTF-16": ("a.txt", "text".encode("utf-16"), "line 1"),
+    "a pointer": ("a.parquet", LFS, "unreadable as parquet"),
+    "a pointer to lines": ("a.jsonl", LFS, "unreadable as json"),
+    "zeros": ("a.parquet", b"\0" * 100, "unreadable as parquet"),
+    "compressed": ("a.txt", b"\x1f\x8b\x08\x00\xff", "line 1"),
+    "more cells than columns": ("a.csv", b"text\nx,y\n", "line 2"),
+    "two columns of texts": ("a.csv", b"text,text\nx,y\n", "line 1"),
+    "too deep": ("a.jsonl", DEEP, "unreadable as json"),
+}
+# Configurations: content, and what the message must say.
+CONFIGURATIONS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "settings by name"),
+    "an open list": (b"model:\n  layers: [1, 2\n", "line 3"),
+    "a tab": (b"model:\n\tlayers: [1]\n", "line 2"),
+    "two colons": (b"model: a: b\n", "line 1"),
+    "no text": (b"\x00\x01\xff", "not a text file"),
+    "Latin-1": (b"# M\xfcnchen\nmodel: {}\n", "not a text file"),
+    "a list": (b"- model\n- data\n", "found list"),
+    "a text": (b"text\n", "found str"),
+    "a pointer": (LFS, "found str"),
+    "a misspelled setting": (b"model:\n  layesr: [1]\n", "did you mean model.layers?"),
+    "a misspelled section": (b"modle:\n  layers: [1]\n", "did you mean model?"),
+    "a value of another type": (b"model:\n  layers: five\n", "model.layers is five"),
+    "a date": (b"model:\n  layers: 2020-01-01\n", "2020-01-01"),
+    "no number": (b"model:\n  clamp: .nan\n", "model.clamp is NaN"),
+    "too deep": (b"[" * 5000, "recursion"),
+    "mappings too deep": (b"{a: " * 5000, "recursion"),
+    "too many digits": (b"model:\n  clamp: " + b"7" * 5000, "digits"),
+    "a section twice": (b"model:\n  layers: [1]\nmodel:\n  clamp: 1\n", "line 3"),
+    "a setting twice": (b"model:\n  layers: [1]\n  layers: [2]\n", "line 3"),
+    "a text for a section": (b"model: text\n", "model is 'text'"),
+    "a list for a section": (b"model: [1]\n", "model is [1]"),
+    "a number for a name": (b"1: 2\n", "no setting 1"),
+    "a list for a name": (b"? [1, 2]\n: 3\n", "line 1"),
+    "code": (b"model: !!python/object:os.system x\n", "line 1"),
+    "an unknown anchor": (b"model: *x\n", "line 1"),
+    "two documents": (b"model: {}\n---\ndata: {}\n", "line 2"),
+}
+
+
 def _with_file_fault(kind: str, rng: random.Random) -> Malformed:
     names, make = FILE_FAULTS[kind]
     name = rng.choice(names)
