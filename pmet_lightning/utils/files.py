@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+# Numbers of the errors of a full disk, a spent quota, and a file that may not grow.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
@@ -46,11 +50,12 @@ def check_new_file(path: str | Path, option: str) -> None:
 
 
 @contextmanager
-def name_in_errors(path: str | Path) -> Iterator[None]:
+def name_in_errors(path: str | Path, only: Container[int] | None = None) -> Iterator[None]:
     """Name the file in errors of what is written inside: Python reports a full disk without one.
 
     Args:
-        path: The file.
+        path: The file, or the folder that it is in.
+        only: Numbers of the errors that are meant, such as :data:`NO_ROOM`; all where ``None``.
 
     Raises:
         OSError: As it was raised inside, with a file name.
@@ -58,7 +63,7 @@ def name_in_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or error.filename is not None or (only is not None and error.errno not in only):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
