@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -60,6 +61,24 @@ def check_no_faults(faults: Sequence[str], what: str) -> None:
         raise RecordError("\n".join([f"{len(faults)} {what}:", *faults[:_SHOWN_FAULTS], *more]))
     if faults:
         raise RecordError(faults[0])
+
+
+def check_no_column_twice(columns: Sequence[Any], where: str) -> None:
+    """Refuse a table in which two columns have one name: only one of them could be read.
+
+    Args:
+        columns: The names; several may be empty.
+        where: Which table it is.
+
+    Raises:
+        RecordError: If there is such a name.
+    """
+    twice = [column for column, count in Counter(columns).items() if count > 1 and column != ""]
+    if twice:
+        raise RecordError(
+            f"{where}: several columns are named {', '.join(map(repr, twice))}, expected a name of its own for each; "
+            "rename or remove all but one"
+        )
 
 
 def is_missing(value: Any) -> bool:

@@ -263,7 +263,7 @@ def _oddities(record: Any, edits: Sequence[Edit], zsre_target: ZsreTarget) -> It
     found = {
         "ignored: %s; rename, if that is meant": misspelled,
         f"ignored: %s, which {kind} records do not have; rename, or leave it out": foreign,
-        "white space around %s is left out; --data.join says how an object follows its prompt": spaced,
+        "white space around %s is left out; --model.join says how an object follows its prompt": spaced,
         "the new object %s is also the old one, so that nothing changes; check both": unchanged,
     }
     for message, names in found.items():

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.data.fields import RecordError
+from pmet_lightning.data.fields import RecordError, check_no_column_twice
 
 
 def as_text(data: bytes, name: str, first_line: int = 1) -> str:
@@ -102,12 +101,7 @@ def csv_rows(path: Path, name: str) -> Iterator[dict[str, str]]:
     reader = csv.reader(_lines(path, name), strict=True)
     try:
         header = [column.strip() for column in next(reader, [])]
-        twice = [column for column, count in Counter(filter(None, header)).items() if count > 1]
-        if twice:
-            raise RecordError(
-                f"{name}, line {reader.line_num}: several columns are named {', '.join(map(repr, twice))}, expected a "
-                "name of its own for each; rename or remove all but one"
-            )
+        check_no_column_twice(header, f"{name}, line {reader.line_num}")
         for cells in filter(None, reader):
             if len(cells) > len(header):
                 raise RecordError(
