@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BloomConfig,
     Cohere2Config,
@@ -143,6 +144,26 @@ HYBRIDS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+def _with_images(name: str, text: str, **vision: Any) -> dict[str, Callable[..., Any]]:
+    """A family whose text model, one of the hybrids, is a part of a model that takes images, too."""
+    config = getattr(transformers, name, None)
+    if config is None:
+        return {}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "patch_size": 14, **vision}
+    return {config.model_type: lambda **kw: config(text_config=HYBRIDS[text](**kw).to_dict(), vision_config=vision)}
+
+
+WITH_IMAGES: dict[str, Callable[..., Any]] = {
+    **_with_images(
+        "Qwen3_5Config", "qwen3_5_text", depth=1, num_heads=2, out_hidden_size=32, num_position_embeddings=16,
+    ),
+    **_with_images(
+        "Gemma4Config", "gemma4_text", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        global_head_dim=8,
+    ),
+}  # fmt: skip
+
+
 # Families whose layers may look back through a window; real ones are of 512 tokens and more.
 WINDOWED = ("cohere2", "gemma2", "gemma3", "gemma3_text", "mistral", "olmo3", "phi3-window", "qwen2-window")
 
@@ -151,12 +172,12 @@ def save_tiny(family: str, folder: Path, seed: int = 0, window: int | None = Non
     """A random model of a family in a folder of its own; ``window``: another length of its sliding window."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(locate("atlas"))
-    config = {**CONFIGS, **HYBRIDS}[family](
+    config = {**CONFIGS, **HYBRIDS, **WITH_IMAGES}[family](
         vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=False
     )
     if window is not None:
         config.get_text_config().sliding_window = window
-    model = AutoModelForCausalLM.from_config(config)
+    model = (AutoModelForImageTextToText if family in WITH_IMAGES else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -10,6 +10,7 @@ import yaml
 
 from pmet_lightning.cli.foreign_keys import SIGNS
 from pmet_lightning.run.options import UsageError, as_option, check_settings, options_of, problem_with
+from pmet_lightning.utils.errors import first_line
 from pmet_lightning.utils.resources import locate_config, shipped_configs
 
 # Options of every command that parsers add themselves.
@@ -66,15 +67,15 @@ def read_config(path: str) -> Mapping[str, Any]:
     """The settings of a configuration.
 
     Raises:
-        UsageError: If it is not YAML with settings by name; the message names the line.
+        UsageError: If it is not YAML with settings by name, each given once; the message names the line.
     """
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_EachNameOnce)  # a safe loader
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"{path}{line}: not valid YAML ({error.problem})") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: not a text file with YAML ({str(error).splitlines()[0]})") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # other bytes, too many digits, brackets in brackets
+        raise UsageError(f"{path}: not a text file with YAML ({first_line(error)})") from error
     if not isinstance(settings, Mapping):
         raise UsageError(f"{path}: expected settings by name, such as 'model:', found {type(settings).__name__}")
     return settings
@@ -87,6 +88,23 @@ def _check_ours(settings: Mapping[str, Any], path: str) -> None:
             f"{Path(path).name}: settings of another program; pmet-lightning convert --settings {path} --out mine.yaml "
             "makes a configuration of them"
         )
+
+
+class _EachNameOnce(yaml.SafeLoader):
+    """YAML's safe loader would take the last of two settings of one name, and forget the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            ConstructorError: If two of its keys are the same.
+        """
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands here again", key.start_mark)
+            seen.update([key.value] if isinstance(key, yaml.ScalarNode) else [])
+        return super().construct_mapping(node, deep)
 
 
 def _split(command: str, arguments: Sequence[str]) -> list[Given]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from pmet_lightning.data import earth
 from pmet_lightning.data.fields import RecordError
-from pmet_lightning.data.text_files import csv_rows
+from pmet_lightning.data.text_files import check_encoding, csv_rows
 from pmet_lightning.data.token_rows import TokenRow
 from pmet_lightning.data.vocabulary import check_ids
-from pmet_lightning.utils.errors import PmetError
+from pmet_lightning.utils.errors import PmetError, first_line
 from pmet_lightning.utils.hub import check_reachable
 from pmet_lightning.utils.resources import locate
 
@@ -38,14 +38,16 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
 
     Raises:
         FileNotFoundError: If there is no such corpus.
-        CorpusError: If it has no column 'text'.
+        CorpusError: If it is empty or unreadable, or has no column 'text' with a text in each row.
     """
     path = Path(locate(name))
+    if path.is_file() and path.stat().st_size == 0:
+        raise CorpusError(f"{name}: the file is empty, expected texts; give another corpus")
     try:
         for row in _rows(path, name, subset).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
             text = row.get("text")
-            if text is None:
-                raise CorpusError(f"{name}: expected a column 'text', found {', '.join(map(str, row))}")
+            if not isinstance(text, str):
+                raise _no_text(path, name, subset)
             if text.strip():
                 yield text.strip()
     except CorpusError:
@@ -54,12 +56,33 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
         raise CorpusError(str(error)) from error
     except Exception as error:
         if path.is_file():
-            raise CorpusError(f"{name}: unreadable as {_kind(path)} ({str(error).splitlines()[0]})") from error
+            raise _unreadable(path, name, error) from error
         raise FileNotFoundError(
-            f"no corpus {name!r}: not a local file, and not available from the hub ({str(error).splitlines()[0]}). "
+            f"no corpus {name!r}: not a local file, and not available from the hub ({first_line(error)}). "
             "Without a network, set --moments.corpus to a local file: .jsonl, .csv or .parquet with a column 'text', "
             "plain text with one text per line, or 'sampled-corpus' (text that the model itself writes)."
         ) from error
+
+
+def _no_text(path: Path, name: str, subset: str | None) -> CorpusError:
+    """The error of a corpus with a row that holds no text: in the file's order, the first of them."""
+    for number, row in enumerate(_rows(path, name, subset)):
+        if "text" not in row:
+            return CorpusError(f"{name}: expected a column 'text', found {', '.join(map(str, row))}")
+        if not isinstance(row["text"], str):
+            found = f"{row['text']!r} ({type(row['text']).__name__})"
+            return CorpusError(f"{name}, record {number}: expected a text in the column 'text', found {found}")
+    return CorpusError(f"{name}: expected a column 'text' with a text in each row")  # the hub's has changed meanwhile
+
+
+def _unreadable(path: Path, name: str, error: Exception) -> CorpusError:
+    """The error of a local corpus that the library cannot read; of a text file, with the line where it is no UTF-8."""
+    try:
+        if _kind(path) != "parquet":
+            check_encoding(path, name)
+    except RecordError as found:
+        return CorpusError(str(found))
+    return CorpusError(f"{name}: unreadable as {_kind(path)} ({first_line(error)})")
 
 
 def _kind(path: Path) -> str:

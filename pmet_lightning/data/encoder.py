@@ -17,7 +17,7 @@ from pmet_lightning.data.chat import Chat, ChatFrame
 from pmet_lightning.data.join import Join, join_of
 from pmet_lightning.data.token_rows import TokenRow
 from pmet_lightning.data.vocabulary import check_ids, check_vocabulary
-from pmet_lightning.utils.errors import PmetError
+from pmet_lightning.utils.errors import PmetError, first_line
 from pmet_lightning.utils.pretrained import load_pretrained
 
 Tokenized = tuple[list[int], list[tuple[int, int]]]  # ids, and the character span of each
@@ -322,7 +322,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
             raise _no_tokenizer(name, str(error.__cause__)) from error
         raise
     except ValueError as error:  # what transformers raises depends on the family
-        raise _no_tokenizer(name, str(error).strip().splitlines()[0]) from error
+        raise _no_tokenizer(name, first_line(error)) from error
     # For some families it makes one with special tokens and nothing else.
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise _no_tokenizer(name, "what it gives has special tokens only")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,6 +37,7 @@ _UNREAD: dict[Format, tuple[str, ...]] = {
 _CONTEXT = ("prompt", "update", "src", "subject")
 _OBJECTS = ("target_new", "target", "ans", "answers", "alt", "target_true", "ground_truth")
 _SHOWN_FAULTS = 20
+_UNSEEN = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # categories of Unicode
 _SHORTEST = 3  # letters of a name that another one may be close to: 'idx' is not meant as 'id'
 _CLOSE = 0.8  # difflib's ratio: 'rephrase_prompts' is so close to 'rephrase_prompt', 'target_true' not to 'target_new'
 
@@ -58,6 +61,24 @@ def check_no_faults(faults: Sequence[str], what: str) -> None:
         raise RecordError("\n".join([f"{len(faults)} {what}:", *faults[:_SHOWN_FAULTS], *more]))
     if faults:
         raise RecordError(faults[0])
+
+
+def check_no_column_twice(columns: Sequence[Any], where: str) -> None:
+    """Refuse a table in which two columns have one name: only one of them could be read.
+
+    Args:
+        columns: The names; several may be empty.
+        where: Which table it is.
+
+    Raises:
+        RecordError: If there is such a name.
+    """
+    twice = [column for column, count in Counter(columns).items() if count > 1 and column != ""]
+    if twice:
+        raise RecordError(
+            f"{where}: several columns are named {', '.join(map(repr, twice))}, expected a name of its own for each; "
+            "rename or remove all but one"
+        )
 
 
 def is_missing(value: Any) -> bool:
@@ -93,13 +114,20 @@ def checked_texts(value: Any, name: str, origin: str) -> list[str]:
     found = []
     for item in items(value):
         text = _plain(item)
-        if item is not None and not isinstance(text, str):
+        if is_missing(item):
+            continue
+        if not isinstance(text, str):
             raise RecordError(
                 f"{origin}: the field {name} holds {item!r} ({type(item).__name__}), expected a text or a list of "
                 "texts; write each as a string"
             )
-        found += [text] if text and text.strip() else []
+        found += [] if _is_blank(text) else [text]
     return found
+
+
+def _is_blank(text: str) -> bool:
+    """Whether there is nothing to read in a text: white space, control characters, others that are not seen."""
+    return all(unicodedata.category(c) in _UNSEEN for c in text)
 
 
 def text(fields: Mapping[str, Any], name: str, origin: str) -> str:
@@ -117,7 +145,7 @@ def text(fields: Mapping[str, Any], name: str, origin: str) -> str:
         )
     value = fields[name]
     value = _plain(value.get("str") if isinstance(value, Mapping) else value)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or _is_blank(value):
         raise RecordError(f"{origin}: the field {name!r} is {value!r}, expected a text that is not empty")
     return value.strip()
 
@@ -214,5 +242,6 @@ def _close_names(fields: Mapping[str, Any], read: tuple[str, ...], others: tuple
 
 
 def _plain(value: Any) -> Any:
-    """A number as text: years are often written without quotes."""
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    """A number as text: years are often written without quotes. NaN and the infinite ones are no numbers."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return str(value) if is_number else value

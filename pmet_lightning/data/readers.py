@@ -31,6 +31,7 @@ from pmet_lightning.data.fields import (
 from pmet_lightning.data.records import Edit, ZsreTarget, check_no_contradictions, parse_records
 from pmet_lightning.data.tables import as_rows
 from pmet_lightning.data.text_files import as_text, csv_rows, json_lines, json_rows, numbered
+from pmet_lightning.utils.errors import first_line
 from pmet_lightning.utils.hub import check_reachable
 from pmet_lightning.utils.resources import locate
 
@@ -51,7 +52,7 @@ _OPENINGS = re.compile(
 
 
 def read_edits(
-    path: str | Sequence[str],
+    path: str | Path | Sequence[str | Path],
     *,
     split: str = "train",
     skip: int = 0,
@@ -76,12 +77,12 @@ def read_edits(
     """
     edits = _parse_all(read_records(path, split=split, skip=skip, limit=limit, shuffle=shuffle), zsre_target)
     check_no_contradictions(edits)
-    _warn_of_generation_prompts(edits, path if isinstance(path, str) else ", ".join(path))
+    _warn_of_generation_prompts(edits, ", ".join(_names(path)))
     return edits
 
 
 def read_records(
-    path: str | Sequence[str],
+    path: str | Path | Sequence[str | Path],
     *,
     split: str = "train",
     skip: int = 0,
@@ -104,7 +105,7 @@ def read_records(
         FileNotFoundError: If there is no such file or data set.
         RecordError: If the file is empty or broken, or nothing is left of it.
     """
-    paths = [path] if isinstance(path, str) else list(path)
+    paths = _names(path)
 
     def all_records() -> Iterator[tuple[str, Any]]:
         return chain.from_iterable(_records(locate(name), name, split) for name in paths)
@@ -122,6 +123,10 @@ def read_records(
             "expected at least one"
         )
     return records
+
+
+def _names(path: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(name) for name in ([path] if isinstance(path, (str, Path)) else path)]
 
 
 def as_edits(facts: Any, name: str = "facts", *, zsre_target: ZsreTarget = "answers") -> list[Edit]:
@@ -188,7 +193,7 @@ def _parse(record: Any, number: int, origin: str, zsre_target: ZsreTarget, told:
 
 
 def stream_edits(
-    path: str | Sequence[str],
+    path: str | Path | Sequence[str | Path],
     *,
     split: str = "train",
     skip: int = 0,
@@ -210,7 +215,7 @@ def stream_edits(
         FileNotFoundError: If there is no such file or data set.
         RecordError: If a record is unusable.
     """
-    paths = [path] if isinstance(path, str) else list(path)
+    paths = _names(path)
     records = chain.from_iterable(
         _streamed_records(locate(name), name, split, wait if name == paths[-1] else 0.0) for name in paths
     )
@@ -258,7 +263,7 @@ def _oddities(record: Any, edits: Sequence[Edit], zsre_target: ZsreTarget) -> It
     found = {
         "ignored: %s; rename, if that is meant": misspelled,
         f"ignored: %s, which {kind} records do not have; rename, or leave it out": foreign,
-        "white space around %s is left out; an object follows its prompt after a space by itself": spaced,
+        "white space around %s is left out; --model.join says how an object follows its prompt": spaced,
         "the new object %s is also the old one, so that nothing changes; check both": unchanged,
     }
     for message, names in found.items():
@@ -316,7 +321,7 @@ def _cell(cell: str) -> Any:
         return cell
     try:
         return json.loads(cell) or cell  # "{}" is a prompt that is nothing but its subject
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a text that only begins as JSON does
         return cell
 
 
@@ -326,7 +331,7 @@ def _parquet_rows(found: str, name: str) -> Any:
     try:
         return datasets.Dataset.from_parquet(found)
     except Exception as error:  # pyarrow raises many types; all mean that the file is not such a table
-        raise RecordError(f"{name}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        raise RecordError(f"{name}: cannot be read as parquet: {first_line(error)}") from error
 
 
 def _hub_rows(name: str, split: str) -> Any:
@@ -338,5 +343,5 @@ def _hub_rows(name: str, split: str) -> Any:
     except Exception as error:
         raise FileNotFoundError(
             f"no edits file {name!r} here, and the hub data set of that name cannot be read "
-            f"({str(error).splitlines()[0]}); set --data.path to a local file"
+            f"({first_line(error)}); set --data.path to a local file"
         ) from error

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from pmet_lightning.data.fields import RecordError
+from pmet_lightning.data.fields import RecordError, check_no_column_twice
 from pmet_lightning.data.records import Edit
 
 _COLUMNS_OF_FACTS = ("subject", "prompt", "prompts", "src", "requested_rewrite")
@@ -48,13 +48,25 @@ def _rows_of_table(facts: Any) -> Any:
     if isinstance(facts, Mapping):
         return _rows_of_columns({name: list(column) for name, column in facts.items() if _is_column(column)}, facts)
     if hasattr(facts, "convert_dtypes") and hasattr(facts, "columns"):  # pandas
-        # Where cells are missing, whole numbers are held as 1990.0.
-        whole = {name: facts[name].convert_dtypes() for name in facts.columns if facts[name].isna().any()}
-        return facts.assign(**whole).to_dict("records")
+        return _rows_of_frame(facts)
     for method in ("to_dicts", "to_pylist"):  # polars, pyarrow
         if hasattr(facts, method):
             return getattr(facts, method)()
     return facts
+
+
+def _rows_of_frame(frame: Any) -> list[dict[Any, Any]]:
+    """The rows of a DataFrame of pandas.
+
+    Raises:
+        RecordError: If two columns have one name.
+    """
+    check_no_column_twice(list(frame.columns), "facts")
+    found = frame.copy(deep=False)
+    for name in frame.columns:
+        if frame[name].isna().any():  # where cells are missing, whole numbers are held as 1990.0
+            found[name] = frame[name].convert_dtypes()
+    return found.to_dict("records")  # type: ignore[no-any-return]
 
 
 def _rows_of_columns(columns: Mapping[str, list[Any]], facts: Mapping[str, Any]) -> list[dict[str, Any]]:

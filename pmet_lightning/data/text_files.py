@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.data.fields import RecordError
+from pmet_lightning.data.fields import RecordError, check_no_column_twice
 
 
 def as_text(data: bytes, name: str, first_line: int = 1) -> str:
@@ -33,6 +33,21 @@ def as_text(data: bytes, name: str, first_line: int = 1) -> str:
         ) from error
 
 
+def check_encoding(path: Path, name: str) -> None:
+    """Read a file line by line, and find what is not UTF-8.
+
+    Args:
+        path: The file.
+        name: Its name in messages.
+
+    Raises:
+        RecordError: If there is such a line; the message names the first.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            as_text(line, name, number)
+
+
 def json_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     """Origin and value of each item of a JSON list, or of each line, whatever the file's extension.
 
@@ -46,10 +61,7 @@ def json_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     text = as_text(path.read_bytes(), name)
     if not text.lstrip().startswith("["):
         return json_lines(io.StringIO(text, newline=None), name)  # splitlines would also split inside texts
-    try:
-        return numbered(json.loads(text), name)
-    except json.JSONDecodeError as error:
-        raise _broken_json(name, error.lineno, error) from error
+    return numbered(_parse(text, name), name)
 
 
 def json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
@@ -83,11 +95,13 @@ def csv_rows(path: Path, name: str) -> Iterator[dict[str, str]]:
         name: Its name in messages.
 
     Raises:
-        RecordError: If the file is not UTF-8 or no CSV, or a row has more cells than the header; it names the line.
+        RecordError: If the file is not UTF-8 or no CSV, two columns have one name, or a row has more cells than the
+            header; it names the line.
     """
     reader = csv.reader(_lines(path, name), strict=True)
     try:
         header = [column.strip() for column in next(reader, [])]
+        check_no_column_twice(header, f"{name}, line {reader.line_num}")
         for cells in filter(None, reader):
             if len(cells) > len(header):
                 raise RecordError(
@@ -104,19 +118,26 @@ def _lines(path: Path, name: str) -> Iterator[str]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from file
     except UnicodeDecodeError:
-        as_text(path.read_bytes(), name)  # raises, and names the line
+        check_encoding(path, name)
         raise
 
 
 def _json_value(line: str, name: str, number: int) -> Any:
     try:
-        return json.loads(line)
+        return _parse(line, name, number)
+    except RecordError as error:
+        return error
+
+
+def _parse(text: str, name: str, line: int | None = None) -> Any:
+    """The value of a JSON text: of a line of a file, or of a whole one where ``line`` is ``None``."""
+    expected = "expected a list of records or one record per line"
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        return _broken_json(name, number, error)
-
-
-def _broken_json(name: str, line: int, error: json.JSONDecodeError) -> RecordError:
-    return RecordError(
-        f"{name}, line {line}: broken JSON ({error.msg}, column {error.colno}); expected a list of records or "
-        "one record per line"
-    )
+        raise RecordError(
+            f"{name}, line {line or error.lineno}: broken JSON ({error.msg}, column {error.colno}); {expected}"
+        ) from error
+    except (RecursionError, ValueError) as error:  # brackets in brackets in brackets; a number of thousands of digits
+        where = name if line is None else f"{name}, line {line}"
+        raise RecordError(f"{where}: JSON that cannot be read ({error}); {expected}") from error

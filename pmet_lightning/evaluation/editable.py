@@ -40,7 +40,7 @@ from pmet_lightning.model.fsdp import load_in_turn, shard
 from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load_model, set_plain_outputs
 from pmet_lightning.model.origin import Origin, origin_of
 from pmet_lightning.model.patch import apply_patch
-from pmet_lightning.model.projections import Sites, keep_in_float32
+from pmet_lightning.model.projections import Sites, find_layers, keep_in_float32
 from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
@@ -231,7 +231,7 @@ class EditableModel(L.LightningModule):
             model = load_model(self.model_name, *options)
             set_plain_outputs(model)
             if self.device_mesh is not None:
-                shard(model, self._architecture.layers, self.device_mesh)
+                shard(model, find_layers(model, self._architecture).layers, self.device_mesh)
         return model
 
     @property

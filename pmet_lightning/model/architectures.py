@@ -16,7 +16,8 @@ class Architecture:
     """Module paths of one model family.
 
     Attributes:
-        layers: Path of the list of layers in the model, such as ``transformer.h``.
+        layers: Path of the list of layers in the model, such as ``transformer.h``. Inside a model of several kinds of
+            input it is found in its text model (:func:`~pmet_lightning.model.projections.find_layers`).
         attn: Path, inside a layer, of the attention output projection.
         ffn: Path, inside a layer, of the FFN output projection (its input is the key, its output m).
         attn_norm: Path, inside a layer, of the root-mean-square norm between the attention output projection and the
@@ -44,7 +45,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon_h1": replace(_LLAMA, ffn="feed_forward.down_proj"),
     "gemma": _LLAMA,
     "gemma2": _OUTER_NORMS,
-    "gemma3": replace(_OUTER_NORMS, layers="model.language_model.layers"),
     "gemma3_text": _OUTER_NORMS,
     "gemma4_text": _OUTER_NORMS,
     "gpt2": Architecture("transformer.h", "attn.c_proj", "mlp.c_proj"),
@@ -76,7 +76,7 @@ class UnknownArchitectureError(PmetError):
 
 
 def architecture_of(config: Any, override: Architecture | None = None) -> Architecture:
-    """Find the family of a model by its ``config.model_type``.
+    """Find the family of a model, or of the text model inside it, by its ``config.model_type``.
 
     Args:
         config: A Hugging Face model configuration.
@@ -98,7 +98,7 @@ def architecture_of(config: Any, override: Architecture | None = None) -> Archit
         )
     if override is not None:
         return override
-    found = ARCHITECTURES.get(config.model_type)
+    found = ARCHITECTURES.get(config.model_type) or ARCHITECTURES.get(getattr(text, "model_type", ""))
     if found is None:
         raise UnknownArchitectureError(
             f"the model type {config.model_type!r} is unknown; the known ones are {', '.join(sorted(ARCHITECTURES))}. "

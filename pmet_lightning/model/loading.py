@@ -68,6 +68,8 @@ def load_model(
     model, report = load_pretrained(AutoModelForCausalLM, name, dtype=loaded, output_loading_info=True, **given)
     forget_gguf(model)
     _check_complete(report, name)
+    if not is_gguf(locate(name)):
+        _tell_of_parts(model, load_config(name, trust_remote_code), name)
     if dtype == "float64":
         model = model.double()
     offloaded = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.is_meta]
@@ -80,6 +82,13 @@ def load_model(
     fuse_gelu(model)
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _tell_of_parts(model: nn.Module, config: Any, name: str) -> None:
+    """Say so where transformers loads the text model alone out of one that takes images, too (Qwen 3.5)."""
+    found = getattr(model.config, "model_type", None)
+    if found != config.model_type:
+        log.warning("%r is a %s; its text model alone (%s) is loaded, edited and saved", name, config.model_type, found)
 
 
 def _check_complete(report: Mapping[str, Any], name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,22 @@ from torch import Tensor, nn
 
 from pmet_lightning.model.architectures import Architecture, ProjectionId, SiteName, UnknownArchitectureError
 from pmet_lightning.model.fsdp import local_part, local_rows, sum_over_shards
+
+
+def find_layers(model: nn.Module, architecture: Architecture) -> Architecture:
+    """The architecture with the path of the layers in this model, whose text model may be a part of it.
+
+    Args:
+        model: The model.
+        architecture: That of its text model by itself, or its own.
+    """
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = None if get_decoder is None else get_decoder()
+    name = architecture.layers.rpartition(".")[2]
+    if _has(model, architecture.layers) or not isinstance(getattr(decoder, name, None), nn.ModuleList):
+        return architecture
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    return replace(architecture, layers=f"{path}.{name}")
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,7 @@ class Sites:
         Raises:
             UnknownArchitectureError: If the described paths do not exist in the model.
         """
+        architecture = find_layers(model, architecture)
         try:
             layers: Any = model.get_submodule(architecture.layers)
             for path in (architecture.attn, architecture.ffn, architecture.attn_norm, architecture.ffn_norm):

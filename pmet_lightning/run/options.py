@@ -92,7 +92,7 @@ def check_settings(command: str, settings: Mapping[str, Any], where: str = "", o
     """
     start = f"{where}: " if where else ""
     for name, value in _flat(command, settings, ""):
-        problem = problem_with(command, name, value)
+        problem = _no_section(command, name, value) or problem_with(command, name, value)
         if problem is not None:
             raise UsageError(start + (as_option(problem) if options else problem))
 
@@ -150,6 +150,15 @@ def _flat(command: str, settings: Mapping[str, Any], prefix: str) -> Iterable[tu
             yield name, value
         elif isinstance(value, Mapping):
             yield from _flat(command, value, f"{name}.")
+        elif value is not None:
+            yield name, value
+
+
+def _no_section(command: str, name: str, value: Any) -> str | None:
+    """What is wrong with a value in the place of a section's settings; it may be the name of another file of them."""
+    if name not in sections_of(options_of(command)) or (isinstance(value, str) and Path(value).suffix):
+        return None
+    return f"{name} is {value!r}, expected its settings by name"
 
 
 def _is_inside(name: str, options: Mapping[str, Option]) -> bool:

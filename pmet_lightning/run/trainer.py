@@ -24,6 +24,7 @@ from pmet_lightning.run.tensorboard import TensorBoardCallback
 from pmet_lightning.run.timing import PhaseProfiler
 from pmet_lightning.run.trainer_arguments import check_arguments
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
+from pmet_lightning.utils.files import NO_ROOM, name_in_errors
 from pmet_lightning.utils.progress import EditProgressBar
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class EditTrainer(L.Trainer):
         with (
             ends_with(self._last_line),
             self.recorder.no_folder_of_a_failed_start(),
+            name_in_errors(self.run_dir, only=NO_ROOM),  # the loggers' errors have no name
             ignore_expected_warnings(),
         ):
             super().fit(*args, **kwargs)

@@ -9,3 +9,8 @@ class PmetError(ValueError):
     The message names what and where, what was expected, and what to do. It is a ``ValueError``, so that programs that
     catch those continue to work.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says; its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import csv
+import errno
+import glob
 import json
 import os
+import platform
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+# Numbers of the errors of a full disk, a spent quota, and a file that may not grow.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
@@ -18,7 +25,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends without an exception."""
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _beside(target)
     try:
         with name_in_errors(target):
             yield temporary
@@ -43,11 +50,12 @@ def check_new_file(path: str | Path, option: str) -> None:
 
 
 @contextmanager
-def name_in_errors(path: str | Path) -> Iterator[None]:
+def name_in_errors(path: str | Path, only: Container[int] | None = None) -> Iterator[None]:
     """Name the file in errors of what is written inside: Python reports a full disk without one.
 
     Args:
-        path: The file.
+        path: The file, or the folder that it is in.
+        only: Numbers of the errors that are meant, such as :data:`NO_ROOM`; all where ``None``.
 
     Raises:
         OSError: As it was raised inside, with a file name.
@@ -55,7 +63,7 @@ def name_in_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or error.filename is not None or (only is not None and error.errno not in only):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -75,14 +83,34 @@ def new_folder(path: str | Path, option: str) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{option} {path}: expected a new or empty folder, found one that holds something")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the rename at the end stays on one file system and is atomic.
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    unfinished = _beside(folder)
+    unfinished.mkdir()
     try:
         yield unfinished
-        unfinished.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    """A hidden path beside a file or folder, for what is to replace it, once killed processes' own are removed there.
+
+    It is beside the target, so that the rename at the end stays on one file system and is atomic. Its name says whose
+    it is: of another machine's process, on a shared disk, nobody here can tell whether it is still at work.
+    """
+    prefix = f".{target.name}.{platform.node()}."
+    for path in target.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        process = path.name.removeprefix(prefix).removesuffix(".tmp")
+        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
+            _remove(path)
+    return target.with_name(f"{prefix}{os.getpid()}.tmp")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pmet_lightning.utils.errors import PmetError
+from pmet_lightning.utils.errors import PmetError, first_line
 from pmet_lightning.utils.gguf_cache import load_part
 from pmet_lightning.utils.hub import offline_if_unreachable
 from pmet_lightning.utils.memory import is_out_of_memory
@@ -82,22 +82,21 @@ def _explain(error: Exception, name: str, path: str) -> Exception | None:
             f"cannot load {name!r}: it has code of its own, which would run on this computer; read that code, and if "
             "you trust it, set --model.trust_remote_code true (in Python: Editor(..., trust_remote_code=True))"
         )
-    first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
     is_empty = Path(path).is_dir() and not any((Path(path) / file).is_file() for file in _FILES)
     if isinstance(error, OSError) or is_empty:
         where = "the folder has no model" if Path(path).exists() else "no such folder, and not on the hub"
         return FileNotFoundError(
-            f"cannot load {name!r} ({where}): {first_line.rstrip('.')}. Set --model.model_name to a folder "
+            f"cannot load {name!r} ({where}): {first_line(error).rstrip('.')}. Set --model.model_name to a folder "
             "made by save_pretrained, to a GGUF file, to a hub name, or to the shipped 'atlas'."
         )
     if is_gguf(path):
         return PmetError(
-            f"cannot load {name!r}: {first_line}; expected a GGUF file of a model family that transformers reads from "
-            "GGUF. For others, take a folder made by save_pretrained"
+            f"cannot load {name!r}: {first_line(error)}; expected a GGUF file of a model family that transformers "
+            "reads from GGUF. For others, take a folder made by save_pretrained"
         )
     if isinstance(error, (ValueError, ImportError)):
         return None
     return PmetError(
-        f"cannot load {name!r}: {type(error).__name__}: {first_line}. Expected a folder made by save_pretrained whose "
-        "files belong together."
+        f"cannot load {name!r}: {type(error).__name__}: {first_line(error)}. Expected a folder made by save_pretrained "
+        "whose files belong together."
     )

@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from pmet_lightning.utils.errors import first_line
+
 _PACKAGE = Path(__file__).parents[1]
 
 # Short names that may be given where a path is expected.
@@ -84,7 +86,7 @@ def check_device(name: str | None, option: str) -> str:
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{option} {chosen}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{option} {chosen}: {first_line(error)}") from error
     return chosen
 
 

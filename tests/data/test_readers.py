@@ -562,7 +562,7 @@ def test_alt_without_what_it_needs():
 def test_alt_that_is_the_true_answer_or_has_outer_space_is_told(caplog):
     as_edits([{**COUNTERFACTUAL, "alt": "Sylvania City "}], zsre_target="alt")
     assert [message.split(": ")[1][:41] for message in caplog.messages] == [
-        "white space around 'alt' is left out; an ", "the new object 'Sylvania City' is also th"
+        "white space around 'alt' is left out; --m", "the new object 'Sylvania City' is also th"
     ]  # fmt: skip
 
 

@@ -99,3 +99,14 @@ def test_columns_of_different_lengths_are_refused():
 def test_anything_else_is_named(facts):
     with pytest.raises(RecordError, match=f"got {type(facts).__name__}, expected records"):
         read(facts)
+
+
+def test_frames_with_odd_columns():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(COLUMNS)
+    numbered = pandas.concat([frame, pandas.DataFrame({0: [1, None, 2]})], axis=1)
+    assert read(numbered) == read(RECORDS)
+    with pytest.raises(RecordError, match=r"facts\[0\]: no field 'subject'; found 0, 1"):
+        as_edits(pandas.DataFrame([["x", "y"], ["z", None]]))
+    with pytest.raises(RecordError, match="facts: several columns are named 'prompt'"):
+        as_edits(pandas.concat([frame, frame[["prompt"]]], axis=1))

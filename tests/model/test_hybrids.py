@@ -18,10 +18,11 @@ from pmet_lightning.model.projections import Sites
 from tests.harness import edit
 from tests.plain import plain_spread
 from tests.targets.test_target_optimizer import tiny_module
-from tests.tiny import CONTEXTS, HYBRIDS, RECORDS, save_tiny
+from tests.tiny import CONTEXTS, HYBRIDS, RECORDS, WITH_IMAGES, save_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # kernels that are not installed
-FFN_ONLY = {"qwen3_5_text"}  # no attention in layer 2
+FFN_ONLY = {"qwen3_5", "qwen3_5_text"}  # no attention in layer 2
+FAMILIES = sorted({**HYBRIDS, **WITH_IMAGES})
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,12 @@ def moments_of_ffn(folder: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize("family", sorted(HYBRIDS))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_plain_twin(family, folder_of, tmp_path):
     folder = folder_of(family)
     optimize = "ffn" if family in FFN_ONLY else "attn+ffn"
     # Where a window holds nothing but padding, eager attention gives NaN in float64.
-    dtype = "float32" if family == "gemma4_text" else "float64"
+    dtype = "float32" if family.startswith("gemma4") else "float64"
     module = tiny_module(folder, dtype=dtype, optimize=optimize)
     moments = moments_of_ffn(folder)
     spread, reports = edit(module, RECORDS[:3], moments, tmp_path, lam=2.0)
@@ -81,11 +82,11 @@ def test_equals_the_plain_twin(family, folder_of, tmp_path):
         assert float((delta - update).norm() / update.norm()) < 1e-3
 
 
-@pytest.mark.parametrize("family", sorted(HYBRIDS))
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("write", ["ffn", "attn+ffn"])
 def test_an_editor_edits_asks_undoes_and_saves(family, write, folder_of, tmp_path):
     folder = folder_of(family)
-    layers = [1, 3] if family == "qwen3_5_text" else [1, 2]  # the target layer has attention, another one has not
+    layers = [1, 3] if family in FFN_ONLY else [1, 2]  # the target layer has attention, another one has not
     settings = {"corpus": "atlas-corpus", "moments": {"samples": 100, "folder": str(tmp_path / "m")}, "steps": 3}
     editor = Editor(folder, layers=layers, free_tokens=3, context_count=1, spread={"write": write}, **settings)
     before = editor.ask(["The river runs to", "A cat"], 4)
@@ -96,6 +97,15 @@ def test_an_editor_edits_asks_undoes_and_saves(family, write, folder_of, tmp_pat
     assert again.ask(["The river runs to"], 4) == editor.ask(["The river runs to"], 4)
     editor.undo()
     assert editor.ask(["The river runs to", "A cat"], 4) == before
+
+
+@pytest.mark.skipif("qwen3_5" not in WITH_IMAGES, reason="this version of transformers does not have it")
+def test_a_part_that_is_loaded_alone_is_told(folder_of, caplog):
+    load_model(folder_of("qwen3_5"))
+    assert "is a qwen3_5; its text model alone (qwen3_5_text) is loaded, edited and saved" in caplog.text
+    caplog.clear()
+    load_model(folder_of("gemma4"))
+    assert not caplog.messages
 
 
 def test_without_attention_in_the_target_layer_the_ffn_gets_a_delta(folder_of, tmp_path, caplog):

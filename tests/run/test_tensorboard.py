@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import heapq
 import json
 import math
@@ -14,7 +15,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_END_INFO_TAG, SESSION_START_INFO_TAG
@@ -555,3 +556,24 @@ def test_the_condition_bound_is_one():
         assert 1 < bound <= true * (1 + 1e-9)
     diagonal = torch.tensor([1.0, 4.0, 100.0], dtype=torch.float64)
     assert condition_bound(torch.linalg.cholesky(diagonal.diag())) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("logger", [TensorBoardLogger, CSVLogger])
+def test_a_full_disk_is_told_with_the_folder(inputs, tmp_path, monkeypatch, logger):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(logger, "save", fail)
+    with pytest.raises(OSError, match="No space left on device: ") as caught:
+        fit(inputs, tmp_path / "run")
+    assert caught.value.filename == str(tmp_path / "run")
+
+
+def test_other_errors_keep_what_they_say(inputs, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset")
+
+    monkeypatch.setattr(TensorBoardLogger, "save", fail)
+    with pytest.raises(ConnectionResetError) as caught:
+        fit(inputs, tmp_path / "run")
+    assert caught.value.filename is None

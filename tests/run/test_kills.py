@@ -1,0 +1,120 @@
+"""SIGKILL at random moments of every command that writes: what goes on ends alike, and nothing is half-written.
+
+``PMET_KILLS`` is the number of kills of each command.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pmet_lightning.cli.dispatch import main
+from tests.tiny import RECORDS, save_tiny
+
+KILLS = int(os.environ.get("PMET_KILLS", "2"))
+PROCESSES = multiprocessing.get_context("forkserver")  # imports take longer than the work: one process makes them
+
+
+def arguments_of(command: str, base: Path, out: Path) -> list[str]:
+    if command == "export":
+        return ["export", "--run", str(base / "fit"), "--out", str(out / "model")]
+    moments = out if command == "stats" else base / "moments"
+    given = [
+        "stats" if command == "stats" else "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(out),
+        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--model.model_name",
+        str(base / "model"), "--model.layers", "[1, 2]", "--model.dtype", "float64", "--moments.corpus",
+        str(base / "corpus.txt"), "--moments.folder", str(moments),
+    ]  # fmt: skip
+    if command == "stats":
+        return [*given, "--moments.save_every", "0.05", "--moments.samples", "3000"]
+    return [
+        *given, "--model.steps", "4", "--data.path", str(base / "records.jsonl"), "--data.edit_batch", "2",
+        "--data.stream", str(command == "stream").lower(), "--spread.lam", "2", "--spread.protect_past", "true",
+        "--drift.text", "null", "--trainer.resume", "true",
+    ]  # fmt: skip
+
+
+def work(command: str, base: Path, out: Path, is_ready) -> None:
+    """A command, in a process of its own."""
+    torch.set_num_threads(1)
+    is_ready.set()
+    main(arguments_of(command, base, out))
+
+
+def run(command: str, base: Path, out: Path, seconds: float | None = None) -> bool:
+    """Whether a command ended before it was killed; an export that ended before its process did is not run again."""
+    if (out / "model").exists() and command == "export":
+        return True
+    is_ready = PROCESSES.Event()
+    process = PROCESSES.Process(target=work, args=(command, base, out, is_ready))
+    process.start()
+    assert is_ready.wait(300)
+    process.join(300 if seconds is None else seconds)
+    if process.exitcode is None:
+        assert seconds is not None, f"{command} hangs"
+        process.kill()
+        process.join()
+        return False
+    assert process.exitcode == 0, command
+    return True
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's files, which must be whole; JSON files must be, too."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if any(part.startswith(".") for part in inside.parts) or "unfinished" in str(inside):
+            continue
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        if path.suffix == ".safetensors":
+            found |= {f"{inside.name}: {name}": tensor for name, tensor in load_file(path).items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save_tiny("gpt2", folder / "model")
+    (folder / "records.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS))
+    texts = [f"This is the text of number {i}, and it is short but not the shortest." for i in range(3000)]
+    (folder / "corpus.txt").write_text("\n".join(texts))
+    PROCESSES.set_forkserver_preload([__name__, "pmet_lightning.run.lightning_cli", "pmet_lightning.run.trainer"])
+    run("fit", folder, folder / "fit")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["fit", "stream", "stats", "export"])
+def test_a_killed_command_goes_on_and_ends_alike(base, tmp_path, command):
+    start = time.monotonic()
+    assert run(command, base, tmp_path / "whole")
+    longest, expected = time.monotonic() - start, tensors(tmp_path / "whole")
+    assert expected
+    rng, kills, number = random.Random(command), 0, 0
+    while kills < KILLS:
+        out, number = tmp_path / str(number), number + 1
+        assert number < 20 * KILLS
+        while kills < KILLS and not run(command, base, out, rng.uniform(0, longest)):
+            kills += 1
+            tensors(out)
+        assert run(command, base, out)
+        found = tensors(out)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():  # a run that goes on adds the same numbers in another order
+            assert float((found[name] - tensor).norm()) <= 1e-9 * float(tensor.norm()), name
+        assert not list(out.rglob(".*.tmp"))
+        assert not list(out.rglob("unfinished*"))
+        if command in ("fit", "stream"):
+            assert json.loads((out / "state.json").read_text())["status"] == "finished"
+            lines = [json.loads(line)["case_id"] for line in (out / "ledger.jsonl").read_text().splitlines()]
+            assert lines == [str(i) for i in range(len(RECORDS))]
