@@ -1,7 +1,7 @@
 """Where an edited model comes from: kept in its folder, so that its second moments can be those of the base model.
 
-An edit hardly changes the keys of general text, and collecting their second moments for every edited model anew would take
-as long as for a new one.
+An edit hardly changes the keys of general text, and collecting their second moments for every edited model anew would
+take as long as for a new one.
 """
 
 from __future__ import annotations
