@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,8 +42,6 @@ from pmet_lightning.utils.processor_files import copy_processor_files
 from pmet_lightning.utils.progress import EditProgressBar
 from pmet_lightning.write.edited_weights import Snapshot
 from pmet_lightning.write.facts import WrittenFact, facts_of
-
-log = logging.getLogger(__name__)
 
 # One or several files or hub data sets; one or several facts, also as a table or as parallel lists.
 Facts = str | Path | Sequence[str | Path] | Mapping[str, Any] | Edit | Iterable[Mapping[str, Any] | Edit] | Any
@@ -421,18 +418,14 @@ class Editor:
     def save(self, folder: str | Path) -> None:
         """Write the model as it is now, and its tokenizer, as a Hugging Face folder (the command ``export``).
 
+        With ``keep_float32``, all weights are written in float32, so that nothing of the edits is rounded away.
+
         Args:
             folder: The folder to write; must be new or empty.
 
         Raises:
             FileExistsError: If the folder is not empty.
         """
-        dtypes = {parameter.dtype for parameter in self.model.parameters()}
-        if self._module.keep_float32 and len(dtypes) > 1:
-            log.warning(
-                "Editor.save: the edited weights are written in float32, and transformers rounds them to the precision "
-                "of the others unless the folder is loaded with dtype=torch.float32; the command export avoids that"
-            )
         with new_folder(folder, "Editor.save:") as unfinished:
             save_model(self.model, unfinished)
             self._processor.save_pretrained(unfinished)

@@ -7,13 +7,17 @@ the output would break what is measured here, or change it.
 from __future__ import annotations
 
 import copy
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from pmet_lightning.utils.files import write_json
 from pmet_lightning.utils.tensor_files import explain_write_errors
 
 log = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ def save_model(model: nn.Module, folder: Any) -> None:
     """``model.save_pretrained``, also where the model's generation settings are such that transformers refuses to.
 
     What has no effect in such settings is left out of the saved ones, and this is logged; the model keeps its own.
+    Weights of several precisions (``keep_float32``) are all written in float32.
 
     Args:
         model: The language model.
@@ -68,8 +73,33 @@ def save_model(model: nn.Module, folder: Any) -> None:
     Raises:
         OSError: If it cannot be written, for example because the disk is full.
     """
+    mixed = len({p.dtype for p in model.parameters()}) > 1
+    state = {"state_dict": _in_float32(model.state_dict())} if mixed else {}
     with _replaced(model, _repaired(getattr(model, "generation_config", None))), explain_write_errors(folder):
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder, **state)  # type: ignore[operator]
+    if mixed:
+        path = Path(folder) / "config.json"
+        write_json(path, _with_dtype(json.loads(path.read_text(encoding="utf-8")), "float32"))
+
+
+def _in_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All weights in float32; tied ones stay one tensor.
+
+    transformers loads a folder of several precisions in that of its configuration, which would round the finer ones.
+    """
+    converted: dict[tuple[int, torch.Size], Tensor] = {}
+    for value in state.values():
+        place = value.data_ptr(), value.shape
+        converted.setdefault(place, value.float() if value.is_floating_point() else value)
+    return {name: converted[value.data_ptr(), value.shape] for name, value in state.items()}
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A configuration as JSON, with those inside it, for weights of a precision."""
+    if not isinstance(config, dict):
+        return config
+    named = {name: dtype for name in ("dtype", "torch_dtype") if isinstance(config.get(name), str)}
+    return {name: _with_dtype(value, dtype) for name, value in config.items()} | named
 
 
 @contextmanager

@@ -117,3 +117,20 @@ def test_the_vocabulary_head_is_given_contiguous_states(tmp_path):
     handle.remove()
     assert seen == [True, True]
     assert not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_weights_of_several_precisions_are_saved_in_the_finest(family, tmp_path):
+    """A half-precision model with some weights in float32 comes back as it was, whoever opens it."""
+    save_tiny(family, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    name = next(name for name, value in model.state_dict().items() if "mlp" in name and value.dim() > 1)
+    projection = model.get_submodule(name.removesuffix(".weight")).float()
+    with torch.no_grad():
+        projection.weight.add_(1e-5)
+    (tmp_path / "saved").mkdir()
+    save_model(model, tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto").state_dict()
+    assert {value.dtype for value in loaded.values() if value.is_floating_point()} == {torch.float32}
+    assert all(torch.equal(loaded[name], value.float()) for name, value in model.state_dict().items())
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16, "the model itself is as it was"
