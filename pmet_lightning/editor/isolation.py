@@ -92,8 +92,11 @@ def _interrupts_raised() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
+        cause: BaseException | None = error
+        while isinstance(cause, SystemExit):  # Lightning's, and that of a run with a folder
+            cause = cause.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise
     finally:
         if threading.current_thread() is threading.main_thread() and handler is not None:

@@ -293,8 +293,9 @@ def test_a_run_folder_and_progress_where_asked_for(make, tmp_path, capfd):
     assert "Targets" in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("with_folder", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("the disk is full")], ids=str)
-def test_what_fails_or_is_interrupted_writes_nothing(make, monkeypatch, error):
+def test_what_fails_or_is_interrupted_writes_nothing(make, monkeypatch, tmp_path, error, with_folder):
     """In the second of two edit batches, after the first was written."""
     editor, model = make(edit_batch=1)
     editor.edit(FACTS[2:3], evaluate=False)
@@ -310,7 +311,7 @@ def test_what_fails_or_is_interrupted_writes_nothing(make, monkeypatch, error):
     with monkeypatch.context() as patched:
         patched.setattr(ledger_module, "measure_ledger", fail)
         with pytest.raises(error if isinstance(error, type) else type(error)):
-            editor.edit(FACTS[:2], evaluate=False)
+            editor.edit(FACTS[:2], evaluate=False, run_dir=tmp_path / "run" if with_folder else None)
     assert len(calls) == 2
     assert same(before, bits(model))
     assert same(deltas, matrices(editor._spread.edited.deltas))
