@@ -97,7 +97,7 @@ MODELS = {
     "qwen3": ("qwen3", {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36}),
     "mistral-7b": ("mistral", {"7B": 32}),
     "gemma-2-9b": ("gemma2", {"9B": 42}),
-    "gemma-3": ("gemma3", {"1B": 26, "4B": 34}),
+    "gemma-3": ("gemma3_text", {"1B": 26, "4B": 34}),
     "smollm2": ("llama", {"135M": 30, "360M": 32, "1.7B": 24}),
     "phi-2": ("phi", {"2.7B": 32}),
     "pythia-6.9b": ("gpt_neox", {"6.9B": 32}),

@@ -25,6 +25,7 @@ from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_edits
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.patch import PatchError, save_patch
+from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.utils.resources import locate
 from tests.planted import FACTS, edit_of, records, save_planted, study_of, written
 
@@ -242,7 +243,7 @@ def test_the_command_before_and_after_an_edit(tmp_path):
     study = study_of(folder)
     manifest = {"model": folder, "fingerprint": fingerprint(study.model), "dtype": "float32"}
     patch = str(tmp_path / "patch.safetensors")
-    save_patch(patch, {study.sites.weight_name("ffn", 1): edit_of(1)}, manifest)
+    save_patch(patch, {study.sites.weight_name("ffn", 1): WeightDelta(edit_of(1))}, manifest)
     arguments = ["--model.patch", patch, "--data.path", written(tmp_path, records())]
     run_verb(tmp_path, "--model.model_name", folder, "--tracing.draws", "2", *arguments)
     known = json.loads((tmp_path / "out" / "analysis.json").read_text())

@@ -25,6 +25,7 @@ from pmet_lightning.model import forward
 from pmet_lightning.model.architectures import UnknownArchitectureError
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.patch import apply_patch, save_patch
+from pmet_lightning.solver.weight_delta import WeightDelta
 from tests.conftest import mostly_slow
 from tests.planted import SCOPE, edit_of, records, save_planted, study_of, written
 from tests.tiny import CONFIGS, RECORDS
@@ -159,7 +160,8 @@ def test_a_fact_is_found_before_and_after_its_edit(tmp_path):
     study = study_of(save_planted("gpt2", tmp_path / "model", 1, 2))
     name = study.sites.weight_name("ffn", 1)
     base = fingerprint(study.model)
-    save_patch(tmp_path / "patch.safetensors", {name: edit_of(0)}, {"model": "", "fingerprint": base, "dtype": "auto"})
+    manifest = {"model": "", "fingerprint": base, "dtype": "auto"}
+    save_patch(tmp_path / "patch.safetensors", {name: WeightDelta(edit_of(0))}, manifest)
     study.ask(read_facts(written(tmp_path, records())))
     before, kept = study.measure("before")
     apply_patch(study.model, study.sites, tmp_path / "patch.safetensors", base)

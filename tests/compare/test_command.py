@@ -361,7 +361,6 @@ def test_an_option_may_be_an_optimizer(tmp_path, monkeypatch):
     adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 2.0}}
     seen = []
     monkeypatch.setattr("pmet_lightning.compare.command.plan_runs", lambda methods, *_: seen.append(methods) or [])
-    monkeypatch.setattr("pmet_lightning.compare.command._check", lambda *_: None)
     path = tmp_path / "compare.yaml"
     method = {"options": {"model.optimizer": adam, "model.layers": [0, 1], "data.shuffle": None, "spread.lam": 0.5}}
     path.write_text(

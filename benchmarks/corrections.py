@@ -1,0 +1,109 @@
+"""The life of an edit: facts corrected and removed again, compared with one clean run of what is left.
+
+    python benchmarks/corrections.py
+
+On the bundled model: 200 records of `atlas-records` in ten calls, with the λ of stream.yaml and protected keys; 50 of
+them get another object of their relation in five calls; 20 others are removed. Then all facts that are left are asked,
+as after one call with them alone. And: what removing a single fact costs, compared with the call that wrote it, over 50
+of 50 facts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pmet_lightning import Edit, Editor
+from pmet_lightning.data.readers import read_edits
+from pmet_lightning.evaluation.bootstrap import confidence_interval, resample_means
+from pmet_lightning.evaluation.generation import says
+
+
+def editor(sequence: bool = False) -> Editor:
+    """A new editor of the bundled model, with the settings for one edit batch or, as in stream.yaml, for many."""
+    changes: dict[str, Any] = {"lam": 1000, "spread": {"protect_past": True}} if sequence else {}
+    return Editor.from_config("pmet.yaml", drift={"text": None}, device="cpu", **changes)
+
+
+def corrected(edits: list[Edit], draw: random.Random) -> list[Edit]:
+    """The same facts, each with another object of its relation."""
+    objects = defaultdict(set)
+    for edit in edits:
+        objects[edit.relation].add(edit.target)
+    return [replace(e, target=draw.choice(sorted(objects[e.relation] - {e.target}) or [e.target])) for e in edits]
+
+
+def answered(of: Editor, edits: list[Edit]) -> list[float]:
+    """100 for each fact that the model says."""
+    answers = of.ask([edit.question for edit in edits])
+    return [100.0 * says(answer, edit.target) for answer, edit in zip(answers, edits, strict=True)]
+
+
+def life(edits: list[Edit]) -> None:
+    """The facts after corrections and removals, beside one clean run."""
+    draw = random.Random(0)
+    many = editor(sequence=True)
+    for start in range(0, 200, 20):
+        many.edit(edits[start : start + 20], evaluate=False)
+    new = corrected(edits[:50], draw)
+    for start in range(0, 50, 10):
+        many.edit(new[start : start + 10], evaluate=False)
+    before = many.edits_written
+    many.remove(edits[50:70])
+    left = [*edits[70:200], *new]
+    clean = editor()
+    clean.edit(left, evaluate=False)
+    sys.stdout.write(f"{before} edits in 15 calls; of 200 facts {len(many.facts)} left, 50 corrected, 20 removed\n")
+    for name, of in (("after corrections and removals", many), ("one clean run", clean)):
+        kept, fixed = answered(of, left[:130]), answered(of, left[130:])
+        both = torch.tensor(kept + fixed, dtype=torch.float64)
+        low, high = confidence_interval(resample_means(both[:, None])[0])
+        sys.stdout.write(
+            f"{name}: {both.mean():.1f} [{low:.1f}, {high:.1f}] of {len(both)} are said, "
+            f"{statistics.mean(kept):.1f} of those never touched, {statistics.mean(fixed):.1f} of the corrected\n"
+        )
+    gone = answered(many, edits[50:70])
+    sys.stdout.write(f"of the 20 removed facts {sum(gone) / 100:.0f} are still said\n")
+
+
+def cost(edits: list[Edit]) -> None:
+    """The time of a removal beside that of the call."""
+    start = time.perf_counter()
+    of = editor()
+    of.edit(edits[:50])
+    whole, times = time.perf_counter() - start, []
+    for edit in edits[:50]:
+        start = time.perf_counter()
+        of.remove(edit)
+        times.append(time.perf_counter() - start)
+        of.undo()
+    sys.stdout.write(
+        f"50 facts written and evaluated in {whole:.2f} s; one of them removed in {statistics.median(times):.2f} s "
+        f"(median of 50), {whole / statistics.median(times):.1f} times faster\n"
+    )
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Print both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("life", "cost"), help="one part only")
+    given = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    edits = read_edits("atlas-records")
+    if given.part != "cost":
+        life(edits)
+    if given.part != "life":
+        cost(edits)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
