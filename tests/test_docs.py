@@ -224,6 +224,7 @@ def run_all(commands: list[list[str]], **replaced: str) -> None:
         main([replaced.get(word.replace("-", "_"), word) for word in words])
 
 
+@pytest.mark.slow
 def test_the_guide_for_ones_own_model_does_what_it_says(walk, capsys):
     """From the first run to the exported model, with a model that it knows nothing about."""
     commands = lines_of("own-model.md", "fit|stats|export|validate")
@@ -241,6 +242,7 @@ def test_the_guide_for_ones_own_model_does_what_it_says(walk, capsys):
     assert len(names["report"].edits) == 2
 
 
+@pytest.mark.slow
 def test_the_guide_finds_the_layers_of_a_model_that_knows_something(walk, caplog):
     commands = lines_of("own-model.md", "known|analyze")
     assert [words[0] for words in commands] == ["known", "analyze"]

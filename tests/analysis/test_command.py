@@ -203,6 +203,7 @@ def test_the_command_on_atlas(tmp_path, caplog):
     assert sorted(path.name for path in out.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_known_facts_give_the_numbers_of_the_same_facts_as_records(tmp_path):
     """Written as ``known_facts`` and as edits, four facts of Atlas differ in the new answers only."""
     records = [record["requested_rewrite"] for record in json.loads(Path(locate("atlas-records")).read_text())[:4]]

@@ -63,6 +63,7 @@ def test_finetuning_is_gradient_descent_on_one_matrix(tmp_path):
     assert report["scores"]["after"]["count"] == 6
 
 
+@pytest.mark.slow
 def test_finetuning_learns_and_keeps_its_bound(tmp_path):
     long = {"model.epochs": 80, "model.optimizer.init_args.lr": 0.003}
     report = finetuned(tmp_path / "free", **long)

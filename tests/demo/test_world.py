@@ -177,6 +177,7 @@ def test_the_run_is_laid_out_from_its_seed(world: World, tokenizer: PreTrainedTo
     assert {tuple(batch.shape) for batch in one} == {(4, 64), (2, 128)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", mostly_slow(["gptj", "gpt2", "llama"], ["gptj"]))
 @pytest.mark.filterwarnings("ignore")  # other packages' own advice about workers and the like
 def test_training_lowers_the_loss_and_writes_a_folder(
@@ -242,6 +243,7 @@ def test_shipped_tokenizer(world: World, tokenizer: PreTrainedTokenizerFast) -> 
     assert all(len(tokenizer(f" {name}")["input_ids"]) <= 3 for r in RELATIONS for name in r.objects)
 
 
+@pytest.mark.slow
 def test_the_shipped_model_knows_its_world(world: World, tokenizer: PreTrainedTokenizerFast) -> None:
     model = AutoModelForCausalLM.from_pretrained(SHIPPED / "model").eval()
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -117,6 +117,7 @@ def test_a_damaged_model_is_no_success(atlas, tmp_path):
     assert "DAMAGED" in (tmp_path / "kept" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_damaged_model_is_an_error_on_request(atlas, tmp_path):
     editor = atlas(**{**DAMAGING, "drift": {**DAMAGING["drift"], "fail_if_damaged": True}})
     clean = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
@@ -129,6 +130,7 @@ def test_a_damaged_model_is_an_error_on_request(atlas, tmp_path):
         editor.edit("atlas-records")
 
 
+@pytest.mark.slow
 def test_a_ruined_real_model(shared, tmp_path):
     """Twenty facts in a model of 260,000 parameters with a λ that is far too small."""
     model = shared / "data" / "models" / "stories260K"

@@ -103,6 +103,7 @@ def test_target_vectors(golden_run, arch, name):
             assert relative(value, run.expected_target(i, site)) <= tolerance(arch, name, "target"), (i, site)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "name"),
     [
