@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from pmet_lightning.editor.names import arguments_named_in_logs
 from pmet_lightning.model.loading import fuse_gelu, plain_outputs
 from pmet_lightning.run.trainer import ignore_expected_warnings
 
@@ -36,6 +37,7 @@ def preserve_caller_state(model: nn.Module, device: torch.device) -> Iterator[No
         stack.enter_context(isolate_rng())
         stack.enter_context(ignore_expected_warnings())
         stack.enter_context(_quiet())
+        stack.enter_context(arguments_named_in_logs())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())

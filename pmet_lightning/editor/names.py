@@ -1,11 +1,13 @@
-"""Errors of the editor name its arguments, not the options of the command line that mean the same."""
+"""Errors and log lines of the editor name its arguments, not the options of the command line that mean the same."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_PACKAGE = "pmet_lightning."
 _OPTION = re.compile(r"--(model|data|moments|spread|drift|trainer)\.(\w+)(?: (true|false|null)\b)?")
 _VALUES = {"true": "True", "false": "False", "null": "None"}
 # Arguments of their own, under another name than that of their setting or from another section than 'model'.
@@ -27,6 +29,24 @@ def arguments_named() -> Iterator[None]:
     except Exception as error:
         error.args = tuple(as_arguments(part) if isinstance(part, str) else part for part in error.args)
         raise
+
+
+@contextmanager
+def arguments_named_in_logs() -> Iterator[None]:
+    """In the block, have this package's log lines name the editor's arguments."""
+    loggers = [logging.getLogger(name) for name in [*logging.root.manager.loggerDict] if name.startswith(_PACKAGE)]
+    for logger in loggers:
+        logger.addFilter(_rename)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_rename)
+
+
+def _rename(record: logging.LogRecord) -> bool:
+    record.msg, record.args = as_arguments(record.getMessage()), ()
+    return True
 
 
 def as_arguments(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -273,3 +274,16 @@ def test_an_upload_is_what_save_writes(make, tmp_path, monkeypatch):
         ("me/edited", True, True),
         ("me/edited", sorted(p.name for p in (tmp_path / "saved").iterdir())),
     ]
+
+
+def test_warnings_name_the_editor_s_arguments(make, caplog):
+    """Inside a call only: a fit from the command line that follows names its options."""
+    log = logging.getLogger("pmet_lightning.write.weight_spread")
+    with caplog.at_level(logging.WARNING):
+        many = [{**FACTS[0], "subject": f"Danila Morvane {i}", "case_id": str(i)} for i in range(90)]
+        make().edit(many, evaluate=False)
+        log.warning("raise --spread.lam")
+    told = [message for message in caplog.messages if "disturb each other" in message]
+    assert len(told) == 1
+    assert "raise lam, or make edit_batch smaller" in told[0]
+    assert caplog.messages[-1] == "raise --spread.lam"
