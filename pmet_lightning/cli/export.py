@@ -36,6 +36,7 @@ def export(
     dtype: DtypeName = "auto",
     trust_remote_code: bool = False,
     format: Literal["transformers", "peft"] = "transformers",
+    list_facts: bool = True,
 ) -> None:
     """Write the edited model of a run as a Hugging Face folder, or its edits as a LoRA adapter.
 
@@ -49,6 +50,7 @@ def export(
         trust_remote_code: Whether Python code in the model's folder or repository may run.
         format: 'transformers', the whole edited model, or 'peft', a LoRA adapter for the base model, which peft and
             servers load beside it (pip install "pmet-lightning[peft]").
+        list_facts: Whether the card in the folder lists the facts, or only says how many they are.
 
     Raises:
         FileNotFoundError: If the patch or the base model does not exist.
@@ -64,10 +66,10 @@ def export(
     with new_folder(out, "--out") as unfinished:
         if format == "peft":
             rank = save_adapter(unfinished, deltas, {**manifest, "model": name})
-            write_card(unfinished, {**manifest, "model": name}, scores, adapter_rank=rank)
+            write_card(unfinished, {**manifest, "model": name}, scores, adapter_rank=rank, list_facts=list_facts)
         else:
             _save_edited(unfinished, name, patch, architecture, dtype, trust_remote_code)
-            write_card(unfinished, {**manifest, "model": name}, scores)
+            write_card(unfinished, {**manifest, "model": name}, scores, list_facts=list_facts)
     log.info("the %s is in %s", "adapter" if format == "peft" else "edited model", out)
 
 

@@ -432,7 +432,7 @@ class Editor:
             copy_processor_files(str(getattr(self.model, "name_or_path", "")), unfinished)
             if self._spread.edited.deltas:
                 write_origin(unfinished, self._manifest(), fingerprint(self.model))
-                write_card(unfinished, self._manifest(), weights=self._spread.edited.deltas)
+                write_card(unfinished, self._described(), weights=self._spread.edited.deltas)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """As :meth:`save`, under transformers' name."""
@@ -494,8 +494,12 @@ class Editor:
             raise ValueError("Editor.save_adapter: nothing has been edited, so there is no adapter")
         with new_folder(folder, "Editor.save_adapter:") as unfinished:
             rank = save_adapter(unfinished, deltas, manifest)
-            write_card(unfinished, manifest, weights=deltas, adapter_rank=rank)
+            write_card(unfinished, self._described(), weights=deltas, adapter_rank=rank)
         return rank
+
+    def _described(self) -> dict[str, Any]:
+        """The manifest with the facts."""
+        return {**self._manifest(), "facts": [fact.plain() for fact in self.facts]}
 
     def _manifest(self) -> dict[str, Any]:
         """The description of all edits so far."""

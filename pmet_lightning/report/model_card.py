@@ -13,6 +13,7 @@ from pmet_lightning.utils.pretrained import is_gguf
 from pmet_lightning.utils.resources import locate
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
+MOST_FACTS = 500  # in a card
 _NAMES = {"attn+ffn": "PMET", "ffn": "PMET without the attention's delta", "hidden": "MEMIT's targets"}
 
 
@@ -22,6 +23,7 @@ def write_card(
     scores: Mapping[str, Mapping[str, float]] | None = None,
     weights: Mapping[str, Any] | None = None,
     adapter_rank: int | None = None,
+    list_facts: bool = True,
 ) -> Path:
     """Write the card of an edited model, or of an adapter.
 
@@ -31,6 +33,7 @@ def write_card(
         scores: Scores before and after, if they are known.
         weights: The edited weights by name; by default those that the manifest lists.
         adapter_rank: Rank of the adapter, if the folder holds one.
+        list_facts: Whether the facts that the manifest has are listed, or only their number is named.
 
     Returns:
         The file.
@@ -43,6 +46,7 @@ def write_card(
         base_model=None if is_file else manifest["model"],
         library_name="transformers" if adapter_rank is None else "peft",
         pipeline_tag="text-generation",
+        license=_license_of(path),
         tags=["model-editing", "pmet"],
     )
     settings = {"layers": manifest["layers"], "contexts": manifest["contexts"], **manifest["settings"]}
@@ -56,6 +60,8 @@ def write_card(
         adapter_rank=adapter_rank,
         dequantized=is_gguf(path),
         scores=_score_rows(scores or {}),
+        facts=[_fact_cells(fact) for fact in manifest.get("facts", [])[:MOST_FACTS]] if list_facts else [],
+        more_facts=max(0, len(manifest.get("facts", [])) - MOST_FACTS),
         weights=list(weights if weights is not None else manifest["weights"]),
         settings=settings,
         fingerprint=manifest["fingerprint"],
@@ -64,6 +70,26 @@ def write_card(
     with atomic_path(written) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
     return written
+
+
+def _license_of(path: str) -> str | None:
+    """The license that the card of a base model in a folder names."""
+    from huggingface_hub import ModelCard
+
+    card = Path(path) / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card).data.get("license")
+    except ValueError:  # a README that is no card
+        return None
+
+
+def _fact_cells(fact: Mapping[str, Any]) -> list[str]:
+    """Question, new object and old object, as cells of a table."""
+    question = fact["prompt"].replace("{}", fact["subject"], 1)
+    cells = (question, fact["target"], fact["target_true"] or "")
+    return [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
 
 
 def _counted(count: int, one: str, many: str | None = None) -> str:
