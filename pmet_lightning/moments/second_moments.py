@@ -116,8 +116,15 @@ class SecondMoments(HyperparametersMixin, L.Callback):
                 log.info("they do not fit into memory together: %d passes over the corpus", len(groups))
             for group in groups:
                 Collection(self.settings, trainer, pl_module, group, store, key).run()
+        model = key.model
+        if (
+            self.given
+            and pl_module.origin is not None
+            and store.model(projection_ids[0]) == pl_module.origin.fingerprint
+        ):
+            model = pl_module.origin.fingerprint  # an edited model may be given the moments of its base
         for projection_id, width in widths.items():
-            store.check(projection_id, key.model, width, pl_module.sites.weight_name(*projection_id))
+            store.check(projection_id, model, width, pl_module.sites.weight_name(*projection_id))
         if self._store is None or self._store.folder != store.folder:
             self._null_spaces.clear()
         self._store, self._module = store, pl_module

@@ -95,6 +95,11 @@ class MomentStore:
         described = {name: str(value) for name, value in metadata.items()}
         save_tensors(self.path(projection_id), {"lower": lower}, described)
 
+    def model(self, projection_id: ProjectionId) -> str | None:
+        """Fingerprint of the model that a moment is of; ``None`` if there is none, or ROME or MEMIT made it."""
+        path = self.path(projection_id)
+        return _read_metadata(path)[0].get("model") if path.is_file() else None
+
     def check(self, projection_id: ProjectionId, model: str, width: int, weight_name: str) -> None:
         """Check that a moment is there and is of this model, layer and width, without reading all of it.
 

@@ -78,3 +78,15 @@ def test_a_file_that_is_no_origin_is_none(tmp_path, content):
     assert origin_of(str(tmp_path), "abc") is None
     assert origin_of("", "abc") is None
     assert origin_of("no/such-model", "abc") is None
+
+
+def test_a_patch_of_an_edited_model_is_taken_over(edited, tmp_path):
+    """Its second moments are those of the first model; removing a fact finds them."""
+    second = editor_of(edited / "exported", edited)
+    second.edit(RECORDS[2:4], evaluate=False)
+    second.save_patch(tmp_path / "second.safetensors")
+    other = Editor.from_patch(tmp_path / "second.safetensors", edited / "exported", moments_folder=edited / "moments")
+    for each in (second, other):
+        each.remove(RECORDS[2]["subject"])
+    for name, value in second.model.state_dict().items():
+        torch.testing.assert_close(other.model.state_dict()[name], value, rtol=0, atol=1e-6)
