@@ -137,7 +137,8 @@ class ProcessGroup:
 
         def make_and_keep() -> tuple[list[tuple[torch.Size, torch.dtype]], Item]:
             tensors, rest = make()
-            kept.extend(tensors)
+            # Processes exchange memory as it lies, and on the others it lies row by row.
+            kept.extend(tensor.contiguous() for tensor in tensors)
             return [(tensor.shape, tensor.dtype) for tensor in kept], rest
 
         described, rest = self.compute_object_on_rank_zero(make_and_keep)

@@ -222,13 +222,14 @@ def test_one_process_computes_for_all(size):
 
     def make():
         calls.append(1)
-        return [torch.tensor([1.5, -2.0]), torch.ones(2, 3)], "rest"
+        return [torch.tensor([1.5, -2.0]), torch.arange(6.0).view(3, 2).T], "rest"
 
     found = in_threads(size, lambda group: group.compute_on_rank_zero(make, torch.device("cpu")))
     assert len(calls) == 1
     for (first, second), rest in found:
         assert torch.equal(first, torch.tensor([1.5, -2.0]))
-        assert torch.equal(second, torch.ones(2, 3))
+        assert torch.equal(second, torch.tensor([[0.0, 2, 4], [1, 3, 5]]))
+        assert second.is_contiguous(), "processes exchange memory as it lies"
         assert rest == "rest"
 
 
