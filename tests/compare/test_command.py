@@ -338,6 +338,7 @@ def test_a_comparison_says_first_what_it_is_going_to_do():
     assert plan_line(runs, dict.fromkeys(runs, 1.0)).endswith("all are finished")
 
 
+@pytest.mark.slow
 def test_the_log_of_a_comparison_is_its_own(comparison, tmp_path, caplog):
     """A line before each run with the time that is left, not the lines of the runs; the table at the end."""
     settings = json.loads((comparison / "small.yaml").read_text()) | {"out": str(tmp_path / "out"), "seeds": [0]}

@@ -273,6 +273,7 @@ def test_one_and_two_processes_agree(tmp_path):
     assert one["perplexity"] > 1
 
 
+@pytest.mark.slow
 def test_texts_and_drift_in_a_run(tmp_path):
     """Fluency, consistency, perplexity and KL through fit, with figures, report and what neighbours keep."""
     out = tmp_path / "run"

@@ -111,6 +111,7 @@ def test_weights_are_unpacked(file, folder):
     assert any(not torch.equal(found.state_dict()[name], weight) for name, weight in original.state_dict().items())
 
 
+@pytest.mark.slow
 def test_fit_and_export(file, tmp_path):
     """The exported folder opens without this package, and answers as the edited model did."""
     main(["fit", "--config", "pmet.yaml", *as_arguments(tiny_settings(tmp_path, str(file)))])

@@ -52,6 +52,7 @@ def test_code_is_not_run_and_nothing_is_asked(folder, load, monkeypatch):
         load(folder)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_to_do(folder, tmp_path):
     command = [sys.executable, "-m", "pmet_lightning", "fit", "--config", "pmet.yaml", "--model.model_name", folder]
     done = subprocess.run([*command, "--trainer.run_dir", str(tmp_path / "run")], capture_output=True, text=True)

@@ -258,6 +258,7 @@ def test_a_journal_without_its_batches_cannot_go_on(tmp_path):
         journal.keep(2)
 
 
+@pytest.mark.slow
 def test_a_stream_writes_what_a_file_does(inputs, tmp_path):
     plain = fit(inputs, tmp_path / "plain")
     streamed = fit(inputs, tmp_path / "streamed", "--data.stream", "true")
@@ -372,6 +373,7 @@ def test_past_keys_are_there_once_and_once_before(inputs, tmp_path, monkeypatch)
     assert {(tensor.dim(), tensor.shape[1]) for tensor in stored.values()} == {(2, 128)}
 
 
+@pytest.mark.slow
 def test_the_null_space_is_made_once_for_all_edit_batches(inputs, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(stats, "null_space", lambda *given: made.append(given) or null_space(*given))

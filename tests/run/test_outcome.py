@@ -39,6 +39,7 @@ def atlas(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_an_edit_that_does_not_take_is_not_a_success(atlas, tmp_path):
     editor = atlas(layers=[4, 5, 6], lam=1000, clamp=0.75, data={"limit": 6})
     report = editor.edit("atlas-records", run_dir=str(tmp_path / "run"))
@@ -95,6 +96,7 @@ def test_two_facts_that_share_a_key_in_one_batch(atlas):
     assert set(report.verdict.causes) <= {"same_subject", "other_words"}
 
 
+@pytest.mark.slow
 def test_a_later_call_tells_which_earlier_fact_it_undoes(atlas):
     editor = atlas(lam=20)
     assert editor.edit([FIRST]).verdict.undone == ()

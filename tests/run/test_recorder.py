@@ -237,6 +237,7 @@ def test_an_interrupt_leaves_whole_edit_batches(run, tmp_path, monkeypatch):
     assert load_patch(folder / "patch.safetensors")[1]["edits"] == 8
 
 
+@pytest.mark.slow
 def test_stats_then_fit_finds_them(tmp_path, caplog):
     moments = ["--moments.folder", str(tmp_path / "moments")]
     config = ["--config", "pmet.yaml", *SMALL, *moments]
@@ -287,6 +288,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command_line_from_any_folder(tmp_path):
     shown = command("fit", "--config", "pmet.yaml", "--print_config", cwd=tmp_path)
     assert "model_name: atlas" in shown.stdout
