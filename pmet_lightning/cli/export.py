@@ -17,7 +17,7 @@ from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.loading import DtypeName, load_model
 from pmet_lightning.model.origin import write_origin
-from pmet_lightning.model.patch import apply_patch, load_patch, rounding_of
+from pmet_lightning.model.patch import Patch, apply_read_patch, read_patch, rounding_of
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.utils.files import new_folder
@@ -61,14 +61,15 @@ def export(
 
     given = Path(run).expanduser()
     patch = given / "patch.safetensors" if given.is_dir() else given
-    deltas, manifest = load_patch(patch)
+    kept = read_patch(patch)
+    deltas, manifest = kept.deltas, kept.manifest
     name, scores = base or manifest["model"], _scores(patch.parent / "scores.json")
     with new_folder(out, "--out") as unfinished:
         if format == "peft":
             rank = save_adapter(unfinished, deltas, {**manifest, "model": name})
             write_card(unfinished, {**manifest, "model": name}, scores, adapter_rank=rank, list_facts=list_facts)
         else:
-            _save_edited(unfinished, name, patch, architecture, dtype, trust_remote_code)
+            _save_edited(unfinished, name, patch, kept, architecture, dtype, trust_remote_code)
             write_card(unfinished, {**manifest, "model": name}, scores, list_facts=list_facts)
     log.info("the %s is in %s", "adapter" if format == "peft" else "edited model", out)
 
@@ -76,18 +77,19 @@ def export(
 def _save_edited(
     folder: Path,
     name: str,
-    patch: Path,
+    path: Path,
+    patch: Patch,
     architecture: Architecture | None,
     dtype: DtypeName,
     trust_remote_code: bool,
 ) -> None:
     """Write the model of this name with the patch in its weights, and its tokenizer."""
-    deltas, manifest = load_patch(patch)
+    manifest = patch.manifest
     model = load_model(name, manifest["dtype"], trust_remote_code=trust_remote_code)
     sites = Sites.of(model, architecture_of(model.config, architecture))
     base_fingerprint = fingerprint(model)  # of the weights in the precision in which they were edited
-    model = model.to(_written_dtype(model, deltas, manifest, dtype))
-    apply_patch(model, sites, patch, base_fingerprint)
+    model = model.to(_written_dtype(model, patch.deltas, manifest, dtype))
+    apply_read_patch(model, sites, patch, path, base_fingerprint)
     save_model(model, folder)
     write_origin(folder, {**manifest, "model": name}, fingerprint(model))
     load_tokenizer(name, trust_remote_code).save_pretrained(folder)

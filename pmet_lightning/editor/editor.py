@@ -28,7 +28,7 @@ from pmet_lightning.model.adapter import save_adapter
 from pmet_lightning.model.fingerprint import checksum, fingerprint
 from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.origin import write_origin
-from pmet_lightning.model.patch import Patch, apply_patch, read_patch
+from pmet_lightning.model.patch import Patch, apply_read_patch, read_patch
 from pmet_lightning.moments.store import MOMENTS_FOLDER
 from pmet_lightning.report.model_card import write_card
 from pmet_lightning.run.ledger import EditLedger, ask_again
@@ -548,7 +548,7 @@ class Editor:
         spread, manifest = self._spread, patch.manifest
         clean = spread.edited.snapshot(self._module)
         spread.edited.record_base_norms(self._module)
-        apply_patch(self.model, self._module.sites, path, self._module.base_fingerprint)
+        apply_read_patch(self.model, self._module.sites, patch, path, self._module.base_fingerprint)
         file, batches = PatchFile(path.parent), int(manifest["edit_batches"])
         past_keys = {}
         if spread.protect_past:

@@ -8,12 +8,9 @@ from difflib import get_close_matches
 from itertools import groupby
 from typing import Any
 
-import torch
-from torch import nn
-
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.editable import EditableModel
-from pmet_lightning.model.projections import add_to_weight
+from pmet_lightning.model.patch import add_deltas
 from pmet_lightning.write.edited_weights import EditedWeights, Snapshot
 from pmet_lightning.write.facts import WrittenFact
 
@@ -88,12 +85,9 @@ class History:
         """Forget all calls: nothing is written."""
         self._steps = []
 
-    @torch.no_grad()
     def _add(self, state: Snapshot) -> None:
         """Write the total ΔW of a state into the clean weights."""
-        for name, delta in state.deltas.items():
-            projection: nn.Module = self._module.model.get_submodule(name.removesuffix(".weight"))
-            add_to_weight(projection, delta.dense())
+        add_deltas(self._module.model, state.deltas)
         self._edited.resume(state.deltas, state.past_keys, state.facts)
 
 

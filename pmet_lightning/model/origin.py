@@ -52,8 +52,10 @@ def origin_of(name: str, edited_fingerprint: str) -> Origin | None:
         name: Folder or hub name.
         edited_fingerprint: Fingerprint of its weights as they are.
     """
-    path = Path(locate(name)) / FILE if name else Path(FILE)
-    if not name or not path.is_file():
+    if not name:
+        return None
+    path = Path(locate(name)) / FILE
+    if not path.is_file():
         return None
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))

@@ -165,20 +165,31 @@ def apply_patch(model: nn.Module, sites: Sites, path: str | Path, model_fingerpr
     Raises:
         PatchError: If the patch was made for other weights; the model is unchanged then.
     """
-    deltas, manifest = load_patch(path)
+    patch = read_patch(path)
+    apply_read_patch(model, sites, patch, path, model_fingerprint)
+    return patch.manifest
+
+
+def apply_read_patch(model: nn.Module, sites: Sites, patch: Patch, path: str | Path, model_fingerprint: str) -> None:
+    """As :func:`apply_patch`, with what was read of the file already; ``path`` is for messages."""
+    manifest = patch.manifest
     if manifest["fingerprint"] != model_fingerprint:
         raise PatchError(
             f"{path} was made for the model {manifest['model']!r} with fingerprint {manifest['fingerprint']}, "
             f"found {model_fingerprint}; load the base model it names, in the precision it names "
             f"({manifest['dtype']})"
         )
-    projections = {name: model.get_submodule(name.removesuffix(".weight")) for name in deltas}
-    for name, delta in deltas.items():
+    projections = {name: model.get_submodule(name.removesuffix(".weight")) for name in patch.deltas}
+    for name, delta in patch.deltas.items():
         shape = list(projections[name].weight.shape)  # type: ignore[union-attr,arg-type]
         expected = shape[::-1] if is_transposed(projections[name]) else shape
         if list(delta.shape) != expected:
             raise PatchError(f"{path}: {name} has shape {list(delta.shape)}, expected {expected}")
-    with torch.no_grad():
-        for name, delta in deltas.items():
-            add_to_weight(projections[name], delta.dense())
-    return manifest
+    add_deltas(model, patch.deltas)
+
+
+@torch.no_grad()
+def add_deltas(model: nn.Module, deltas: Mapping[str, WeightDelta]) -> None:
+    """Add ΔW to a model's weights, by their names."""
+    for name, delta in deltas.items():
+        add_to_weight(model.get_submodule(name.removesuffix(".weight")), delta.dense())
