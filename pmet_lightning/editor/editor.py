@@ -427,7 +427,7 @@ class Editor:
             FileExistsError: If the folder is not empty.
         """
         with new_folder(folder, "Editor.save:") as unfinished:
-            save_model(self.model, unfinished)
+            save_model(self.model, unfinished, in_float32=self._module.keep_float32)
             self._processor.save_pretrained(unfinished)
             copy_processor_files(str(getattr(self.model, "name_or_path", "")), unfinished)
             if self._spread.edited.deltas:
@@ -561,7 +561,7 @@ class Editor:
     def _rewrite(self, batches: Sequence[Sequence[WrittenFact]]) -> None:
         """Write facts from their kept targets into the clean weights, in place of what is there."""
         before = self._spread.edited.snapshot(self._module)
-        edits_before, batches_before = self._module.edits_done, self._module.batches_done
+        counts = self._module.batches_done, self._module.edits_done
         try:
             self._history.restore_clean()
             self._now_at(0, 0)
@@ -569,10 +569,10 @@ class Editor:
                 self._write_again(batches)
         except BaseException:
             self._spread.edited.restore(before)
-            self._now_at(batches_before, edits_before)
+            self._now_at(*counts)
             raise
-        self._module.edits_done, self._module.batches_done = edits_before, batches_before  # of the step before
-        self._written(before, len(batches), sum(map(len, batches)))
+        self._history.add(before, *counts)
+        self._now_at(len(batches), sum(map(len, batches)))
 
     def _write_again(self, batches: Sequence[Sequence[WrittenFact]]) -> None:
         facts = [fact for batch in batches for fact in batch]

@@ -60,20 +60,21 @@ def _contiguous_states(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def save_model(model: nn.Module, folder: Any) -> None:
+def save_model(model: nn.Module, folder: Any, *, in_float32: bool = False) -> None:
     """``model.save_pretrained``, also where the model's generation settings are such that transformers refuses to.
 
     What has no effect in such settings is left out of the saved ones, and this is logged; the model keeps its own.
-    Weights of several precisions (``keep_float32``) are all written in float32.
 
     Args:
         model: The language model.
         folder: An existing folder.
+        in_float32: Whether all weights are written in float32 if they are of several precisions (``keep_float32``).
+            Some models have several by themselves, and are written as they are.
 
     Raises:
         OSError: If it cannot be written, for example because the disk is full.
     """
-    mixed = len({p.dtype for p in model.parameters()}) > 1
+    mixed = in_float32 and len({p.dtype for p in model.parameters()}) > 1
     state = {"state_dict": _in_float32(model.state_dict())} if mixed else {}
     with _replaced(model, _repaired(getattr(model, "generation_config", None))), explain_write_errors(folder):
         model.save_pretrained(folder, **state)  # type: ignore[operator]

@@ -129,7 +129,7 @@ def test_weights_of_several_precisions_are_saved_in_the_finest(family, tmp_path)
     with torch.no_grad():
         projection.weight.add_(1e-5)
     (tmp_path / "saved").mkdir()
-    save_model(model, tmp_path / "saved")
+    save_model(model, tmp_path / "saved", in_float32=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto").state_dict()
     assert {value.dtype for value in loaded.values() if value.is_floating_point()} == {torch.float32}
     assert all(torch.equal(loaded[name], value.float()) for name, value in model.state_dict().items())
