@@ -1,12 +1,13 @@
 """Target vectors of many edits: ours compared with a plain implementation, one edit at a time through the whole model.
 
     python benchmarks/targets.py [--shapes atlas gptj gpt2] [--edits 200] [--plain_edits 4] [--repeat 5]
-        [--dtype bfloat16]
+        [--dtype bfloat16] [--model FOLDER --layer L --records FILE]
 
 Same edits, same contexts, same number of steps (all of them: no edit stops early), and the same targets, which is
 checked first. The plain implementation (benchmarks/plain.py) runs all rows of an edit in one pass, as other editors do;
 its time per edit does not depend on the number of edits, so it gets only a few. Shapes: atlas (the shipped model), gptj
-(8 layers of 512) and gpt2 (12 of 768) with random weights and a vocabulary of 5,000. With --dtype bfloat16 ours runs in
+(8 layers of 512) and gpt2 (12 of 768) with random weights and a vocabulary of 5,000; with --model instead of these the
+model in FOLDER, on the edits of FILE. With --dtype bfloat16 ours runs in
 bfloat16, and is compared with the plain implementation in float32 and in bfloat16; the difference of the targets is
 then the effect of the precision.
 
@@ -52,9 +53,11 @@ TOLERANCE = 1e-4
 
 
 def model_folder(shape: str, base: str) -> str:
-    """A folder with a model of the given shape."""
+    """A folder with a model of the given shape, which may be a folder itself."""
     if shape == "atlas":
         return locate("atlas")
+    if shape not in SHAPES:
+        return shape
     tokenizer = transformers.AutoTokenizer.from_pretrained(locate("atlas"))
     kind, sizes = SHAPES[shape]
     config = kind(vocab_size=5000, n_positions=128, bos_token_id=0, eos_token_id=0, **sizes)
@@ -67,10 +70,10 @@ def model_folder(shape: str, base: str) -> str:
 class Bench:
     """One model, and both ways to find targets on it."""
 
-    def __init__(self, shape: str, base: str, dtype: str) -> None:
+    def __init__(self, shape: str, layer: int, base: str, dtype: str) -> None:
         self.module = TargetOptimizer(
             model_folder(shape, base),
-            layers=[LAYER[shape]],
+            layers=[layer],
             steps=SETTINGS["steps"],
             clamp=SETTINGS["clamp"],
             kl_factor=0.0625,
@@ -160,9 +163,10 @@ class InTrainer:
 
 def compare(shape: str, base: str, options: argparse.Namespace) -> None:
     """Check one shape, and time both alternately."""
-    bench = Bench(shape, base, options.dtype)
-    exact = bench if options.dtype == "float32" else Bench(shape, base, "float32")
-    edits = read_edits("atlas-records", limit=options.edits)
+    layer = LAYER.get(shape, options.layer)
+    bench = Bench(shape, layer, base, options.dtype)
+    exact = bench if options.dtype == "float32" else Bench(shape, layer, base, "float32")
+    edits = read_edits(options.records, limit=options.edits)
     few = edits[: options.plain_edits]
     found, expected = bench.ours(edits), exact.plain(few)
     difference = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=False))
@@ -198,7 +202,12 @@ def main() -> None:
     parser.add_argument("--plain_edits", type=int, default=4, help="edits for the plain implementation")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--model", help="folder of a model, instead of the shapes")
+    parser.add_argument("--layer", type=int, help="its layer L")
+    parser.add_argument("--records", default="atlas-records", help="file of records to edit")
     options = parser.parse_args()
+    if options.model and options.layer is None:
+        parser.error("--model needs --layer")
     logging.disable(logging.INFO)
     transformers.logging.disable_progress_bar()
     sys.stdout.write(
@@ -206,7 +215,7 @@ def main() -> None:
         f"torch {torch.__version__}, {SETTINGS['steps']} steps, {len(CONTEXTS)} contexts, median of {options.repeat}\n"
     )
     with tempfile.TemporaryDirectory() as base:
-        for shape in options.shapes:
+        for shape in [options.model] if options.model else options.shapes:
             compare(shape, base, options)
 
 
