@@ -98,7 +98,7 @@ class Bench:
         """Targets of all edits, optimized together."""
         targets = self.module.find_targets(edits)
         check_steps([target.record["steps"] for target in targets])
-        return [target.values["ffn"] for target in targets]
+        return [target.values["ffn", self.module.target_layer] for target in targets]
 
     def plain(self, edits: list[Edit]) -> list[torch.Tensor]:
         """Targets by the plain implementation, one edit after the other."""

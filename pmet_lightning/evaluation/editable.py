@@ -170,6 +170,11 @@ class EditableModel(L.LightningModule):
         self.results, self.record_rows, self.curves, self.inner_step = {}, {}, [], 0
         self._before, self.answers, self._own_answers = {}, {}, {}
 
+    @property
+    def written_layers(self) -> list[int]:
+        """The layers whose weights are written."""
+        return self.layers
+
     def setup(self, stage: str) -> None:
         """Check the layers and the family from the configuration alone, before any weight is read.
 

@@ -35,7 +35,7 @@ class Patch:
     Attributes:
         deltas: ΔW by weight name, shape [out, in] whatever the weight's own layout.
         manifest: Base model, its fingerprint, settings, versions, and ``facts``, one entry for each fact.
-        targets: v* of the facts by site, shape [facts, F]; empty in a patch of an earlier version.
+        targets: v* of the facts by site and layer (``ffn-7``), shape [facts, F]; none in an earlier version's patch.
     """
 
     deltas: dict[str, WeightDelta]

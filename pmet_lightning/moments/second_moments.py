@@ -91,7 +91,7 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         if longest is not None and longest < self.settings.length:
             log.info("rows of %d tokens instead of %d: the model has no more positions", longest, self.settings.length)
             self.settings = replace(self.settings, length=int(longest))
-        projection_ids = pl_module.sites.written(self.sites, pl_module.layers)
+        projection_ids = pl_module.sites.written(self.sites, pl_module.written_layers)
         widths = {
             projection_id: in_features(pl_module.sites.module(*projection_id)) for projection_id in projection_ids
         }

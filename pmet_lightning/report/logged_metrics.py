@@ -16,7 +16,7 @@ from torch import Tensor
 from pmet_lightning.evaluation.scores import METRICS
 from pmet_lightning.report.tables import score_cell
 from pmet_lightning.targets.loop import Rules
-from pmet_lightning.targets.store import PARTS, STOP_REASONS, Target, mean_curves, pad_histories
+from pmet_lightning.targets.store import PARTS, STOP_REASONS, Target, mean_curves, pad_histories, stack_values
 from pmet_lightning.utils.metric_names import (
     ACTIVE,
     EDIT_BATCHES,
@@ -106,7 +106,8 @@ def write_points(report: WriteReport) -> Iterator[tuple[int, dict[str, float]]]:
 def histograms(report: WriteReport) -> dict[str, Tensor]:
     """Entries of the target vectors of some edits, and figures with one number for each edit."""
     some = report.targets[:_MAX_VECTORS]
-    found = {f"target_{site}": torch.stack([target.values[site] for target in some]).float() for site in some[0].values}
+    last = {site: (site, layer) for site, layer in sorted(some[0].values, key=lambda place: place[1])}
+    found = {f"target_{site}": stack_values(some, place).float() for site, place in last.items()}
     for name in ("steps", "p_after", *_deltas(report)):
         found[name] = torch.tensor([float(target.record[name]) for target in report.targets])
     found["residual_left"] = torch.tensor(report.residual_left)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from pmet_lightning.model.architectures import SiteName
 from pmet_lightning.targets.row_cache import RowSet
 
+_PER_EDIT = ("slots", "running", "reason", "nll_factor", "helped")  # what an active batch has from the start
+
 
 class DeltaSlots:
     """A slot for each active edit: one trainable delta for every site.
@@ -73,10 +75,13 @@ class ActiveBatch:
         running: Whether an edit is still optimized, bool, shape [A].
         reason: Why it is not, as the loop numbers its stop reasons (0 while it is), int64, shape [A].
         nll_factor: Current weight of its negative log-likelihood, shape [A].
+        helped: Whether the attention's delta is still in place, bool, shape [A].
         clean: Each site's output without deltas in the bare row, shape [A, F]; new edits follow after their first step.
         clean_kl: Log-probabilities at the KL prompt without deltas, shape [A, V]; likewise.
         final: v* at the current step, or at the step at which the edit stopped, shape [A, F].
-        final_norm: Norm of the delta at that step, relative to the clean output, shape [A].
+        final_delta: The delta at that step, shape [A, F].
+        final_norm: Its norm, relative to the clean output, shape [A].
+        handed_over: Whether the attention's delta is taken away at this step, bool, shape [A].
         step_log: For each step since the last synchronization with the host, the parts of the loss and whether the
             step counts, shape [A, parts + 1].
     """
@@ -89,10 +94,13 @@ class ActiveBatch:
     running: Tensor
     reason: Tensor
     nll_factor: Tensor
+    helped: Tensor
     clean: dict[SiteName, Tensor] = field(default_factory=dict)
     clean_kl: Tensor | None = None
     final: dict[SiteName, Tensor] = field(default_factory=dict)
+    final_delta: dict[SiteName, Tensor] = field(default_factory=dict)
     final_norm: dict[SiteName, Tensor] = field(default_factory=dict)
+    handed_over: Tensor | None = None
     step_log: list[Tensor] = field(default_factory=list)
 
     @property
@@ -107,7 +115,7 @@ class ActiveBatch:
         self.facts.join(other.facts)
         if self.meanings is not None and other.meanings is not None:
             self.meanings.join(other.meanings)
-        for name in ("slots", "running", "reason", "nll_factor"):
+        for name in _PER_EDIT:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
     def keep(self, indices: Sequence[int]) -> None:
@@ -117,9 +125,9 @@ class ActiveBatch:
         if self.meanings is not None:
             self.meanings.keep(index)
         self.edit_ids, self.step_counts = ([values[i] for i in indices] for values in (self.edit_ids, self.step_counts))
-        for name in ("slots", "running", "reason", "nll_factor"):
+        for name in _PER_EDIT:
             setattr(self, name, getattr(self, name)[index])
         if self.clean_kl is not None:
             self.clean_kl = self.clean_kl[index]
-        for values in (self.clean, self.final, self.final_norm):
+        for values in (self.clean, self.final, self.final_delta, self.final_norm):
             values.update({site: value[index] for site, value in values.items()})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.data.token_rows import PaddingSide, TokenRow, pad_rows
-from pmet_lightning.model.architectures import SiteName
+from pmet_lightning.model.architectures import ProjectionId, SiteName
 from pmet_lightning.model.partial_forward import PartialForward
 from pmet_lightning.model.scoring import kl_divergence, target_scores
 from pmet_lightning.targets.active_batch import ActiveBatch, DeltaSlots
 from pmet_lightning.targets.batch_size import ModelSize, longest_tail
 from pmet_lightning.targets.loss import norm_penalty, project_to_ball
+from pmet_lightning.targets.replay import replayed_values
 from pmet_lightning.targets.row_cache import RowSet
 from pmet_lightning.targets.store import PARTS, STOP_REASONS, Target
 from pmet_lightning.utils.memory import free_memory, is_out_of_memory
@@ -51,6 +53,8 @@ class Rules:
         loss_tolerance: An edit whose loss is below this stops.
         argmax_rule: Whether PMET's rule for targets that are the argmax applies (MEMIT has none).
         realized: Whether v* is what the model realizes, or the clean output plus delta.
+        attention_steps: After so many steps, or when it would stop, an edit goes on without the attention's delta, from
+            the FFN's output as it is then; ``None`` keeps the delta to the end.
     """
 
     nll: float
@@ -61,6 +65,7 @@ class Rules:
     loss_tolerance: float
     argmax_rule: bool
     realized: bool
+    attention_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class TargetLoop:
 
     Args:
         model: The frozen language model.
+        layer: L, the layer of the deltas.
         modules: The module of each optimized site at layer L.
         slots: Trainable deltas of the same sites.
         optimizer: The optimizer of their parameters.
@@ -93,6 +99,7 @@ class TargetLoop:
         sync_every: Steps between two synchronizations with the host; an edit that has stopped in between stays as it
             was.
         log_means: Receives means over the active edits at every synchronization.
+        later: Modules of layers above whose outputs, while the deltas are in place, are targets too, in running order.
         broadcast: Where several processes must run the same passes, gives all of them the value of the first. An
             allocation that fails on one of them then ends the run.
     """
@@ -101,6 +108,7 @@ class TargetLoop:
         self,
         *,
         model: nn.Module,
+        layer: int,
         modules: Mapping[SiteName, nn.Module],
         slots: DeltaSlots,
         optimizer: Any,
@@ -111,9 +119,11 @@ class TargetLoop:
         padding_side: PaddingSide,
         sync_every: int,
         log_means: Callable[[dict[str, float]], None],
+        later: Mapping[ProjectionId, nn.Module] | None = None,
         broadcast: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
-        self.model, self.modules, self.slots, self.rules = model, modules, slots, rules
+        self.model, self.layer, self.modules, self.slots, self.rules = model, layer, modules, slots, rules
+        self.later = later or {}
         self.optimizer, self.step = optimizer, step
         self.partial_forward = partial_forward
         self.pad_id, self.padding_side, self.sync_every, self.log_means = pad_id, padding_side, sync_every, log_means
@@ -194,6 +204,7 @@ class TargetLoop:
             running=torch.ones(count, dtype=torch.bool, device=self.device),
             reason=torch.zeros(count, dtype=torch.long, device=self.device),
             nll_factor=torch.full((count,), self.rules.nll, dtype=self.dtype, device=self.device),
+            helped=torch.ones(count, dtype=torch.bool, device=self.device),
         )
         if self.active is None:
             self.active = entering_batch
@@ -230,6 +241,7 @@ class TargetLoop:
                 length = delta.norm(dim=-1) / active.clean[site].norm(dim=-1)
                 running = active.running.unsqueeze(-1)
                 active.final[site] = torch.where(running, base + delta, active.final[site])
+                active.final_delta[site] = torch.where(running, delta, active.final_delta[site])
                 active.final_norm[site] = torch.where(active.running, length, active.final_norm[site])
             columns = [parts[name].detach().to(self.dtype) for name in PARTS]
             active.step_log.append(torch.stack([*columns, active.running.to(self.dtype)], dim=1))
@@ -252,17 +264,37 @@ class TargetLoop:
             last = torch.tensor([steps + 1 >= self.rules.steps for steps in active.step_counts], device=self.device)
             reason = torch.where(last & ~settled, _REASONS.index("steps"), reason)
         reason = torch.where(loss < self.rules.loss_tolerance, _REASONS.index("loss"), reason)
+        if self.rules.attention_steps is not None:
+            reason = self._hand_over(active, reason, self.rules.attention_steps)
         active.reason = torch.where(active.running, reason, active.reason)
         active.running = active.running & (reason == 0)
+
+    def _hand_over(self, active: ActiveBatch, reason: Tensor, attention_steps: int) -> Tensor:
+        """Choose the edits that lose the attention's delta at this step; those that had it until now do not stop."""
+        due = torch.tensor([steps + 1 >= attention_steps for steps in active.step_counts], device=self.device)
+        active.handed_over = active.helped & ((reason != 0) | due)
+        reason = torch.where(active.helped, 0, reason)
+        active.helped = active.helped & ~active.handed_over
+        active.nll_factor = torch.where(active.handed_over, self.rules.nll, active.nll_factor)
+        return reason
 
     def _update(self, active: ActiveBatch, leaves: Mapping[SiteName, Tensor], loss: Tensor) -> None:
         """Gradient, optimizer step and projection; the deltas of edits that have stopped are no longer read."""
         self.slots.set_gradients(active.slots, torch.autograd.grad(loss, list(leaves.values())))
         self.step()
         with torch.no_grad():
+            if active.handed_over is not None:
+                self._drop_attention(active, active.handed_over)
             for site, values in self.slots.values.items():
                 radius = self.rules.clamp * active.clean[site].norm(dim=-1)
                 values[active.slots] = project_to_ball(values[active.slots], radius)
+
+    def _drop_attention(self, active: ActiveBatch, handed_over: Tensor) -> None:
+        """Where the attention's delta is taken away, the FFN's becomes all that both had made of its output."""
+        ffn, attn = self.slots.values["ffn"], self.slots.values["attn"]
+        whole = active.final["ffn"] - active.clean["ffn"]
+        ffn[active.slots] = torch.where(handed_over.unsqueeze(-1), whole, ffn[active.slots])
+        attn[active.slots] = torch.where(active.helped.unsqueeze(-1), attn[active.slots], 0.0)
 
     def _sync_to_host(self, active: ActiveBatch) -> list[int]:
         """Read back the steps since the last synchronization; returns the indices of the edits that have stopped.
@@ -289,7 +321,9 @@ class TargetLoop:
         return stopped
 
     def _remove_finished(self, active: ActiveBatch, stopped: Sequence[int]) -> list[tuple[int, Target]]:
-        values = {site: value[list(stopped)].cpu() for site, value in active.final.items()}
+        values = {(site, self.layer): value[list(stopped)] for site, value in active.final.items()}
+        values = {place: value.cpu() for place, value in (values | self._later_values(active, stopped)).items()}
+        p_of_value = self._p_of_value(active, stopped)
         norms = {site: value[list(stopped)].tolist() for site, value in active.final_norm.items()}
         reasons = active.reason[list(stopped)].tolist()
         finished = []
@@ -304,6 +338,8 @@ class TargetLoop:
                 "p_prompt_before": first["p_prompt"],
                 "p_before": first["p"],
                 "p_after": last["p"],
+                "p_prompt_deltas": last["p_prompt"],
+                "p_prompt_target": last["p_prompt"] if p_of_value is None else p_of_value[k],
                 **{f"delta_{site}": norm[k] for site, norm in norms.items()},
             }
             finished.append((edit_id, Target({s: v[k].clone() for s, v in values.items()}, record, history)))
@@ -315,6 +351,33 @@ class TargetLoop:
             self.active = None
         self.active_ids = [] if self.active is None else list(active.edit_ids)
         return finished
+
+    def _later_values(self, active: ActiveBatch, stopped: Sequence[int]) -> dict[ProjectionId, Tensor]:
+        """Targets of the layers above, shape [stopped, F] each."""
+        if not self.later:
+            return {}
+        return replayed_values(
+            self.model,
+            [self._requests[active.edit_ids[index]].rows[0] for index in stopped],
+            {site: delta[list(stopped)] for site, delta in active.final_delta.items()},
+            self.modules,
+            self.later,
+            pad_id=self.pad_id,
+            padding_side=self.padding_side,
+        )
+
+    @torch.no_grad()
+    def _p_of_value(self, active: ActiveBatch, stopped: Sequence[int]) -> list[float] | None:
+        """P(o*) at the bare prompts with the FFN's v* alone in place, which is all that is written of two deltas."""
+        if "attn" not in active.final or "ffn" not in active.final:
+            return None
+        index, rows = torch.tensor(list(stopped), device=self.device), copy(active.facts)
+        rows.keep(index)
+        shift = active.final["ffn"][index] - active.clean["ffn"][index]
+        logits_NV, at_APK, _ = self.forward(rows, {"attn": torch.zeros_like(shift), "ffn": shift})
+        labels = rows.rows.label_ids.unflatten(0, (len(index), -1))
+        found: list[float] = (-target_scores(logits_NV, labels, at_APK).nll[:, 0]).exp().tolist()
+        return found
 
     def _restart_smaller(self, waiting: list[int]) -> None:
         """Out of memory: all active edits start again, half as many at a time."""
@@ -367,6 +430,7 @@ def _record_clean_outputs(active: ActiveBatch, outputs: Mapping[SiteName, Tensor
     for site, output in outputs.items():
         active.clean[site] = _append_rows(active.clean.get(site), output[started:])
         active.final[site] = _append_rows(active.final.get(site), output[started:])
+        active.final_delta[site] = _append_rows(active.final_delta.get(site), torch.zeros_like(output[started:]))
         active.final_norm[site] = _append_rows(active.final_norm.get(site), torch.zeros_like(output[started:, 0]))
 
 

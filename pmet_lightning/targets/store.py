@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pmet_lightning.model.architectures import SiteName
+from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.utils.tensor_files import save_tensors
 
 # What is kept of each step of an edit: the loss and its weighted parts, P(o*) over the contexts and at the bare prompt.
@@ -25,7 +25,7 @@ PARTS = ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt")
 # Why an edit stops: its loss is low, its target tokens are the argmax, or it is out of steps.
 STOP_REASONS = ("loss", "argmax", "steps")
 QUARTILES = {"q25": 0.25, "q75": 0.75}  # of the loss and P(o*) over the edits: between them lies the middle half
-_HISTORY = "history"  # name of the history in a file, where the other tensors have names of sites
+_HISTORY = "history"  # name of the history in a file, where the other tensors have names of sites and layers
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,49 @@ class Target:
     """The target of one edit.
 
     Attributes:
-        values: v* of each optimized site, shape [F], float32 (float64 for a float64 model), on the CPU.
+        values: v* of each optimized site in each layer that has a target, shape [F], float32 (float64 for a float64
+            model), on the CPU.
         record: Plain numbers for the ledger: steps, stop reason, loss parts, P(o*) before and after.
         history_SP: ``PARTS`` of each step it took, shape [S, parts], on the CPU.
     """
 
-    values: dict[SiteName, Tensor]
+    values: dict[ProjectionId, Tensor]
     record: dict[str, Any]
     history_SP: Tensor
 
 
-def stack_values(targets: Sequence[Target], site: SiteName) -> Tensor:
-    """Values of one site, shape [B, F]."""
-    return torch.stack([target.values[site] for target in targets])
+def join_targets(targets: Sequence[Target]) -> Target:
+    """One target of the targets that an edit has in several layers: of the last one, with the values of all.
+
+    The numbers of layers below get the layer's number, as in ``p_after_3``.
+    """
+    *below, last = targets
+    values = {place: value for target in targets for place, value in target.values.items()}
+    lower = {
+        f"{name}_{layer}": value for target in below for _, layer in list(target.values)[:1]
+        for name, value in target.record.items()
+    }  # fmt: skip
+    return Target(values, last.record | lower, last.history_SP)
+
+
+def stack_values(targets: Sequence[Target], projection_id: ProjectionId) -> Tensor:
+    """Values of one site and layer, shape [B, F]."""
+    return torch.stack([target.values[projection_id] for target in targets])
+
+
+def name_values(values: Mapping[ProjectionId, Tensor]) -> dict[str, Tensor]:
+    """Values with the names that files give them: site and layer, as in ``ffn-7``."""
+    return {f"{site}-{layer}": value for (site, layer), value in values.items()}
+
+
+def values_of_names(named: Mapping[str, Tensor]) -> dict[ProjectionId, Tensor]:
+    """The reverse of :func:`name_values`.
+
+    Raises:
+        ValueError: If a name is not that of a site and a layer.
+    """
+    split = {name: name.split("-") for name in named}
+    return {(split[name][0], int(split[name][1])): value for name, value in named.items()}  # type: ignore[misc]
 
 
 class TargetStore:
@@ -74,14 +104,14 @@ class TargetStore:
                 record = json.loads(file.metadata()["record"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 history = tensors.pop(_HISTORY)
-                return Target(tensors, record, history)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError):
+                return Target(values_of_names(tensors), record, history)
+        except (SafetensorError, KeyError, IndexError, ValueError, TypeError, OSError):
             return None
 
     def save(self, identity: str, target: Target) -> None:
         """Store a target; a reader never sees a partial file."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {name: value.contiguous() for name, value in target.values.items()}
+        tensors = {name: value.contiguous() for name, value in name_values(target.values).items()}
         tensors[_HISTORY] = target.history_SP
         save_tensors(self.path(identity), tensors, {"record": json.dumps(target.record)})
 

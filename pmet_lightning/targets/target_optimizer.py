@@ -18,15 +18,16 @@ from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.data.edit_rows import target_rows
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.editable import EditableModel
-from pmet_lightning.model.architectures import SiteName
+from pmet_lightning.model.architectures import ProjectionId, SiteName
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.partial_forward import PartialForward
 from pmet_lightning.model.prefix_passes import has_plain_cache
 from pmet_lightning.targets.active_batch import DeltaSlots
 from pmet_lightning.targets.batch_size import ModelSize
+from pmet_lightning.targets.construction import Construction, delta_layers, target_layers, written_layers
 from pmet_lightning.targets.contexts import ContextStore, check_contexts, sample_contexts
 from pmet_lightning.targets.loop import Request, Rules, TargetLoop, choose_micro_batch
-from pmet_lightning.targets.store import Target, TargetStore
+from pmet_lightning.targets.store import Target, TargetStore, join_targets
 from pmet_lightning.targets.suffix_check import suffix_agrees
 from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.metric_names import LIVE
@@ -51,7 +52,8 @@ _SITES: dict[OptimizedSites, tuple[SiteName, ...]] = {
 class TargetOptimizer(EditableModel):
     """Finds target vectors for edits of a frozen causal language model.
 
-    The targets live in the last of ``layers``.
+    The targets live in the last of ``layers``, or as the construction of the write that follows wants it
+    (:mod:`~pmet_lightning.targets.construction`).
 
     Args:
         model_name: A folder made by save_pretrained, a hub name, or the shipped 'atlas'.
@@ -69,6 +71,9 @@ class TargetOptimizer(EditableModel):
         loss_tolerance: An edit whose loss is below this stops.
         stop_at_argmax: Whether an edit also stops as soon as every target token is the argmax and the subject's
             meaning has not drifted (PMET; MEMIT never does). Without it targets become more certain, and take longer.
+        attention_steps: After so many steps, or when it would stop, an edit goes on without the attention's delta, from
+            the FFN's output as it is then: the target is one that the FFN can hold alone. Null keeps both deltas to the
+            end (PMET).
         contexts: Templates with one {} each; null samples them from the model.
         context_count: Number of contexts to sample.
         context_length: New tokens in each sampled context.
@@ -97,6 +102,7 @@ class TargetOptimizer(EditableModel):
         norm_factor: NonNegativeFloat = 0.5,
         loss_tolerance: NonNegativeFloat = 0.05,
         stop_at_argmax: bool = True,
+        attention_steps: PositiveInt | None = None,
         contexts: list[str] | None = None,
         context_count: NonNegativeInt = 5,
         context_length: PositiveInt = 10,
@@ -119,7 +125,9 @@ class TargetOptimizer(EditableModel):
             loss_tolerance=loss_tolerance,
             argmax_rule=stop_at_argmax and optimize != "hidden",
             realized=target_value == "realized",
+            attention_steps=attention_steps,
         )
+        self.construction: Construction = "spread"
         self.optimizer_callable = optimizer
         self.given_contexts = None if contexts is None else check_contexts(contexts)
         self.context_count, self.context_length, self.seed = context_count, context_length, seed
@@ -137,8 +145,18 @@ class TargetOptimizer(EditableModel):
         self._suffix_works: bool | None = None  # for this model, once that was looked at
 
     def setup(self, stage: str) -> None:
-        """Check the layers and the model family by the configuration alone, before any weight is read."""
+        """Check the layers and the model family by the configuration alone, before any weight is read.
+
+        Raises:
+            ValueError: If the attention's delta is to be taken away, and there is none, or no step without it.
+        """
         super().setup(stage)
+        steps = self.rules.attention_steps
+        if steps is not None and (self.optimized_sites != ("attn", "ffn") or steps >= self.rules.steps):
+            raise ValueError(
+                f"--model.attention_steps is {steps}, expected fewer than --model.steps ({self.rules.steps}), and "
+                "--model.optimize attn+ffn; set it to null to keep the attention's delta"
+            )
         if self.target_layer == self.depth - 1:
             log.warning(
                 "layer %d is the model's last: a target there changes only the token right after a subject, and "
@@ -151,17 +169,18 @@ class TargetOptimizer(EditableModel):
         super().configure_model()
         self._drop_absent_attention()
         if self.compile_ffn and not loaded:
-            for block in map(self.sites.ffn_block, self._above):
+            for block in map(self.sites.ffn_block, self._above(self._delta_layers[0])):
                 if block is not None:
                     # Hooks stay outside of what is compiled: they come and go.
                     block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
 
     def _drop_absent_attention(self) -> None:
-        """Without attention in the target layer, which hybrids have, only the FFN's output gets a delta."""
-        if "attn" in self.optimized_sites and not self.sites.has("attn", self.target_layer):
+        """Where no layer of the deltas has attention, as in hybrids, only the FFN's output gets a delta."""
+        layers = self._delta_layers
+        if "attn" in self.optimized_sites and not any(self.sites.has("attn", layer) for layer in layers):
             log.warning(
-                "layer %d has no attention (the layers %s have): only its FFN output gets a delta",
-                self.target_layer, self.sites.layers_with("attn"),
+                "layer %s has no attention (the layers %s have): only its FFN output gets a delta",
+                ", ".join(map(str, layers)), self.sites.layers_with("attn"),
             )  # fmt: skip
             self.optimized_sites = ("ffn",)
             del self.deltas["attn"]
@@ -176,6 +195,16 @@ class TargetOptimizer(EditableModel):
     def target_layer(self) -> int:
         """L, the last edited layer."""
         return self.layers[-1]
+
+    @property
+    def target_layers(self) -> list[int]:
+        """The layers that have targets."""
+        return target_layers(self.layers, self.construction)
+
+    @property
+    def written_layers(self) -> list[int]:
+        """The layers that are written."""
+        return written_layers(self.layers, self.construction)
 
     # ---- the targets -----------------------------------------------------------------------------------
 
@@ -254,37 +283,45 @@ class TargetOptimizer(EditableModel):
         requests = [
             Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question) for edit in edits
         ]
-        modules = {site: self.sites.module(site, self.target_layer) for site in self.optimized_sites}
+        *lower, last = delta_layers(self.layers, self.construction)
+        found = [dict(self._loop(layer, requests).run(requests)) for layer in lower]
+        for i, target in self._loop(last, requests).run(requests):
+            yield i, join_targets([*(below[i] for below in found), target])
+
+    def _loop(self, layer: int, requests: Sequence[Request]) -> TargetLoop:
+        """The loop that finds targets in a layer; the slots of an earlier one are no longer trained."""
+        modules = {site: self.sites.module(site, layer) for site in self._sites_in(layer)}
         optimizer = self.optimizers()
         sharded = self._trainer is not None and ProcessGroup.of(self.trainer).sharded
-        self._check_suffix(requests[0], modules, direct=not sharded)
+        self._check_suffix(requests[0], layer, modules, direct=not sharded)
         broadcast = ProcessGroup.of(self.trainer).broadcast_if_sharded if sharded else None
-        count = choose_micro_batch(self.micro_batch, requests, self._size(), self.device)
-        slots = self._slots(count if broadcast is None else broadcast(count))
-        loop = TargetLoop(
+        count = choose_micro_batch(self.micro_batch, requests, self._size(layer), self.device)
+        slots = self._slots(list(modules), count if broadcast is None else broadcast(count))
+        return TargetLoop(
             model=self.model,
+            layer=layer,
             modules=modules,
             slots=slots,
             optimizer=optimizer.optimizer,  # type: ignore[union-attr]
             step=optimizer.step,  # type: ignore[union-attr]
             rules=self.rules,
-            partial_forward=self._partial_forward(direct=not sharded) if self._suffix_only else None,
+            partial_forward=self._partial_forward(layer, direct=not sharded) if self._begins_late(layer) else None,
             pad_id=self.encoder.pad_id,
             padding_side=self.padding_side,
             sync_every=SYNC_EVERY.get(self.device.type, _SYNC_EVERY_ELSEWHERE),
             log_means=lambda means: self.log_step(LIVE, means),
+            later=self._later(layer),
             broadcast=broadcast,
         )
-        yield from loop.run(requests)
 
-    def _check_suffix(self, request: Request, modules: Mapping[SiteName, nn.Module], direct: bool) -> None:
+    def _check_suffix(self, request: Request, layer: int, modules: Mapping[SiteName, nn.Module], direct: bool) -> None:
         """Find out, once, whether passes may begin at a layer of this model."""
-        if self._suffix_works is not None or not self._suffix_only:
+        if self._suffix_works is not None or not self._begins_late(layer):
             return
         if self.architecture_override is None:
             self._suffix_works = has_plain_cache(self.model, self.device)
         else:
-            rows, partial_forward = request.rows[:-1], self._partial_forward(direct)
+            rows, partial_forward = request.rows[:-1], self._partial_forward(layer, direct)
             self._suffix_works = suffix_agrees(self.model, modules, partial_forward, rows, self.width, self.device)
 
     def find_targets(self, edits: Sequence[Edit]) -> list[Target]:
@@ -292,45 +329,59 @@ class TargetOptimizer(EditableModel):
         targets = dict(self.iter_targets(edits))
         return [targets[i] for i in range(len(edits))]
 
-    def _slots(self, count: int) -> DeltaSlots:
+    def _slots(self, sites: Sequence[SiteName], count: int) -> DeltaSlots:
         """Slots for so many deltas, registered as parameters of this module and of its optimizer."""
-        slots = DeltaSlots(self.optimized_sites, count, self.width, self.delta_dtype, self.device)
+        slots = DeltaSlots(sites, count, self.width, self.delta_dtype, self.device)
         for site, parameters in slots.parameters.items():
             self.deltas[site] = nn.ParameterList(parameters)
         optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
         optimizer.state.clear()
-        optimizer.param_groups[0]["params"] = list(self.deltas.parameters())
+        optimizer.param_groups[0]["params"] = [p for parameters in slots.parameters.values() for p in parameters]
         return slots
 
-    def _partial_forward(self, direct: bool) -> PartialForward:
+    @property
+    def _delta_layers(self) -> list[int]:
+        return delta_layers(self.layers, self.construction)
+
+    def _sites_in(self, layer: int) -> list[SiteName]:
+        """The optimized sites that a layer has."""
+        return [site for site in self.optimized_sites if site != "attn" or self.sites.has(site, layer)]
+
+    def _later(self, layer: int) -> dict[ProjectionId, nn.Module]:
+        """Modules whose outputs become targets while the deltas of a layer are in place, in running order."""
+        above = [upper for upper in self.target_layers if upper > layer] if self.construction == "replay" else []
+        return {(site, i): self.sites.module(site, i) for i in above for site in self._sites_in(i)}
+
+    def _partial_forward(self, layer: int, direct: bool) -> PartialForward:
         layers = [self.sites.module("hidden", i) for i in range(self.depth)]
-        modules = [module for i in self._above for module in self.sites.token_modules(i)]
+        modules = [module for i in self._above(layer) for module in self.sites.token_modules(i)]
         top = self.depth - 1
         blocks = [self.sites.ffn_block(top) or self.sites.module("ffn", top)] if self.sites.has("ffn", top) else []
         last = [*blocks, *([self.sites.module("attn", top)] if self.sites.has("attn", top) else [])]
-        return PartialForward(layers, self.target_layer + 1, modules, last, direct)
+        return PartialForward(layers, layer + 1, modules, last, direct)
 
-    @property
-    def _above(self) -> range:
-        """The layers above L."""
-        return range(self.target_layer + 1, self.depth)
+    def _above(self, layer: int) -> range:
+        return range(layer + 1, self.depth)
 
-    @property
-    def _suffix_only(self) -> bool:
-        """``suffix_only``, if there is a layer above L for a pass to begin at, and what precedes it can be kept."""
-        return self.suffix_only and self.target_layer + 1 < self.depth and self._suffix_works is not False
+    def _begins_late(self, layer: int) -> bool:
+        """``suffix_only``, if there is a layer above for a pass to begin at, and what precedes it can be kept."""
+        return self.suffix_only and layer + 1 < self.depth and self._suffix_works is not False
 
-    def _size(self) -> ModelSize:
+    def _size(self, layer: int) -> ModelSize:
         """The size of the model, which decides how many edits fit into memory."""
-        whole = not self._suffix_only
+        whole = not self._begins_late(layer)
         return ModelSize(
             width=self.width,
             layers=self.depth,
-            layers_run=self.depth if whole else self.depth - self.target_layer,
+            layers_run=self.depth if whole else self.depth - layer,
             vocabulary=int(self.model.get_output_embeddings().weight.shape[0]),  # type: ignore[operator,union-attr]
             itemsize=next(self.model.parameters()).element_size(),
             whole_rows=whole,
         )
+
+    def _construction_settings(self) -> dict[str, Any]:
+        """What the targets of a construction depend on besides the last layer."""
+        return {} if self.construction == "spread" else {"construction": self.construction, "layers": self.layers}
 
     def _target_store(self, edit_batch: int) -> TargetStore | None:
         """The store for the model as it is now; a later edit batch works on other weights."""
@@ -345,8 +396,9 @@ class TargetOptimizer(EditableModel):
                     "contexts": self.contexts,
                     "architecture": vars(self.sites.architecture),
                     "layer": self.target_layer,
+                    **self._construction_settings(),
                     "sites": self.optimized_sites,
-                    "rules": vars(self.rules),
+                    "rules": {name: value for name, value in vars(self.rules).items() if value is not None},
                     "optimizer": self.optimizer_settings,
                 },
             )

@@ -142,7 +142,7 @@ class EditedWeights:
 
     def _weights(self, module: EditableModel) -> dict[ProjectionId, Tensor]:
         found = {}
-        for projection_id in module.sites.written(self.sites, module.layers):
+        for projection_id in module.sites.written(self.sites, module.written_layers):
             weight = module.sites.module(*projection_id).weight
             assert isinstance(weight, Tensor)
             found[projection_id] = weight

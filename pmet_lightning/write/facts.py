@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pmet_lightning.data.records import Edit
-from pmet_lightning.model.architectures import SiteName
-from pmet_lightning.targets.store import Target
+from pmet_lightning.model.architectures import ProjectionId
+from pmet_lightning.targets.store import Target, name_values, values_of_names
 
 _FIELDS = ("case_id", "prompt", "subject", "target", "target_true", "relation")
 
@@ -23,14 +23,14 @@ class WrittenFact:
     Attributes:
         edit: The edit; in one that was read from a patch, without its questions.
         edit_batch: Number of its edit batch.
-        values: v* of each optimized site, shape [F], on the CPU.
+        values: v* of each optimized site in each layer that has a target, shape [F], on the CPU.
         answer: What the model said to the edit prompt right after the edit batch was written, if it was asked.
         said: Whether that was the new object.
     """
 
     edit: Edit
     edit_batch: int
-    values: Mapping[SiteName, Tensor] = field(repr=False)
+    values: Mapping[ProjectionId, Tensor] = field(repr=False)
     answer: str | None = None
     said: bool | None = None
 
@@ -76,18 +76,19 @@ def with_outcomes(facts: Sequence[WrittenFact], lines: Iterable[Mapping[str, Any
 
 
 def stacked_values(facts: Sequence[WrittenFact]) -> dict[str, Tensor]:
-    """v* of all facts by site, shape [N, F]."""
-    sites = facts[0].values if facts else ()
-    return {site: torch.stack([fact.values[site] for fact in facts]) for site in sites}
+    """v* of all facts by the name of site and layer, shape [N, F]."""
+    places = facts[0].values if facts else ()
+    return name_values({place: torch.stack([fact.values[place] for fact in facts]) for place in places})
 
 
 def facts_of(lines: Sequence[Mapping[str, Any]], values: Mapping[str, Tensor], origin: str) -> tuple[WrittenFact, ...]:
     """The facts of :meth:`WrittenFact.plain` and :func:`stacked_values`; ``origin`` is named in messages."""
+    stacked = values_of_names(values)
     return tuple(
         WrittenFact(
             Edit(**{name: line[name] for name in _FIELDS}, origin=f"{origin}, fact {i}"),
             line["edit_batch"],
-            {site: values_NF[i] for site, values_NF in values.items()},  # type: ignore[misc]
+            {place: values_NF[i] for place, values_NF in stacked.items()},
             line["answer"],
             line["said"],
         )

@@ -7,7 +7,7 @@ Legend: N = edits of the edit batch, n = those of this process, O = out-features
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from pmet_lightning.moments.second_moments import SecondMoments
 from pmet_lightning.solver.null_space import solve_in_null_space
 from pmet_lightning.solver.update import Solution, multiply_transposed, solve_sums, solve_update, solve_with_factor
 from pmet_lightning.solver.weight_delta import WeightDelta
+from pmet_lightning.targets.construction import Construction
 from pmet_lightning.targets.store import Target, stack_values
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import find_callback
@@ -56,6 +57,8 @@ class _WriteState:
         count: N, the edits of all processes.
         draft: What has been written of it.
         kept: Positions of the facts of earlier edit batches that this one does not correct.
+        goals: What each projection is written towards.
+        last: For each written site, its target in layer L, which the residuals are compared with.
     """
 
     module: TargetOptimizer
@@ -64,6 +67,8 @@ class _WriteState:
     count: int
     draft: Draft
     kept: Sequence[int]
+    goals: Mapping[ProjectionId, SiteTarget]
+    last: Mapping[SiteName, SiteTarget]
 
 
 class WeightSpread(HyperparametersMixin, L.Callback):
@@ -72,7 +77,10 @@ class WeightSpread(HyperparametersMixin, L.Callback):
     Args:
         lam: λ, weight of the second moments relative to the new keys, as a number of preserved keys.
         rule: Share of the residual that a layer takes: one over the square root of the number of layers left (PMET),
-            or one over that number (MEMIT).
+            or one over that number (MEMIT). With targets of their own layers take all of their residual.
+        targets: Where the layers' targets come from: one in the last layer, whose residual is 'spread' over all (PMET,
+            MEMIT); their 'own' in the first and the last layer, each found by gradient, which are the only ones that
+            are written then (BLUE); or one in the first layer and a 'replay' of what the layers above make of it (FE).
         write: Weights that are written: the FFN's (PMET), or the attention's too (ablation).
         null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
             projection; for example 0.01); null writes to all directions.
@@ -87,19 +95,20 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         self,
         lam: PositiveFloat = 6000.0,
         rule: SpreadRule = "sqrt",
+        targets: Construction = "spread",
         write: WriteChoice = "ffn",
         null_space: PositiveFloat | None = None,
         protect_past: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.lam, self.rule = float(lam), rule
+        self.lam, self.rule, self.targets = float(lam), rule, targets
         self.null_space, self.protect_past = null_space, protect_past
         self.sites = written_sites(write)
         self.edited = EditedWeights(self.sites)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that what is written was optimized.
+        """Check that what is written is optimized, and tell the module where its targets are needed.
 
         Raises:
             TypeError: If the module is not a TargetOptimizer.
@@ -111,6 +120,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             raise ValueError(
                 "--spread.write attn+ffn writes the attention, which has no target: set --model.optimize attn+ffn"
             )
+        pl_module.construction = self.targets
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
@@ -156,8 +166,10 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             processes.shard(edits), module.contexts, module.encoder, module.tokens_per_batch, module.device
         )
         _warn_if_overloaded(module, len(edits))
-        site_targets = {site: self._site_target(module, targets, site) for site in self.sites}
-        written = module.sites.written(self.sites, module.layers)
+        written = module.sites.written(self.sites, module.written_layers)
+        layer_of = {p: module.target_layer if self.targets == "spread" else p[1] for p in written}
+        goals = {p: self._site_target(module, targets, (p[0], layer)) for p, layer in layer_of.items()}
+        site_targets = {site: goals[site, layer] for site, layer in written}
         projections = {projection_id: module.sites.module(*projection_id) for projection_id in written}
         value_sites = [*(target.projection_id for target in site_targets.values()), ("hidden", module.target_layer)]
         *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
@@ -168,10 +180,9 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         with self.edited.transaction(list(projections.values())) as draft:
             replaced, earlier = set(replaced_by(self.edited.facts, edits)), self.edited.facts
             kept = [i for i in range(len(earlier)) if i not in replaced]
-            state = _WriteState(module, second_moments, processes, len(edits), draft, kept)
+            state = _WriteState(module, second_moments, processes, len(edits), draft, kept, goals, site_targets)
             for projection_id in track(trainer, list(projections), "Layers"):
-                site_target = site_targets[projection_id[0]]
-                reports.append(self._measure_and_write(state, projection_id, site_target, tracker, rows))
+                reports.append(self._measure_and_write(state, projection_id, tracker, rows))
             *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
             left = {site: tracker.left(site, value) for site, value in zip(site_targets, values, strict=True)}
             tracker.record_overshoot(stream_nF)
@@ -187,24 +198,25 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         self,
         state: _WriteState,
         projection_id: ProjectionId,
-        site_target: SiteTarget,
         tracker: ResidualTracker,
         rows: KeyRows,
     ) -> LayerReport:
         """Measure keys and residuals of one projection, on the model as edited so far, and write its weight."""
         module, (site, layer) = state.module, projection_id
         stream: ProjectionId = ("hidden", module.target_layer)
-        observed = [projection_id, site_target.projection_id, stream]
-        keys_nI, (output_nO, value_nO, stream_nF) = measure_keys(
-            module.model, module.sites, projection_id, observed, rows
-        )
+        goal, last = state.goals[projection_id], state.last[site]
+        observed = sorted({projection_id, goal.projection_id, last.projection_id}, key=lambda place: place[1])
+        keys_nI, found = measure_keys(module.model, module.sites, projection_id, [*observed, stream], rows)
+        *values, stream_nF = found
+        value_of = dict(zip(observed, values, strict=True))
         tracker.record_overshoot(stream_nF)
-        layers_left = len(module.layers) - module.layers.index(layer)
-        share_nO = site_target.residual(value_nO) * residual_share(layers_left, self.rule)
+        output_nO, layers_left = value_of[projection_id], len(module.layers) - module.layers.index(layer)
+        share = residual_share(layers_left, self.rule) if self.targets == "spread" else 1.0
+        share_nO = goal.residual(value_of[goal.projection_id]) * share
         norm = module.sites.norm(site, layer)
         if norm is not None:
             share_nO = pull_back(unshard(norm, output_nO.device), output_nO, share_nO)
-        residual = float(tracker.left(site, value_nO).nanmean())
+        residual = float(tracker.left(site, value_of[last.projection_id]).nanmean())
         return self._write(state, projection_id, module.sites.module(site, layer), keys_nI, share_nO, residual)
 
     def _write(
@@ -295,10 +307,13 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         """The site whose values give a written site's target and residual (MEMIT: the layer's output)."""
         return site if site in module.optimized_sites else "hidden"
 
-    def _site_target(self, module: TargetOptimizer, targets: Sequence[Target], site: SiteName) -> SiteTarget:
-        values_at = (self._value_site(module, site), module.target_layer)
+    def _site_target(
+        self, module: TargetOptimizer, targets: Sequence[Target], projection_id: ProjectionId
+    ) -> SiteTarget:
+        site, layer = projection_id
+        values_at: ProjectionId = (self._value_site(module, site), layer)
         empty = torch.empty(0, module.width, dtype=module.delta_dtype)  # of a process without an edit
-        goal_nO = (stack_values(targets, values_at[0]) if targets else empty).to(module.device)
+        goal_nO = (stack_values(targets, values_at) if targets else empty).to(module.device)
         norm = module.sites.norm(*values_at)
         return SiteTarget(values_at, goal_nO, None if norm is None else unshard(norm, module.device))
 

@@ -65,7 +65,7 @@ def test_equals_the_plain_twin(family, folder_of, tmp_path):
     assert not has_plain_cache(model, torch.device("cpu"))
     sites = sites_of(folder, model)
     edits = [parse_record(record, i, "") for i, record in enumerate(RECORDS[:3])]
-    found = [target.values["ffn"] for target in reports[0].targets]
+    found = [target.values["ffn", 2] for target in reports[0].targets]
     if optimize == "attn+ffn":
         modules = (sites.module("attn", 2), sites.module("ffn", 2))
         weights = {"nll": 1.0, "kl": 0.5, "norm": 0.2}
@@ -144,7 +144,7 @@ def test_a_family_described_by_hand_is_tried(reaches_up, tmp_path, caplog):
         (tmp_path / str(suffix_only)).mkdir()
         with caplog.at_level(logging.INFO):
             _, reports = edit(module, RECORDS[:3], moments_of_ffn(folder), tmp_path / str(suffix_only), lam=2.0)
-        values.append(torch.stack([target.values["ffn"] for target in reports[0].targets]))
+        values.append(torch.stack([target.values["ffn", 2] for target in reports[0].targets]))
     torch.testing.assert_close(values[0], values[1], rtol=1e-3, atol=1e-3)
     assert ("whole rows are run at every step" in caplog.text) == reaches_up
 

@@ -499,7 +499,7 @@ def test_overshoot_and_residual_by_whole_passes(family, write, optimize, tmp_pat
         return found if norm is None else norm(found)
 
     def goal(site: str) -> torch.Tensor:
-        found = torch.stack([target.values[value_sites[site]] for target in report.targets])
+        found = torch.stack([target.values[value_sites[site], 2] for target in report.targets])
         norm = sites.norm(value_sites[site], 2)
         return found if norm is None else norm(found)
 

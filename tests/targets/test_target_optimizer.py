@@ -80,7 +80,7 @@ def run(folder: str, tmp_path, records=RECORDS, data=None, **changed):
     spread, reports = edit(
         tiny_module(folder, **changed), records, moments_for(folder), tmp_path, lam=2.0, **(data or {})
     )
-    values = {e.question: t.values["ffn"] for r in reports for e, t in zip(r.edits, r.targets, strict=True)}
+    values = {e.question: t.values["ffn", 2] for r in reports for e, t in zip(r.edits, r.targets, strict=True)}
     return values, matrices(spread.edited.deltas), reports
 
 
@@ -300,7 +300,7 @@ def test_places_are_taken_again_as_edits_stop(family, micro_batch, folder_of, tm
         _, _, together = run(folder, tmp_path_factory.mktemp("b"), micro_batch=micro_batch, **changed)
         for a, b in zip(alone[0].targets, together[0].targets, strict=True):
             assert (a.record["steps"], a.record["stop_reason"]) == (b.record["steps"], b.record["stop_reason"])
-            torch.testing.assert_close(b.values["ffn"], a.values["ffn"], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(b.values["ffn", 2], a.values["ffn", 2], rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(b.history_SP, a.history_SP, rtol=tolerance, atol=tolerance)
     assert joined, "edits entered beside others"
     assert len({t.record["steps"] for t in alone[0].targets}) > 1
