@@ -85,6 +85,7 @@ def edit(
     lam: float,
     rule: str = "sqrt",
     write: str = "ffn",
+    targets: str = "spread",
     keep: KeepReports | None = None,
     **data: Any,
 ) -> tuple[WeightSpread, list[WriteReport]]:
@@ -94,7 +95,7 @@ def edit(
     path.write_text(json.dumps(records))
     reference = load_model(module.model_name, module.dtype_name, module.attn_implementation)
     given = store_moments(folder / "moments", moments, fingerprint(reference))
-    spread = WeightSpread(lam=lam, rule=rule, write=write)
+    spread = WeightSpread(lam=lam, rule=rule, write=write, targets=targets)
     trainer = quiet_trainer([SecondMoments("", given=given, write=write), spread, keep], folder)
     trainer.fit(module, EditDataModule(str(path), tokenizer=module.model_name, **data))
     return spread, keep.reports

@@ -21,9 +21,12 @@ def plain_record(model, tokenizer, module, edit, context, *, output: bool):
     head = context.split("{}")[0] + edit.prompt.split("{}")[0] + edit.subject
     text = context.replace("{}", edit.prompt.replace("{}", edit.subject))
     index, seen = locate(tokenizer, text, len(head)), []
-    handle = module.register_forward_hook(
-        lambda _, i, o: seen.append((o if output else i[0])[..., index, :].flatten().clone())
-    )
+
+    def keep(_, inputs, found):
+        whole = inputs[0] if not output else found[0] if isinstance(found, tuple) else found
+        seen.append(whole[..., index, :].flatten().clone())
+
+    handle = module.register_forward_hook(keep)
     with torch.no_grad():
         model(torch.tensor([tokenizer(text)["input_ids"]]))
     handle.remove()

@@ -232,7 +232,7 @@ def _cause(line: Mapping[str, Any], asked_again: bool, shared: bool) -> Cause:
         return "overwritten"
     # A search that has stopped early had its target as first choice, or a loss that is low enough.
     if line.get("stop_reason") == "steps" and not line["p_after"] >= LIKELY:
-        return "not_found"
+        return "same_subject" if line.get("same_key") else "not_found"
     if line.get("p_prompt_after", 0.0) >= LIKELY:
         return "other_words"
     return "same_subject" if shared else "not_written"

@@ -23,6 +23,7 @@ from pmet_lightning.model.partial_forward import PartialForward
 from pmet_lightning.model.scoring import kl_divergence, target_scores
 from pmet_lightning.targets.active_batch import ActiveBatch, DeltaSlots
 from pmet_lightning.targets.batch_size import ModelSize, longest_tail
+from pmet_lightning.targets.equal_keys import all_of_group, mean_of_groups
 from pmet_lightning.targets.loss import norm_penalty, project_to_ball
 from pmet_lightning.targets.replay import replayed_values
 from pmet_lightning.targets.row_cache import RowSet
@@ -75,10 +76,12 @@ class Request:
     Attributes:
         rows: Bare prompt, contexts, KL prompt.
         name: What errors call the edit.
+        group: Edits of one group have equal keys: they enter and stop together, and share their deltas.
     """
 
     rows: list[TokenRow]
     name: str
+    group: int
 
 
 class TargetLoop:
@@ -132,6 +135,7 @@ class TargetLoop:
         self.active_ids: list[int] = []  # of the active edits, and of those that are about to be
         self._steps_since_sync = 0
         self._requests: Sequence[Request] = ()
+        self._groups: dict[int, list[int]] = {}
         self._histories: dict[int, list[list[float]]] = {}
         first = next(iter(slots.values.values()))
         self.dtype, self.device = first.dtype, first.device
@@ -147,6 +151,9 @@ class TargetLoop:
             RuntimeError: If not even one edit fits into memory.
         """
         self._requests = requests
+        self._groups = {}
+        for i, request in enumerate(requests):
+            self._groups.setdefault(request.group, []).append(i)
         lengths = [longest_tail(request.rows, self.partial_forward is None) for request in requests]
         waiting = sorted(range(len(requests)), key=lambda i: lengths[i])
         while waiting or self.active is not None:
@@ -187,7 +194,9 @@ class TargetLoop:
         free = self.capacity - len(self.active_ids)
         if not waiting or free < max(1, min(int(_REFILL * self.capacity), len(waiting))) or self._steps_since_sync:
             return
-        entering = [waiting.pop() for _ in range(min(free, len(waiting)))]
+        entering = self._next_edits(waiting, free)
+        if not entering:
+            return
         self.active_ids += entering
         taken = set() if self.active is None else set(self.active.slots.tolist())
         slots = [slot for slot in range(len(self.slots)) if slot not in taken][: len(entering)]
@@ -210,6 +219,29 @@ class TargetLoop:
             self.active = entering_batch
         else:
             self.active.join(entering_batch)
+
+    def _next_edits(self, waiting: list[int], free: int) -> list[int]:
+        """Take edits off those that wait, whole groups: one that is larger than the capacity enters in parts."""
+        entering: list[int] = []
+        while waiting and len(entering) < free:
+            group = self._groups[self._requests[waiting[-1]].group]
+            left = group if len(group) == 1 else [i for i in group if i in waiting]
+            if len(left) > free - len(entering):
+                if entering or self.active_ids:
+                    break
+                left = left[:free]
+            for i in left:
+                waiting.remove(i) if len(left) > 1 else waiting.pop()
+            entering += left
+        return entering
+
+    def _shared_groups(self, active: ActiveBatch) -> Tensor | None:
+        """The group of each active edit, numbered from 0, int64, shape [A]; ``None`` if all edits are alone."""
+        groups = [self._requests[i].group for i in active.edit_ids]
+        numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+        if len(numbers) == len(groups):
+            return None
+        return torch.tensor([numbers[group] for group in groups], device=self.device)
 
     def _row_set(self, rows: Sequence[Sequence[TokenRow]]) -> RowSet:
         """Rows of some edits, the same number for each."""
@@ -264,6 +296,9 @@ class TargetLoop:
             last = torch.tensor([steps + 1 >= self.rules.steps for steps in active.step_counts], device=self.device)
             reason = torch.where(last & ~settled, _REASONS.index("steps"), reason)
         reason = torch.where(loss < self.rules.loss_tolerance, _REASONS.index("loss"), reason)
+        groups = self._shared_groups(active)
+        if groups is not None:
+            reason = torch.where(all_of_group(reason != 0, groups), reason, 0)
         if self.rules.attention_steps is not None:
             reason = self._hand_over(active, reason, self.rules.attention_steps)
         active.reason = torch.where(active.running, reason, active.reason)
@@ -280,7 +315,10 @@ class TargetLoop:
 
     def _update(self, active: ActiveBatch, leaves: Mapping[SiteName, Tensor], loss: Tensor) -> None:
         """Gradient, optimizer step and projection; the deltas of edits that have stopped are no longer read."""
-        self.slots.set_gradients(active.slots, torch.autograd.grad(loss, list(leaves.values())))
+        gradients, groups = torch.autograd.grad(loss, list(leaves.values())), self._shared_groups(active)
+        if groups is not None:
+            gradients = tuple(mean_of_groups(gradient, groups) for gradient in gradients)
+        self.slots.set_gradients(active.slots, gradients)
         self.step()
         with torch.no_grad():
             if active.handed_over is not None:
@@ -341,6 +379,7 @@ class TargetLoop:
                 "p_prompt_deltas": last["p_prompt"],
                 "p_prompt_target": last["p_prompt"] if p_of_value is None else p_of_value[k],
                 **{f"delta_{site}": norm[k] for site, norm in norms.items()},
+                "same_key": len(self._groups[self._requests[edit_id].group]) - 1,
             }
             finished.append((edit_id, Target({s: v[k].clone() for s, v in values.items()}, record, history)))
         self.slots.close(active.slots[list(stopped)].tolist())

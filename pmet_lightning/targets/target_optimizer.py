@@ -26,6 +26,7 @@ from pmet_lightning.targets.active_batch import DeltaSlots
 from pmet_lightning.targets.batch_size import ModelSize
 from pmet_lightning.targets.construction import Construction, delta_layers, target_layers, written_layers
 from pmet_lightning.targets.contexts import ContextStore, check_contexts, sample_contexts
+from pmet_lightning.targets.equal_keys import KeyGroups
 from pmet_lightning.targets.loop import Request, Rules, TargetLoop, choose_micro_batch
 from pmet_lightning.targets.store import Target, TargetStore, join_targets
 from pmet_lightning.targets.suffix_check import suffix_agrees
@@ -74,6 +75,8 @@ class TargetOptimizer(EditableModel):
         attention_steps: After so many steps, or when it would stop, an edit goes on without the attention's delta, from
             the FFN's output as it is then: the target is one that the FFN can hold alone. Null keeps both deltas to the
             end (PMET).
+        merge_equal_keys: Whether edits of one edit batch that have the same key, as facts about one subject may, share
+            one target that serves all of them; otherwise each finds its own, and the write takes their mean.
         contexts: Templates with one {} each; null samples them from the model.
         context_count: Number of contexts to sample.
         context_length: New tokens in each sampled context.
@@ -103,6 +106,7 @@ class TargetOptimizer(EditableModel):
         loss_tolerance: NonNegativeFloat = 0.05,
         stop_at_argmax: bool = True,
         attention_steps: PositiveInt | None = None,
+        merge_equal_keys: bool = True,
         contexts: list[str] | None = None,
         context_count: NonNegativeInt = 5,
         context_length: PositiveInt = 10,
@@ -128,6 +132,7 @@ class TargetOptimizer(EditableModel):
             attention_steps=attention_steps,
         )
         self.construction: Construction = "spread"
+        self.merge_equal_keys = merge_equal_keys
         self.optimizer_callable = optimizer
         self.given_contexts = None if contexts is None else check_contexts(contexts)
         self.context_count, self.context_length, self.seed = context_count, context_length, seed
@@ -254,19 +259,36 @@ class TargetOptimizer(EditableModel):
         processes = ProcessGroup.of(self.trainer)
         if self.given_targets is not None:
             return {"targets": [self.given_targets[i] for i in processes.shard(batch.positions)]}
-        store = self._target_store(batch_idx)
-        edits = processes.shard(batch.edits)
-        found = {i: store.load(edit.identity()) for i, edit in enumerate(edits)} if store else {}
+        groups = self._key_groups(batch.edits)
+        assigned = [i for i, first in enumerate(groups.first) if processes.owns(first)]
+        targets = self._stored_or_found(batch, batch_idx, assigned, groups)
+        if processes.size > 1 and not groups.all_alone:
+            foreign = [(i, target) for i, target in targets.items() if not processes.owns(i)]
+            targets |= dict(processes.all_gather_lists(foreign))
+        return {"targets": [targets[i] for i in processes.shard(range(len(batch.edits)))]}
+
+    def _stored_or_found(
+        self, batch: EditBatch, batch_idx: int, assigned: Sequence[int], groups: KeyGroups
+    ) -> dict[int, Target]:
+        """The targets of some edits of an edit batch by their index, from the store or, group by group, by search."""
+        processes, store = ProcessGroup.of(self.trainer), self._target_store(batch_idx)
+        names = groups.identities(batch.edits)
+        found = {i: store.load(names[i]) for i in assigned} if store else {}
         found = processes.broadcast_if_sharded(found)
+        incomplete = {groups.first[i] for i in assigned if found.get(i) is None}
+        missing = [i for i in assigned if groups.first[i] in incomplete]
         targets = {i: target for i, target in found.items() if target is not None}
-        missing = [i for i in range(len(edits)) if i not in targets]
         with counter(self.trainer, len(missing), numbered(self.trainer, "Targets", batch_idx), "edit") as bar:
-            for k, target in self.iter_targets([edits[i] for i in missing]):
+            for k, target in self.iter_targets([batch.edits[i] for i in missing]):
                 targets[missing[k]] = target
                 if store and processes.is_writer:
-                    store.save(edits[missing[k]].identity(), target)
+                    store.save(names[missing[k]], target)
                 bar.update(1)
-        return {"targets": [targets[i] for i in range(len(edits))]}
+        return targets
+
+    def _key_groups(self, edits: Sequence[Edit]) -> KeyGroups:
+        """Which edits share their targets."""
+        return KeyGroups.of(edits, self.encoder) if self.merge_equal_keys else KeyGroups(list(range(len(edits))))
 
     def iter_targets(self, edits: Sequence[Edit]) -> Iterator[tuple[int, Target]]:
         """Find the target vectors of some edits on the model as it is now.
@@ -281,7 +303,8 @@ class TargetOptimizer(EditableModel):
         if not edits:
             return
         requests = [
-            Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question) for edit in edits
+            Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question, group)
+            for edit, group in zip(edits, self._key_groups(edits).first, strict=True)
         ]
         *lower, last = delta_layers(self.layers, self.construction)
         found = [dict(self._loop(layer, requests).run(requests)) for layer in lower]

@@ -89,6 +89,10 @@ class ProcessGroup:
         number = torch.tensor(own, device=self.strategy.root_device)
         return int(self.strategy.reduce(number, reduce_op="min"))  # type: ignore[arg-type]
 
+    def owns(self, index: int) -> bool:
+        """Whether the item with this index belongs to this process."""
+        return index % self.size == self.rank
+
     def shard(self, work: Sequence[Item]) -> list[Item]:
         """The items of the work that belong to this process."""
         return list(work[self.rank :: self.size])

@@ -1,0 +1,78 @@
+"""Edits of one edit batch whose keys are equal: one key can have only one value, so they share their target.
+
+Facts about one subject in prompts that are the same up to its end ("{} was born in", "{} works as") have the same key
+in every layer. Targets found for each apart contradict each other, and the write takes their mean (MEMIT-Merge).
+
+Legend: A = active edits, F = model width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pmet_lightning.data.edit_rows import BARE, key_row
+from pmet_lightning.data.encoder import PromptEncoder
+from pmet_lightning.data.records import Edit
+
+
+@dataclass(frozen=True)
+class KeyGroups:
+    """Which edits have equal keys.
+
+    Attributes:
+        first: For each edit the index of the first edit that has its key; its own where no earlier one has it.
+    """
+
+    first: list[int]
+
+    @classmethod
+    def of(cls, edits: Sequence[Edit], encoder: PromptEncoder) -> KeyGroups:
+        """The groups of some edits; edits that are not of one subject have different keys."""
+        counts = Counter(edit.subject for edit in edits)
+        first: dict[tuple[int, ...], int] = {}
+        found = []
+        for i, edit in enumerate(edits):
+            shared = counts[edit.subject] > 1
+            found.append(first.setdefault(tuple(key_row(edit, BARE, encoder).ids), i) if shared else i)
+        return cls(found)
+
+    @property
+    def all_alone(self) -> bool:
+        """Whether all keys are different."""
+        return len(set(self.first)) == len(self.first)
+
+    def members(self) -> dict[int, list[int]]:
+        """The edits of each group, by its first one."""
+        found: dict[int, list[int]] = {}
+        for i, first in enumerate(self.first):
+            found.setdefault(first, []).append(i)
+        return found
+
+    def identities(self, edits: Sequence[Edit]) -> list[str]:
+        """What the target of each edit depends on: the edit itself and, after it, those that share the target."""
+        shared = {first: sorted(edits[i].identity() for i in group) for first, group in self.members().items()}
+        groups = ("".join(shared[first]) if len(shared[first]) > 1 else "" for first in self.first)
+        return [edit.identity() + group for edit, group in zip(edits, groups, strict=True)]
+
+
+def mean_of_groups(values_AF: Tensor, group_A: Tensor) -> Tensor:
+    """The mean over the edits of each group, for each of its edits, shape [A, F].
+
+    Args:
+        values_AF: A value of each edit.
+        group_A: Number of its group, int64.
+    """
+    count = int(group_A.max()) + 1
+    sums_GF = values_AF.new_zeros(count, values_AF.shape[1]).index_add_(0, group_A, values_AF)
+    sizes_G = torch.bincount(group_A, minlength=count).to(values_AF)
+    return (sums_GF / sizes_G.clamp_min(1).unsqueeze(1))[group_A]
+
+
+def all_of_group(true_A: Tensor, group_A: Tensor) -> Tensor:
+    """Whether something is true of all edits of an edit's group, bool, shape [A]."""
+    return mean_of_groups(true_A.to(torch.float32).unsqueeze(1), group_A)[:, 0] == 1

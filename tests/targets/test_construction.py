@@ -1,0 +1,204 @@
+"""Constructions of targets against plain passes over the whole model, one prompt at a time."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
+from pmet_lightning.data.records import parse_record
+from pmet_lightning.model.architectures import architecture_of
+from pmet_lightning.model.loading import load_config, load_model
+from pmet_lightning.model.projections import Sites
+from pmet_lightning.targets.construction import delta_layers, target_layers, written_layers
+from pmet_lightning.targets.replay import replayed_values
+from tests.harness import edit, matrices
+from tests.plain import locate, plain_record, plain_spread
+from tests.targets.test_target_optimizer import EXACT, folder_of, moments_for, tiny_module  # noqa: F401
+from tests.tiny import CONTEXTS, RECORDS
+
+LAYERS = (0, 1, 2)
+# One parallel block, one sequential, one whose projections are followed by norms.
+FAMILIES = ("gptj", "llama", "gemma3")
+
+
+def plain_parts(folder: str):
+    dtype = "float32" if "gemma3" in folder else "float64"
+    model = load_model(folder, dtype, "eager")
+    return model, load_tokenizer(folder), Sites.of(model, architecture_of(load_config(folder)))
+
+
+def added(module, index: int, vector: torch.Tensor):
+    """Add a vector to a module's output at one token of the only row."""
+
+    def hook(_, __, output):
+        whole = output[0] if isinstance(output, tuple) else output
+        changed = whole.clone()
+        changed.view(-1, changed.shape[-1])[index] += vector.to(changed)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return module.register_forward_hook(hook).remove
+
+
+def plain_values(model, tokenizer, asked, deltas, outputs) -> list[torch.Tensor]:
+    """Outputs of modules at the subject's last token, with vectors added at other modules there."""
+    head = asked.prompt.split("{}")[0] + asked.subject
+    index = locate(tokenizer, asked.prompt.replace("{}", asked.subject), len(head))
+    with ExitStack() as stack:
+        for module, vector in deltas:
+            stack.callback(added(module, index, vector))
+        return [plain_record(model, tokenizer, module, asked, "{}", output=True) for module in outputs]
+
+
+def run(folder, tmp_path, targets: str, **changed):
+    dtype = "float32" if "gemma3" in folder else "float64"
+    module = tiny_module(folder, **{"layers": list(LAYERS), "dtype": dtype, **changed})
+    spread, reports = edit(module, RECORDS, moments_for(folder, LAYERS), tmp_path, lam=2.0, targets=targets)
+    return reports[0], matrices(spread.edited.deltas)
+
+
+def test_layers_of_a_construction():
+    layers = [3, 4, 6]
+    assert [delta_layers(layers, c) for c in ("spread", "own", "replay")] == [[6], [3, 6], [3]]
+    assert [target_layers(layers, c) for c in ("spread", "own", "replay")] == [[6], [3, 6], layers]
+    assert [written_layers(layers, c) for c in ("spread", "own", "replay")] == [layers, [3, 6], layers]
+    assert delta_layers([5], "own") == target_layers([5], "replay") == written_layers([5], "own") == [5]
+
+
+@pytest.mark.parametrize("optimize", ["ffn", "hidden"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_targets_are_those_of_a_plain_pass(family, optimize, folder_of, tmp_path):  # noqa: F811
+    """The delta of the first layer, in place in the whole model, gives the later layers' targets."""
+    folder = folder_of(family)
+    report, _ = run(folder, tmp_path, "replay", optimize=optimize)
+    model, tokenizer, sites = plain_parts(folder)
+    tolerance = 1e-4 if family == "gemma3" else EXACT.get(family, 1e-5)
+    first, *later = (sites.module(optimize, layer) for layer in LAYERS)
+    changed = 0.0
+    for asked, target in zip(report.edits, report.targets, strict=True):
+        (clean,) = plain_values(model, tokenizer, asked, [], [first])
+        delta = target.values[optimize, 0] - clean
+        expected = plain_values(model, tokenizer, asked, [(first, delta)], later)
+        for layer, value in zip(LAYERS[1:], expected, strict=True):
+            assert float((target.values[optimize, layer] - value).norm() / value.norm()) < tolerance
+        without = plain_values(model, tokenizer, asked, [], later)
+        changed = max(changed, *(float((a - b).norm() / b.norm()) for a, b in zip(expected, without, strict=True)))
+    assert changed > 1e3 * tolerance, "the delta reaches the layers above"
+
+
+@pytest.mark.parametrize(("family", "padding_side"), [*((f, "right") for f in FAMILIES), ("gptj", "left")])
+def test_a_replay_of_both_deltas_is_a_plain_pass(family, padding_side, folder_of):  # noqa: F811
+    folder = folder_of(family)
+    model, tokenizer, sites = plain_parts(folder)
+    encoder, edits = PromptEncoder(tokenizer), [parse_record(record, i, "") for i, record in enumerate(RECORDS)]
+    width = sites.width
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+    deltas = {s: torch.randn(len(edits), width, generator=generator, dtype=dtype) for s in ("attn", "ffn")}
+    modules = {site: sites.module(site, 0) for site in deltas}
+    later = {("ffn", layer): sites.module("ffn", layer) for layer in (1, 2)}
+    rows = [encoder.encode(e.prompt, e.subject, target=e.target) for e in edits]
+    found = replayed_values(model, rows, deltas, modules, later, pad_id=encoder.pad_id, padding_side=padding_side)
+    for i, asked in enumerate(edits):
+        pairs = [(modules[site], deltas[site][i]) for site in deltas]
+        for place, expected in zip(later, plain_values(model, tokenizer, asked, pairs, later.values()), strict=True):
+            torch.testing.assert_close(found[place][i], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["own", "replay"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])  # the last one with transposed weights
+def test_every_layer_is_written_towards_its_own_target(family, targets, folder_of, tmp_path):  # noqa: F811
+    """As one plain write of a single layer after the other, each of its own targets and of the whole residual."""
+    folder = folder_of(family)
+    report, deltas = run(folder, tmp_path, targets)
+    model, tokenizer, sites = plain_parts(folder)
+    moments, tolerance = moments_for(folder, LAYERS), 1e-3 if family == "gemma3" else EXACT.get(family, 1e-5)
+    written = written_layers(LAYERS, targets)
+    assert set(deltas) == {sites.weight_name("ffn", layer) for layer in written}
+    for layer in written:
+        norm = sites.norm("ffn", layer)
+        (expected,) = plain_spread(
+            model, tokenizer, [sites.module("ffn", layer)], report.edits,
+            [target.values["ffn", layer] for target in report.targets], CONTEXTS, [moments["ffn", layer]], 2.0,
+            None if norm is None else [norm],
+        )  # fmt: skip
+        found = deltas[sites.weight_name("ffn", layer)]
+        assert float((found - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.mark.parametrize("family", ["gptj", "llama"])
+def test_own_targets_are_those_of_each_layer_alone(family, folder_of, tmp_path_factory):  # noqa: F811
+    folder = folder_of(family)
+    together, _ = run(folder, tmp_path_factory.mktemp("own"), "own")
+    for layer in (0, 2):
+        alone, _ = run(folder, tmp_path_factory.mktemp("one"), "spread", layers=[layer])
+        for a, b in zip(together.targets, alone.targets, strict=True):
+            torch.testing.assert_close(a.values["ffn", layer], b.values["ffn", layer], rtol=1e-9, atol=1e-9)
+    below = [target.record["p_after_0"] for target in together.targets]
+    assert below != [target.record["p_after"] for target in together.targets]
+
+
+def test_one_layer_is_written_alike_by_all(folder_of, tmp_path_factory):  # noqa: F811
+    found = [run(folder_of("gptj"), tmp_path_factory.mktemp(c), c, layers=[1])[1] for c in ("spread", "own", "replay")]
+    for other in found[1:]:
+        for name, delta in found[0].items():
+            torch.testing.assert_close(other[name], delta, rtol=1e-9, atol=1e-9)
+
+
+def p_of_target(model, tokenizer, asked, module, delta) -> float:
+    """P(o*) of the bare prompt with a vector added at the subject's last token."""
+    head = asked.prompt.split("{}")[0] + asked.subject
+    text = asked.prompt.replace("{}", asked.subject)
+    index = locate(tokenizer, text, len(head))
+    labels = tokenizer(" " + asked.target, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text + " " + asked.target)["input_ids"]
+    with ExitStack() as stack, torch.no_grad():
+        stack.callback(added(module, index, delta))
+        log_p = model(torch.tensor([ids[:-1]])).logits[0, -len(labels) :].log_softmax(-1)
+    return float(log_p.gather(1, torch.tensor(labels)[:, None]).mean().exp())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_p_of_the_written_value_is_that_of_a_plain_pass(family, folder_of, tmp_path):  # noqa: F811
+    """The attention's delta is not written: what v* does without it is measured."""
+    folder = folder_of(family)
+    report, _ = run(folder, tmp_path, "spread", clamp=10.0)
+    model, tokenizer, sites = plain_parts(folder)
+    ffn, gaps = sites.module("ffn", LAYERS[-1]), []
+    for asked, target in zip(report.edits, report.targets, strict=True):
+        delta = target.values["ffn", LAYERS[-1]] - plain_record(model, tokenizer, ffn, asked, "{}", output=True)
+        expected = p_of_target(model, tokenizer, asked, ffn, delta)
+        assert target.record["p_prompt_target"] == pytest.approx(expected, rel=2e-4)
+        gaps.append(abs(target.record["p_prompt_deltas"] / expected - 1))
+    assert max(gaps) > 1e-3, "the attention's delta has a share in P(o*)"
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_attention_helps_in_the_first_steps_only(family, micro_batch, folder_of, tmp_path):  # noqa: F811
+    folder = folder_of(family)
+    report, _ = run(folder, tmp_path, "spread", attention_steps=3, micro_batch=micro_batch, clamp=10.0)
+    for target in report.targets:
+        assert target.record["delta_attn"] == 0
+        assert target.record["delta_ffn"] > 0
+        assert target.record["p_prompt_target"] == pytest.approx(target.record["p_prompt_deltas"], rel=1e-4)
+
+
+def test_a_hand_over_begins_where_both_deltas_have_arrived(folder_of, tmp_path):  # noqa: F811
+    """In a sequential block the FFN's output, to which the attention's delta has added, is what goes on."""
+    folder = folder_of("llama")
+    changed = {"steps": 4, "clamp": 1e6, "loss_tolerance": 0.0, "stop_at_argmax": False}
+    both, _ = run(folder, tmp_path, "spread", **changed)
+    handed, _ = run(folder, tmp_path, "spread", **{**changed, "steps": 5}, attention_steps=4)
+    for a, b in zip(both.targets, handed.targets, strict=True):
+        torch.testing.assert_close(b.values["ffn", 2], a.values["ffn", 2], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"), [({"attention_steps": 8}, "fewer than"), ({"attention_steps": 2, "optimize": "ffn"}, "attn")]
+)
+def test_settings_without_sense_are_refused(changed, found, folder_of, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match=found):
+        run(folder_of("gpt2"), tmp_path, "spread", **changed)
