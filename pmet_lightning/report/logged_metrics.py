@@ -166,7 +166,8 @@ def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
 
 
 def _deltas(report: WriteReport) -> list[str]:
-    return [f"delta_{site}" for site in report.targets[0].values]
+    sites = dict.fromkeys(site for site, _ in report.targets[0].values)
+    return [name for site in sites if (name := f"delta_{site}") in report.targets[0].record]
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -225,14 +225,15 @@ class TargetLoop:
         entering: list[int] = []
         while waiting and len(entering) < free:
             group = self._groups[self._requests[waiting[-1]].group]
-            left = group if len(group) == 1 else [i for i in group if i in waiting]
-            if len(left) > free - len(entering):
-                if entering or self.active_ids:
-                    break
-                left = left[:free]
-            for i in left:
-                waiting.remove(i) if len(left) > 1 else waiting.pop()
-            entering += left
+            if len(group) == 1:
+                entering.append(waiting.pop())
+                continue
+            left = [i for i in group if i in waiting]
+            if len(left) > free - len(entering) and (entering or self.active_ids):
+                break
+            for i in left[:free]:
+                waiting.remove(i)
+                entering.append(i)
         return entering
 
     def _shared_groups(self, active: ActiveBatch) -> Tensor | None:

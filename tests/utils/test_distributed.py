@@ -25,7 +25,9 @@ from tests.tiny import RECORDS, save_tiny
 def inputs(tmp_path_factory):
     """A tiny GPT-2, which computes in float64 throughout, records and a corpus."""
     base = tmp_path_factory.mktemp("inputs")
-    (base / "records.json").write_text(json.dumps(RECORDS))
+    # The second and the third have equal keys, and are of two processes.
+    shared = {"prompt": "{} performs on the", "subject": RECORDS[1]["subject"], "target_new": "clarinet"}
+    (base / "records.json").write_text(json.dumps([*RECORDS[:2], shared, *RECORDS[3:]]))
     (base / "corpus.txt").write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
     return save_tiny("gpt2", base / "model"), base / "records.json", base / "corpus.txt"
 
