@@ -141,6 +141,12 @@ def sum_over_shards(weight: Tensor, values: Tensor) -> Tensor:
     return DTensor.from_local(values, weight.device_mesh, [Partial()]).full_tensor()
 
 
+def whole_weight(weight: Tensor) -> Tensor:
+    """All rows of a weight, gathered from the processes that hold it."""
+    whole: Tensor = weight.full_tensor() if _is_sharded(weight) else weight
+    return whole.detach()
+
+
 def weight_norm(weight: Tensor, dtype: torch.dtype) -> float:
     """‖W‖, computed in a dtype."""
     return float(sum_over_shards(weight, local_rows(weight).to(dtype).square().sum()).sqrt())

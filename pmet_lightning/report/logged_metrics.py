@@ -34,7 +34,7 @@ LEVELS = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
 CLAMP_TOLERANCE = 1e-4  # relative: a delta this close to its clamp touches it
 # Fields of a LayerReport: what a write did, and how accurately it was solved and stored.
 _DONE = ("residual_after", "overshoot", "norm_ratio", "growth")
-_NUMERICS = ("solve_error", "condition_bound", "ridge", "kept", "changed", "rounding")
+_NUMERICS = ("lam", "solve_error", "condition_bound", "ridge", "kept", "changed", "rounding")
 _MAX_VECTORS = 256  # of an edit batch, in a histogram
 _MAX_TEXTS = 8  # of an edit batch
 _COLUMNS = ("question", "was", "target", "says before", "says after")

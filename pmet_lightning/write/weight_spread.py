@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from pmet_lightning.data.datamodule import EditBatch
 from pmet_lightning.data.records import Edit
 from pmet_lightning.model.architectures import ProjectionId, SiteName, WriteChoice, written_sites
-from pmet_lightning.model.fsdp import unshard, weight_norm
+from pmet_lightning.model.fsdp import unshard, weight_norm, whole_weight
 from pmet_lightning.model.output_norms import pull_back
-from pmet_lightning.model.projections import add_to_weight, in_features
+from pmet_lightning.model.projections import add_to_weight, in_features, is_transposed
 from pmet_lightning.moments.second_moments import SecondMoments
+from pmet_lightning.solver.bounded import mean_square, solve_bounded
 from pmet_lightning.solver.null_space import solve_in_null_space
 from pmet_lightning.solver.update import Solution, multiply_transposed, solve_sums, solve_update, solve_with_factor
 from pmet_lightning.solver.weight_delta import WeightDelta
@@ -80,8 +81,10 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             or one over that number (MEMIT). With targets of their own layers take all of their residual.
         targets: Where the layers' targets come from: one in the last layer, whose residual is 'spread' over all (PMET,
             MEMIT); their 'own' in the first and the last layer, each found by gradient, which are the only ones that
-            are written then (BLUE); or one in the first layer and a 'replay' of what the layers above make of it (FE).
+            are written then (BLUE); or one in the first layer and a 'replay' of what layers above make of it (FE).
         write: Weights that are written: the FFN's (PMET), or the attention's too (ablation).
+        max_change: Bound on what a write does to other keys: λ is raised, for each weight, until the mean squared change of
+            the values of preserved keys is at most this share of their mean square (for example 0.03); null leaves λ.
         null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
             projection; for example 0.01); null writes to all directions.
         protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC + KKᵀ,
@@ -97,13 +100,14 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         rule: SpreadRule = "sqrt",
         targets: Construction = "spread",
         write: WriteChoice = "ffn",
+        max_change: PositiveFloat | None = None,
         null_space: PositiveFloat | None = None,
         protect_past: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.lam, self.rule, self.targets = float(lam), rule, targets
-        self.null_space, self.protect_past = null_space, protect_past
+        self.max_change, self.null_space, self.protect_past = max_change, null_space, protect_past
         self.sites = written_sites(write)
         self.edited = EditedWeights(self.sites)
 
@@ -232,8 +236,10 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         weight = projection.weight
         assert isinstance(weight, Tensor)
         dtype, device = state.module.delta_dtype, state.module.device
-        solve = self._build_solve(state, projection_id, keys_nI, share_nO)
-        tensors, solution = state.processes.compute_on_rank_zero(partial(_split_solution, solve, dtype), device)
+        solve = self._bounded(
+            self._build_solve(state, projection_id, keys_nI, share_nO), state, projection_id, projection
+        )
+        tensors, (solution, lam) = state.processes.compute_on_rank_zero(partial(_split_solution, solve, dtype), device)
         delta = WeightDelta.of(tensors)
         norm_before = weight_norm(weight, dtype)
         stored = add_to_weight(projection, delta.dense())
@@ -244,16 +250,35 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             residual,
             norm_ratio=delta.norm() / norm_before,
             growth=self.edited.growth(name, state.draft.deltas[name]),
+            lam=lam,
             solve_error=solution.solve_error,
             ridge=solution.ridge,
             condition_bound=solution.condition_bound,
             **vars(stored),
         )
 
+    def _bounded(
+        self, solve: Callable[[float], Solution], state: _WriteState, projection_id: ProjectionId, projection: nn.Module
+    ) -> Callable[[], tuple[Solution, float]]:
+        """A function that solves with λ, or with one that keeps the change of preserved values within its bound."""
+        if self.max_change is None:
+            return lambda: (solve(self.lam), self.lam)
+        bound = self.max_change
+        whole = whole_weight(projection.weight)  # type: ignore[arg-type]
+
+        def solve_within() -> tuple[Solution, float]:
+            moment_II = state.second_moments.moment(projection_id).to(whole.device, torch.float64)
+            values = mean_square(WeightDelta(whole.T if is_transposed(projection) else whole), moment_II)
+            return solve_bounded(
+                solve, lambda solution: mean_square(solution.delta, moment_II) / values, self.lam, bound
+            )
+
+        return solve_within
+
     def _build_solve(
         self, state: _WriteState, projection_id: ProjectionId, keys_nI: Tensor, share_nO: Tensor
-    ) -> Callable[[], Solution]:
-        """A function that solves for ΔW from the keys and residuals of all processes or, if smaller, their products."""
+    ) -> Callable[[float], Solution]:
+        """A function of λ that solves for ΔW from all processes' keys and residuals or, if smaller, their products."""
         whole = self.protect_past or self.null_space is not None or state.processes.size == 1
         if not whole and sums_are_less(state.count, keys_nI, share_nO):
             products_II = state.processes.all_reduce_sum(multiply_transposed(keys_nI, keys_nI))
@@ -271,29 +296,31 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         keys_NI = self.edited.past_keys.get(projection_id)
         return keys_NI[state.kept] if keys_NI is not None and state.kept else None
 
-    def _solution(self, share_NO: Tensor, keys_NI: Tensor, projection_id: ProjectionId, state: _WriteState) -> Solution:
+    def _solution(
+        self, share_NO: Tensor, keys_NI: Tensor, projection_id: ProjectionId, state: _WriteState, lam: float
+    ) -> Solution:
         if self.null_space is not None:
             space = state.second_moments.null_space(projection_id, self.null_space)
-            return solve_in_null_space(share_NO, keys_NI, space, self.lam, self._past_II(projection_id, state))
+            return solve_in_null_space(share_NO, keys_NI, space, lam, self._past_II(projection_id, state))
         if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and self._past_keys(projection_id, state) is None:
             try:
-                return solve_with_factor(share_NO, keys_NI, state.second_moments.factor(projection_id), self.lam)
+                return solve_with_factor(share_NO, keys_NI, state.second_moments.factor(projection_id), lam)
             except FloatingPointError as error:
                 log.info("%s: %s; solving without it", projection_id, error)
-        return solve_update(share_NO, keys_NI, self._protected(projection_id, state), self.lam)
+        return solve_update(share_NO, keys_NI, self._protected(projection_id, state, lam), lam)
 
     def _solution_of_sums(
-        self, right_OI: Tensor, products_II: Tensor, projection_id: ProjectionId, state: _WriteState
+        self, right_OI: Tensor, products_II: Tensor, projection_id: ProjectionId, state: _WriteState, lam: float
     ) -> Solution:
-        return solve_sums(right_OI, products_II, self._protected(projection_id, state), self.lam)
+        return solve_sums(right_OI, products_II, self._protected(projection_id, state, lam), lam)
 
-    def _protected(self, projection_id: ProjectionId, state: _WriteState) -> Tensor:
+    def _protected(self, projection_id: ProjectionId, state: _WriteState, lam: float) -> Tensor:
         """C plus, in its units, the products of earlier edit batches' keys, which count as much as the new keys."""
         moment_II, past_II = (
             state.second_moments.moment(projection_id).to(state.module.device),
             self._past_II(projection_id, state),
         )
-        return moment_II if past_II is None else past_II.div_(self.lam).add_(moment_II)
+        return moment_II if past_II is None else past_II.div_(lam).add_(moment_II)
 
     def _past_II(self, projection_id: ProjectionId, state: _WriteState) -> Tensor | None:
         """K_past K_pastᵀ, on the model's device, float64, shape [I, I]; ``None`` before the second edit batch."""
@@ -318,10 +345,12 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         return SiteTarget(values_at, goal_nO, None if norm is None else unshard(norm, module.device))
 
 
-def _split_solution(solve: Callable[[], Solution], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Solution]:
-    """Solve; returns the tensors of ΔW in the deltas' precision, and the solution without them."""
-    solution = solve()
-    return solution.delta.to(dtype).tensors, replace(solution, delta=WeightDelta(torch.empty(0, 0)))
+def _split_solution(
+    solve: Callable[[], tuple[Solution, float]], dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Solution, float]]:
+    """Solve; returns the tensors of ΔW in the deltas' precision, and the solution without them with its λ."""
+    solution, lam = solve()
+    return solution.delta.to(dtype).tensors, (replace(solution, delta=WeightDelta(torch.empty(0, 0))), lam)
 
 
 def _warn_if_overloaded(module: TargetOptimizer, count: int) -> None:

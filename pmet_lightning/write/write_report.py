@@ -31,6 +31,7 @@ class LayerReport:
             their targets already do not count.
         norm_ratio: ‖ΔW‖ / ‖W‖.
         growth: Norm of the total ΔW of all edit batches so far, relative to that of the unedited weight.
+        lam: λ of the solve.
         solve_error: Relative error of the linear system.
         ridge: Ridge of the solve, on the diagonal of λC + KKᵀ.
         condition_bound: Lower bound of the condition number, as in :class:`~pmet_lightning.solver.update.Solution`.
@@ -49,6 +50,7 @@ class LayerReport:
     residual: float
     norm_ratio: float
     growth: float
+    lam: float
     solve_error: float
     ridge: float
     condition_bound: float
