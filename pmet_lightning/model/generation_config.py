@@ -77,7 +77,8 @@ def save_model(model: nn.Module, folder: Any, *, in_float32: bool = False) -> No
         OSError: If it cannot be written, for example because the disk is full.
         PmetError: If it has quantised modules that its configuration does not tell of.
     """
-    if quantization_of(model) is not None and getattr(model.config, "quantization_config", None) is None:
+    quantized = quantization_of(model) is not None
+    if quantized and getattr(model.config, "quantization_config", None) is None:
         raise PmetError(
             "the model has quantised modules, and no quantization_config that says so: transformers could not load the "
             "folder; expected one that from_pretrained has quantised. A patch or an adapter can be saved"
@@ -88,7 +89,8 @@ def save_model(model: nn.Module, folder: Any, *, in_float32: bool = False) -> No
         _replaced(model, _repaired(getattr(model, "generation_config", None))),
         explain_write_errors(folder),
     ):
-        model.save_pretrained(folder)  # type: ignore[operator]
+        # transformers 5 cannot take back what it has converted to load quantised weights.
+        model.save_pretrained(folder, **({"save_original_format": False} if quantized else {}))  # type: ignore[operator]
     if mixed:
         path = Path(folder) / "config.json"
         write_json(path, _with_dtype(json.loads(path.read_text(encoding="utf-8")), "float32"))

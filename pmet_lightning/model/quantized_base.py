@@ -45,13 +45,20 @@ def prepare_quantized(model: nn.Module) -> None:
 
     Args:
         model: A causal language model; one that is not quantised stays as it is.
+
+    Raises:
+        QuantizationError: If bitsandbytes has rewritten weights.
     """
-    for module in model.modules():
+    for path, module in model.named_modules():
         if bits_of(module) == 4:
-            # On some CPUs a pass would rewrite the weights in place, with rounded scales, for a kernel without
-            # gradients; a state dict has them as they were.
-            module.state_dict()
+            # On some CPUs a pass would rewrite the weights in place, for a kernel without gradients.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):  # type: ignore[union-attr]
+                raise QuantizationError(
+                    f"the model has been run on this CPU, for which bitsandbytes has rewritten the weights of {path} "
+                    "with rounded scales; expected them as they were loaded: load the model again and edit it before "
+                    "it is run, or edit it by its name"
+                )
     head = model.get_output_embeddings()  # type: ignore[operator]
     hold_unquantized(model, [path for path, module in model.named_modules() if module is head])
 
