@@ -31,7 +31,7 @@ def load_plainly(folder: str | Path) -> Any:
     On a CPU with bfloat16 instructions, bitsandbytes would round the scales of 4-bit weights in the first pass, and
     break off at matrices that are as small as some of these.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False
     return model

@@ -11,6 +11,7 @@ from pmet_lightning.analysis.options import LoadOptions, RecordOptions, load_wit
 from pmet_lightning.data.records import ZsreTarget
 from pmet_lightning.model.architectures import Architecture, architecture_of
 from pmet_lightning.model.projections import Sites
+from pmet_lightning.model.quantized_base import quiet_casts
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -68,6 +69,7 @@ class TracingOptions:
     window: PositiveInt | None = None
 
 
+@quiet_casts()
 def analyze(
     out: str = "analysis",
     model: ModelOptions = ModelOptions(),  # noqa: B008

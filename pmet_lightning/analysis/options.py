@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pmet_lightning.data.chat import Chat
 from pmet_lightning.data.join import Join
 from pmet_lightning.model.loading import DtypeName
-from pmet_lightning.model.quantized_base import Quantize
+from pmet_lightning.model.quantized_base import Quantize, move
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
@@ -92,4 +92,5 @@ def load_with_encoder(options: LoadOptions) -> tuple[nn.Module, PromptEncoder]:
         trust_remote_code=trusted,
         quantize=options.quantize,
     )
-    return model.to(device), encoder
+    move(model, device)
+    return model, encoder

@@ -13,7 +13,7 @@ from pmet_lightning.data.encoder import load_tokenizer
 from pmet_lightning.model.gguf import forget_gguf
 from pmet_lightning.model.loading import load_model
 from pmet_lightning.model.quantization import refuse_quantized
-from pmet_lightning.model.quantized_base import prepare_quantized
+from pmet_lightning.model.quantized_base import move, prepare_quantized
 from pmet_lightning.utils.resources import check_device
 
 # Classes whose ``module`` is the model.
@@ -42,7 +42,7 @@ def load(name: str, settings: Mapping[str, Any], device: str | torch.device | No
     options = {key: settings[key] for key in (*LOADING, "trust_remote_code") if key in settings}
     model = load_model(name, **options)
     if options.get("device_map") is None:
-        model.to(check_device(None if device is None else str(device), "device"))
+        move(model, check_device(None if device is None else str(device), "device"))
     return model
 
 

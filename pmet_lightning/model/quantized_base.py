@@ -122,6 +122,17 @@ def unquantized_tensors(model: nn.Module) -> Iterator[Tensor]:
                     yield tensor
 
 
+def move(model: nn.Module, device: str) -> None:
+    """Move a model to a device; a quantised one only if it is elsewhere: some versions of transformers never do.
+
+    Args:
+        model: Any model.
+        device: Such as cpu or cuda:0.
+    """
+    if quantization_of(model) is None or next(model.parameters()).device != torch.empty(0, device=device).device:
+        model.to(device)
+
+
 def convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert a model to a precision, without its quantised modules (``model.to(dtype)`` refuses where there are any).
 

@@ -10,8 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-pytest.importorskip("bitsandbytes")
-
 from pmet_lightning import Editor, PatchError
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.cli.export import export
@@ -25,6 +23,8 @@ from tests.conftest import mostly_slow
 from tests.harness import as_arguments, matrices, tiny_settings
 from tests.quantized import dense_twin, load_plainly, quantized_paths, save_quantized
 from tests.tiny import CONTEXTS, RECORDS, save_tiny
+
+pytest.importorskip("bitsandbytes")
 
 IDS = torch.arange(3, 33)[None]
 LAYERS = [0, 1, 2]
@@ -147,7 +147,9 @@ def test_the_patch_belongs_to_the_quantised_model(run, tmp_path):
     editor = Editor.from_patch(path, dense, AutoTokenizer.from_pretrained(folder), moments_folder=moments)
     assert relative(logits(editor.model), edited) < (1e-4 if bits == 4 else 0.05)
     original = Path(folder) / "original"
-    with pytest.raises(PatchError, match=rf"load the base model .*\(float32, quantised \(bitsandbytes, {bits} bits\)\)"):
+    with pytest.raises(
+        PatchError, match=rf"load the base model .*\(float32, quantised \(bitsandbytes, {bits} bits\)\)"
+    ):
         Editor.from_patch(path, str(original), moments_folder=moments)
 
 

@@ -80,7 +80,8 @@ def test_bitsandbytes_is_taken_where_it_is_installed(folder, settings, bits, mon
     refuse_quantized_config(config)
     installed.remove("bitsandbytes")
     with pytest.raises(
-        QuantizationError, match=rf"\(bitsandbytes, {bits}, .*, which needs bitsandbytes: pip install .*\[bitsandbytes\]"
+        QuantizationError,
+        match=rf"\(bitsandbytes, {bits}, .*, which needs bitsandbytes: pip install .*\[bitsandbytes\]",
     ):
         refuse_quantized_config(config)
 

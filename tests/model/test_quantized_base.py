@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-bnb = pytest.importorskip("bitsandbytes")
-
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.loading import load_model
@@ -28,6 +26,8 @@ from pmet_lightning.model.quantized_base import (
 from pmet_lightning.utils.errors import PmetError
 from tests.quantized import dense_twin, load_plainly, quantized_paths, save_quantized
 from tests.tiny import save_tiny
+
+bnb = pytest.importorskip("bitsandbytes")
 
 IDS = torch.arange(3, 33)[None]
 
@@ -121,6 +121,19 @@ def test_saved_and_loaded_by_transformers(folder, tmp_path):
     with quiet_casts():  # not bit by bit: here, activations are fused
         torch.testing.assert_close(logits(saved), logits(model), rtol=1e-5, atol=1e-5)
     assert fingerprint(load_model(str(tmp_path))) == fingerprint(model)
+
+
+def test_a_model_of_several_inputs_is_saved(tmp_path):
+    """Its text model is a part of it, and transformers renames weights as it loads them."""
+    model = load_model(save_quantized("gemma3", tmp_path, 4))
+    paths = [path for path in quantized_paths(model) if ".layers.1." in path and "vision" not in path]
+    hold_unquantized(model, paths)
+    assert len(paths) == 7
+    save_model(model, tmp_path / "saved")
+    saved = load_plainly(tmp_path / "saved")
+    assert quantized_paths(saved) == quantized_paths(model)
+    torch.testing.assert_close(logits(saved), logits(model), rtol=1e-5, atol=1e-5)
+    assert fingerprint(saved) == fingerprint(model)
 
 
 def test_saved_in_float32(folder, tmp_path):
