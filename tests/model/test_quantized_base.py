@@ -11,13 +11,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pmet_lightning.analysis.lens import Lens
+from pmet_lightning.model.architectures import architecture_of
 from pmet_lightning.model.fingerprint import fingerprint
+from pmet_lightning.model.fsdp import shard
 from pmet_lightning.model.generation_config import save_model
 from pmet_lightning.model.loading import load_model
-from pmet_lightning.model.projections import in_features, out_features
+from pmet_lightning.model.projections import Sites, in_features, out_features
 from pmet_lightning.model.quantization import QuantizationError, bits_of, refuse_quantized
 from pmet_lightning.model.quantized_base import (
     hold_unquantized,
+    move,
     prepare_quantized,
     quantization_of,
     quantize_on_loading,
@@ -197,6 +201,37 @@ def test_a_hook_of_a_device_map_is_kept(folder):
     hold_unquantized(model, [path])
     assert isinstance(model.get_submodule(path)._hf_hook, AlignDevicesHook)
     logits(model)
+
+
+def test_a_sharded_model_is_refused(folder):
+    with pytest.raises(ValueError, match=r"quantised \(bitsandbytes, \d bits\), and a sharded model must not be"):
+        shard(load_model(folder), "model.layers", None)
+
+
+def test_with_a_device_map(folder):
+    model, plain = load_model(folder, device_map="auto"), load_model(folder)
+    for each in (model, plain):
+        hold_unquantized(each, quantized_paths(each)[:2])
+    with quiet_casts():
+        assert torch.equal(logits(model), logits(plain))
+
+
+def test_moved_only_where_it_is_elsewhere(folder, monkeypatch):
+    """transformers 4.57 moves no model of eight bits."""
+    model = load_model(folder)
+    monkeypatch.setattr(model, "to", None)
+    move(model, "cpu")
+    assert next(model.parameters()).device.type == "cpu"
+
+
+def test_the_logit_lens_reads_it(folder):
+    model, twin = load_model(folder), dense_twin(folder)
+    streams = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for each in (model, twin):
+        lens = Lens(each, Sites.of(each, architecture_of(each.config)), torch.device("cpu"))
+        found.append(torch.cat(list(lens.logits(streams))))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_configuration_it_is_not_saved(folder, tmp_path):
