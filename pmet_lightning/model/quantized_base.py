@@ -76,7 +76,6 @@ def hold_unquantized(model: nn.Module, paths: Iterable[str]) -> None:
         QuantizationError: If the weight of one is that of another module, too.
     """
     quantized = [path for path in paths if bits_of(model.get_submodule(path)) is not None]
-    dtype = _dtype_of(model)
     for path in quantized:
         module: Any = model.get_submodule(path)
         sharing = [name for name, other in _named(model) if getattr(other, "weight", None) is module.weight]
@@ -85,7 +84,7 @@ def hold_unquantized(model: nn.Module, paths: Iterable[str]) -> None:
                 f"the modules {', '.join(sharing)} share one quantised weight, which is to be edited in {path}; "
                 "expected a weight of its own: load the model unquantised"
             )
-        model.set_submodule(path, _unquantized(module, dtype))
+        model.set_submodule(path, _unquantized(module, _dtype_of(model)))
     if quantized:
         _record_unquantized(model)
 
@@ -165,8 +164,9 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    """The precision of the unquantised weights."""
-    return next(unquantized_tensors(model)).dtype
+    """The precision of the unquantised weights, and so of the hidden states."""
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    return dtype
 
 
 @torch.no_grad()
