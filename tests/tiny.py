@@ -53,6 +53,7 @@ _GEMMA3 = {
     "sliding_window": 12,
     "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
 }
+_WIDE = {"hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 8}
 _VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -168,8 +169,11 @@ WITH_IMAGES: dict[str, Callable[..., Any]] = {
 WINDOWED = ("cohere2", "gemma2", "gemma3", "gemma3_text", "mistral", "olmo3", "phi3-window", "qwen2-window")
 
 
-def save_tiny(family: str, folder: Path, seed: int = 0, window: int | None = None) -> str:
-    """A random model of a family in a folder of its own; ``window``: another length of its sliding window."""
+def save_tiny(family: str, folder: Path, seed: int = 0, window: int | None = None, wide: bool = False) -> str:
+    """A random model of a family in a folder of its own.
+
+    ``window``: another length of its sliding window. ``wide``: twice as wide, with whole blocks of 64 weights in a row.
+    """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(locate("atlas"))
     config = {**CONFIGS, **HYBRIDS, **WITH_IMAGES}[family](
@@ -177,6 +181,9 @@ def save_tiny(family: str, folder: Path, seed: int = 0, window: int | None = Non
     )
     if window is not None:
         config.get_text_config().sliding_window = window
+    for name, value in _WIDE.items() if wide else ():
+        if hasattr(config.get_text_config(), name):
+            setattr(config.get_text_config(), name, value)
     model = (AutoModelForImageTextToText if family in WITH_IMAGES else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -11,6 +11,7 @@ from pmet_lightning.analysis.options import LoadOptions, RecordOptions, load_wit
 from pmet_lightning.data.records import ZsreTarget
 from pmet_lightning.model.architectures import Architecture, architecture_of
 from pmet_lightning.model.projections import Sites
+from pmet_lightning.model.quantized_base import quiet_casts
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -68,6 +69,7 @@ class TracingOptions:
     window: PositiveInt | None = None
 
 
+@quiet_casts()
 def analyze(
     out: str = "analysis",
     model: ModelOptions = ModelOptions(),  # noqa: B008
@@ -123,8 +125,10 @@ def _study(model: ModelOptions, data: DataOptions, tracing: TracingOptions, top:
     from pmet_lightning.model.loading import load_config
     from pmet_lightning.model.patch import load_patch
 
-    if model.patch is not None and model.dtype == "auto":
-        model = replace(model, dtype=load_patch(model.patch)[1]["dtype"])
+    if model.patch is not None:
+        manifest = load_patch(model.patch)[1]
+        dtype = manifest["dtype"] if model.dtype == "auto" else model.dtype
+        model = replace(model, dtype=dtype, quantize=model.quantize or manifest.get("quantize"))
     architecture = architecture_of(load_config(model.model_name, model.trust_remote_code), model.architecture)
     lm, encoder = load_with_encoder(model)
     scope = Scope(top, data.least, tracing.noise, tracing.draws, tracing.seed, tracing.window, model.tokens_per_batch)

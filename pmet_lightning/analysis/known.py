@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pmet_lightning.analysis.options import LoadOptions, RecordOptions, load_with_encoder
+from pmet_lightning.model.quantized_base import quiet_casts
 from pmet_lightning.utils.files import check_new_file, write_json
 from pmet_lightning.utils.types import PositiveInt
 
@@ -39,6 +40,7 @@ class Candidate:
         return self.facts[0].relation or "no relation named"
 
 
+@quiet_casts()
 def known(
     out: str,
     model: LoadOptions = LoadOptions(),  # noqa: B008

@@ -42,7 +42,7 @@ class Lens:
         self.most = most_logit_rows(model)
         self.tuples = returns_tuples(model, sites, self._rows(1))
         self.norm = self._final_norm()
-        self.gain, self.shift, self.centred = _parts_of(self.norm, sites)
+        self.gain, self.shift, self.centred = _parts_of(self.norm, sites.width, next(model.parameters()))
 
     def _rows(self, count: int) -> RowBatch:
         return pad_rows([TokenRow([0], 0, (0,))] * count, 0).to(self.device)
@@ -151,15 +151,13 @@ class Lens:
         return found[0] if found else self.head
 
 
-def _parts_of(norm: nn.Module, sites: Sites) -> tuple[Tensor, Tensor, bool]:
+def _parts_of(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Gain and shift of a norm, float32, and whether it centers: probed, since families implement norms differently.
 
     Raises:
         UnknownArchitectureError: If it is not a norm.
     """
-    weight = sites.module("ffn", 0).weight
-    assert isinstance(weight, Tensor)
-    signs = torch.ones(sites.width, dtype=weight.dtype, device=weight.device)
+    signs = torch.ones(width, dtype=like.dtype, device=like.device)
     signs[1::2] = -1
     probes = torch.stack([torch.zeros_like(signs), signs, 2 * signs, torch.ones_like(signs)])
     with torch.no_grad():

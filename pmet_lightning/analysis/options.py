@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pmet_lightning.data.chat import Chat
 from pmet_lightning.data.join import Join
 from pmet_lightning.model.loading import DtypeName
+from pmet_lightning.model.quantized_base import Quantize, move
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class LoadOptions:
         join: How prompts and answers are joined, as for fit.
         device: Where the model runs, such as cpu or cuda:0; null uses a GPU if there is one.
         trust_remote_code: Whether Python code in the model's folder or repository may run.
+        quantize: Whether the weights are quantized by bitsandbytes when they are loaded, as for fit.
     """
 
     model_name: str = "atlas"
@@ -39,6 +41,7 @@ class LoadOptions:
     join: Join = "auto"
     device: str | None = None
     trust_remote_code: bool = False
+    quantize: Quantize | None = None
 
 
 @dataclass(frozen=True)
@@ -82,5 +85,12 @@ def load_with_encoder(options: LoadOptions) -> tuple[nn.Module, PromptEncoder]:
     rows = embedding_rows(load_config(options.model_name, trusted))
     tokenizer = load_tokenizer(options.model_name, trusted)
     encoder = PromptEncoder.of(tokenizer, options.chat, options.join, rows=rows)
-    model = load_model(options.model_name, options.dtype, options.attn_implementation, trust_remote_code=trusted)
-    return model.to(device), encoder
+    model = load_model(
+        options.model_name,
+        options.dtype,
+        options.attn_implementation,
+        trust_remote_code=trusted,
+        quantize=options.quantize,
+    )
+    move(model, device)
+    return model, encoder

@@ -19,6 +19,7 @@ from pmet_lightning.model.loading import DtypeName, load_model
 from pmet_lightning.model.origin import write_origin
 from pmet_lightning.model.patch import Patch, apply_read_patch, read_patch, rounding_of
 from pmet_lightning.model.projections import Sites
+from pmet_lightning.model.quantized_base import convert, hold_unquantized
 from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.processor_files import copy_processor_files
@@ -85,10 +86,12 @@ def _save_edited(
 ) -> None:
     """Write the model of this name with the patch in its weights, and its tokenizer."""
     manifest = patch.manifest
-    model = load_model(name, manifest["dtype"], trust_remote_code=trust_remote_code)
+    quantize = manifest.get("quantize")
+    model = load_model(name, manifest["dtype"], trust_remote_code=trust_remote_code, quantize=quantize)
     sites = Sites.of(model, architecture_of(model.config, architecture))
     base_fingerprint = fingerprint(model)  # of the weights in the precision in which they were edited
-    model = model.to(_written_dtype(model, patch.deltas, manifest, dtype))
+    hold_unquantized(model, [name.removesuffix(".weight") for name in patch.deltas])
+    convert(model, _written_dtype(model, patch.deltas, manifest, dtype))
     apply_read_patch(model, sites, patch, path, base_fingerprint)
     save_model(model, folder)
     write_origin(folder, {**manifest, "model": name}, fingerprint(model))

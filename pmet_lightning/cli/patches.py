@@ -10,7 +10,7 @@ from typing import Any
 from pmet_lightning.cli.export import export
 from pmet_lightning.editor.editor import Editor
 from pmet_lightning.evaluation.generation import NEW_TOKENS, says
-from pmet_lightning.model.patch import PatchError, read_patch
+from pmet_lightning.model.patch import PatchError, precision_of, read_patch
 from pmet_lightning.moments.store import MOMENTS_FOLDER
 from pmet_lightning.run.patch_file import patch_path
 from pmet_lightning.utils.types import PositiveInt
@@ -36,7 +36,7 @@ def patch_show(patch: str) -> None:
     settings = {name: manifest["settings"].get(name) for name in _SHOWN}
     lines = [
         f"{path} ({path.stat().st_size / 1e6:.3g} MB, format {manifest['format']})",
-        f"model: {manifest['model']} in {manifest['dtype']}, fingerprint {manifest['fingerprint']}",
+        f"model: {manifest['model']} in {precision_of(manifest)}, fingerprint {manifest['fingerprint']}",
         f"edits: {manifest['edits']} in {manifest['edit_batches']} edit batches, layers {manifest['layers']}",
         "settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()),
         *(f"{name}: {_size(delta.shape, delta.rank)}" for name, delta in kept.deltas.items()),

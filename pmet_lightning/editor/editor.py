@@ -191,7 +191,7 @@ class Editor:
         sections = sections_of(kept.manifest, moments_folder)
         settings: Any = sections["model"]
         if not isinstance(model, nn.Module):
-            settings["dtype"] = kept.manifest["dtype"]
+            settings |= {"dtype": kept.manifest["dtype"], "quantize": kept.manifest.get("quantize")}
         name = kept.manifest["model"] if model is None else model
         editor = cls(name, tokenizer, device=device, **settings, moments=sections["moments"], spread=sections["spread"])
         editor._take_over(path, kept)

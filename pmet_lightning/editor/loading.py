@@ -13,12 +13,13 @@ from pmet_lightning.data.encoder import load_tokenizer
 from pmet_lightning.model.gguf import forget_gguf
 from pmet_lightning.model.loading import load_model
 from pmet_lightning.model.quantization import refuse_quantized
+from pmet_lightning.model.quantized_base import move, prepare_quantized
 from pmet_lightning.utils.resources import check_device
 
 # Classes whose ``module`` is the model.
 _WRAPPERS = ("_FabricModule", "DistributedDataParallel", "DataParallel")
 # Settings of the section 'model' that say how to load a model.
-LOADING = ("dtype", "attn_implementation", "device_map")
+LOADING = ("dtype", "attn_implementation", "device_map", "quantize")
 
 
 def model_name_of(model: Any) -> str:
@@ -41,7 +42,7 @@ def load(name: str, settings: Mapping[str, Any], device: str | torch.device | No
     options = {key: settings[key] for key in (*LOADING, "trust_remote_code") if key in settings}
     model = load_model(name, **options)
     if options.get("device_map") is None:
-        model.to(check_device(None if device is None else str(device), "device"))
+        move(model, check_device(None if device is None else str(device), "device"))
     return model
 
 
@@ -54,7 +55,8 @@ def check_model(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         TypeError: If it is not a causal language model with its vocabulary head.
-        ValueError: If it has an adapter, its weights are quantized or have no data, or a setting says how to load it.
+        ValueError: If it has an adapter, its weights are quantized (other than by bitsandbytes) or have no data, or a
+            setting says how to load it.
     """
     model = _unwrap(model)
     _refuse_adapters(model)
@@ -71,6 +73,7 @@ def check_model(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"Editor: {name} is on the meta device; expected a model whose weights can be written")
+    prepare_quantized(model)
     forget_gguf(model)  # its weights are dense: what is left is that it could not be saved
     return model
 

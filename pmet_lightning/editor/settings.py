@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pmet_lightning.evaluation.editable import TextSettings
     from pmet_lightning.model.architectures import Architecture
     from pmet_lightning.model.loading import DeviceMap, DtypeName
+    from pmet_lightning.model.quantized_base import Quantize
     from pmet_lightning.targets.target_optimizer import OptimizedSites, TargetValue
 
 
@@ -56,6 +57,7 @@ class ModelSettings(TypedDict, total=False):
     patch: str | None
     device_map: DeviceMap | None
     trust_remote_code: bool
+    quantize: Quantize | None
 
 
 class EditorSettings(ModelSettings, total=False):

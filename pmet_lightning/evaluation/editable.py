@@ -41,6 +41,7 @@ from pmet_lightning.model.loading import DeviceMap, DtypeName, load_config, load
 from pmet_lightning.model.origin import Origin, origin_of
 from pmet_lightning.model.patch import apply_patch
 from pmet_lightning.model.projections import Sites, find_layers, keep_in_float32
+from pmet_lightning.model.quantized_base import Quantize, hold_unquantized, quantization_of
 from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
@@ -98,6 +99,8 @@ class EditableModel(L.LightningModule):
             one process). Null leaves it to the trainer, whose ModelParallelStrategy shards over processes instead.
         trust_remote_code: Whether Python code in the model's folder or repository may run, for models that transformers
             does not have.
+        quantize: Whether the weights are quantized by bitsandbytes when they are loaded, to '4bit' or '8bit', but for
+            those that are edited; null loads them as they are.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class EditableModel(L.LightningModule):
         patch: str | None = None,
         device_map: DeviceMap | None = None,
         trust_remote_code: bool = False,
+        quantize: Quantize | None = None,
     ) -> None:
         super().__init__()
         # A subclass's too; the run logs them itself. Lightning could not pickle an optimizer that is a lambda.
@@ -133,10 +137,12 @@ class EditableModel(L.LightningModule):
         self.free_tokens, self.texts = free_tokens, texts
         self.chat, self.join, self.trust_remote_code = chat, join, trust_remote_code
         self.keep_float32, self.patch, self.device_map = keep_float32, patch, device_map
+        self.quantize = quantize
 
         self.lm: nn.Module | None = None
         self._attached: tuple[nn.Module, Any] | None = None
         self.base_fingerprint = ""
+        self.quantization: str | None = None
         self.origin: Origin | None = None  # of a model that was edited already
         # Written earlier: by the run that is resumed (edit batches), by earlier runs of this object (both).
         self.batches_done = self.edits_done = 0
@@ -214,9 +220,11 @@ class EditableModel(L.LightningModule):
             self.__dict__["lm"] = model  # not as a submodule: Lightning would move all of it to one device
         self.base_fingerprint = fingerprint(model)
         self.origin = origin_of(self.model_name, self.base_fingerprint)
-        if self.keep_float32:
-            for projection_id in self.sites.written(written_sites("attn+ffn"), self.layers):
-                keep_in_float32(self.sites.module(*projection_id))
+        self.quantization = quantization_of(model)
+        written = self.sites.written(written_sites("attn+ffn"), self.layers)
+        hold_unquantized(model, [self.sites.weight_name(*p).removesuffix(".weight") for p in written])
+        for projection_id in written if self.keep_float32 else []:
+            keep_in_float32(self.sites.module(*projection_id))
         if self.patch is not None:
             manifest = apply_patch(model, self.sites, self.patch, self.base_fingerprint)
             self.origin = Origin(self.model_name, self.base_fingerprint, manifest["dtype"])
@@ -233,7 +241,7 @@ class EditableModel(L.LightningModule):
             )
         with load_in_turn(self):
             options = (self.dtype_name, self.attn_implementation, self.device_map, self.trust_remote_code)
-            model = load_model(self.model_name, *options)
+            model = load_model(self.model_name, *options, self.quantize)
             set_plain_outputs(model)
             if self.device_mesh is not None:
                 shard(model, find_layers(model, self._architecture).layers, self.device_mesh)

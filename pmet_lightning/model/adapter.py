@@ -60,7 +60,8 @@ def save_adapter(folder: str | Path, deltas: Mapping[str, WeightDelta], manifest
         rank_pattern=other_ranks,
         alpha_pattern=dict(other_ranks),
         target_modules=list(ranks),
-        fan_in_fan_out=manifest["transposed"],
+        # A quantised base is always laid out as nn.Linear is.
+        fan_in_fan_out=manifest["transposed"] and not manifest.get("quantization"),
     )
     tensors: dict[str, Tensor] = {}
     for module, (left_RO, right_RI) in factors.items():

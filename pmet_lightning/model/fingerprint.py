@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.model.fsdp import first_local_row, local_rows, sum_over_shards
+from pmet_lightning.model.quantized_base import dense_state
 
 _CHUNK = 1 << 22  # elements hashed at a time
 
@@ -17,10 +18,11 @@ def fingerprint(model: nn.Module) -> str:
     """Hash of every weight's name, shape, dtype and bits: equal on every device, different after any edit.
 
     Integer sums of the bits, weighted by position, are exact in any order, so they can be computed on
-    the model's own device at memory speed; the sums are then hashed.
+    the model's own device at memory speed; the sums are then hashed. A quantised weight counts as the one that its bits
+    stand for, so that the hash does not depend on which projections are held unquantised.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in dense_state(model):
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{checksum(tensor)}".encode())
     return digest.hexdigest()[:16]
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from pmet_lightning.model.quantized_base import quantization_of
+
 if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.strategies import Strategy
@@ -59,9 +61,16 @@ def shard(model: nn.Module, layers: str, mesh: DeviceMesh) -> None:
         mesh: The device mesh of Lightning's ModelParallelStrategy.
 
     Raises:
-        ValueError: If the strategy is set to tensor parallelism too.
+        ValueError: If the model is quantised, or the strategy is set to tensor parallelism too.
     """
     from torch.distributed.fsdp import fully_shard
+
+    quantization = quantization_of(model)
+    if quantization is not None:
+        raise ValueError(
+            f"the model is quantised ({quantization}), and a sharded model must not be; expected one process, which "
+            "--model.device_map auto spreads over several devices"
+        )
 
     if mesh["tensor_parallel"].size() > 1:
         raise ValueError(

@@ -9,14 +9,16 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pmet_lightning.model.quantized_base import convert, quantization_of, unquantized_tensors
+from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.files import write_json
 from pmet_lightning.utils.tensor_files import explain_write_errors
 
@@ -73,26 +75,40 @@ def save_model(model: nn.Module, folder: Any, *, in_float32: bool = False) -> No
 
     Raises:
         OSError: If it cannot be written, for example because the disk is full.
+        PmetError: If it has quantised modules that its configuration does not tell of.
     """
-    mixed = in_float32 and len({p.dtype for p in model.parameters()}) > 1
-    state = {"state_dict": _in_float32(model.state_dict())} if mixed else {}
-    with _replaced(model, _repaired(getattr(model, "generation_config", None))), explain_write_errors(folder):
-        model.save_pretrained(folder, **state)  # type: ignore[operator]
+    quantized = quantization_of(model) is not None
+    if quantized and getattr(model.config, "quantization_config", None) is None:
+        raise PmetError(
+            "the model has quantised modules, and no quantization_config that says so: transformers could not load the "
+            "folder; expected one that from_pretrained has quantised. A patch or an adapter can be saved"
+        )
+    mixed = in_float32 and len({t.dtype for t in unquantized_tensors(model) if isinstance(t, nn.Parameter)}) > 1
+    with (
+        _in_float32(model) if mixed else nullcontext(),
+        _replaced(model, _repaired(getattr(model, "generation_config", None))),
+        explain_write_errors(folder),
+    ):
+        # transformers 5 cannot take back what it has converted to load quantised weights.
+        model.save_pretrained(folder, **({"save_original_format": False} if quantized else {}))  # type: ignore[operator]
     if mixed:
         path = Path(folder) / "config.json"
         write_json(path, _with_dtype(json.loads(path.read_text(encoding="utf-8")), "float32"))
 
 
-def _in_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All weights in float32; tied ones stay one tensor.
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """All weights in float32, but for quantised ones; afterwards they are what they were.
 
     transformers loads a folder of several precisions in that of its configuration, which would round the finer ones.
     """
-    converted: dict[tuple[int, torch.Size], Tensor] = {}
-    for value in state.values():
-        place = value.data_ptr(), value.shape
-        converted.setdefault(place, value.float() if value.is_floating_point() else value)
-    return {name: converted[value.data_ptr(), value.shape] for name, value in state.items()}
+    kept = [(tensor, tensor.data) for tensor in unquantized_tensors(model)]
+    try:
+        convert(model, torch.float32)
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:

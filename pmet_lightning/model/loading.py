@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from pmet_lightning.model.gguf import forget_gguf, unpacked
-from pmet_lightning.model.quantization import refuse_quantized
+from pmet_lightning.model.quantization import check_packages, refuse_quantized, refuse_quantized_config
+from pmet_lightning.model.quantized_base import Quantize, prepare_quantized, quantize_on_loading
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.pretrained import is_gguf, load_pretrained
 from pmet_lightning.utils.resources import locate
@@ -44,16 +45,18 @@ def load_model(
     attn_implementation: str | None = None,
     device_map: DeviceMap | None = None,
     trust_remote_code: bool = False,
+    quantize: Quantize | None = None,
 ) -> nn.Module:
     """The causal language model, frozen and in eval mode.
 
-    The weights of a GGUF file are unpacked to dense ones, in float32 unless another precision is given.
+    The weights of a GGUF file are unpacked to dense ones, in float32 unless another precision is given. Those that
+    bitsandbytes has quantised stay so.
 
     Raises:
         FileNotFoundError: As :func:`load_config`.
         ImportError: If there is a device map or a GGUF file, and a package that it needs is not installed.
-        PmetError: If weights are missing or quantised, or a file is broken.
-        ValueError: If the devices of the map have no room for the whole model.
+        PmetError: If weights are missing, or quantised in another way, or a file is broken.
+        ValueError: If the devices of the map have no room for the whole model, or it cannot be quantised.
     """
     from transformers import AutoModelForCausalLM
 
@@ -63,13 +66,14 @@ def load_model(
     requested = "auto" if dtype == "auto" else getattr(torch, dtype)
     # Converting to float64 after loading keeps buffers (rotary tables) as computed in the file's own precision.
     loaded = "auto" if dtype in ("auto", "float64") else requested
-    if is_gguf(locate(name)):
-        given |= unpacked()
+    config = None if is_gguf(locate(name)) else load_config(name, trust_remote_code)
+    given |= unpacked() if config is None else {}
+    given |= _quantization_options(name, config, quantize, dtype)
     model, report = load_pretrained(AutoModelForCausalLM, name, dtype=loaded, output_loading_info=True, **given)
     forget_gguf(model)
     _check_complete(report, name)
-    if not is_gguf(locate(name)):
-        _tell_of_parts(model, load_config(name, trust_remote_code), name)
+    if config is not None:
+        _tell_of_parts(model, config, name)
     if dtype == "float64":
         model = model.double()
     offloaded = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.is_meta]
@@ -79,9 +83,34 @@ def load_model(
             "expected devices with room for all of them: offloaded weights cannot be edited"
         )
     refuse_quantized(model)
+    prepare_quantized(model)
     fuse_gelu(model)
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _quantization_options(name: str, config: Any, quantize: Quantize | None, dtype: DtypeName) -> dict[str, Any]:
+    """What to tell transformers about the quantisation of a model's weights, after a check that it can be done.
+
+    Args:
+        name: The model's name.
+        config: Its configuration; ``None`` for a GGUF file.
+        quantize: As for :func:`load_model`.
+        dtype: As for :func:`load_model`.
+    """
+    if config is not None:
+        refuse_quantized_config(config)
+    is_quantized = config is None or getattr(config, "quantization_config", None) is not None
+    if quantize is not None:
+        if is_quantized:
+            raise ValueError(f"--model.quantize {quantize}: the weights of {name!r} are quantised; leave it out")
+        check_packages(f"--model.quantize {quantize} loads with bitsandbytes")
+    if dtype == "float64" and config is not None and (is_quantized or quantize is not None):
+        raise ValueError("--model.dtype float64: expected float32, bfloat16 or float16 for a quantised model")
+    if quantize is None:
+        return {}
+    own = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    return {"quantization_config": quantize_on_loading(quantize, own if dtype == "auto" else getattr(torch, dtype))}
 
 
 def _tell_of_parts(model: nn.Module, config: Any, name: str) -> None:

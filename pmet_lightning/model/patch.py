@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pmet_lightning.model.projections import Sites, add_to_weight, is_transposed
+from pmet_lightning.model.quantized_base import hold_unquantized
 from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.files import write_json
@@ -131,6 +132,12 @@ def _digest(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
+def precision_of(manifest: Mapping[str, Any]) -> str:
+    """The precision of the model that a patch belongs to, and how it is quantised, if it is."""
+    quantization = manifest.get("quantization")
+    return str(manifest["dtype"]) if quantization is None else f"{manifest['dtype']}, quantised ({quantization})"
+
+
 def rounding_of(model: nn.Module, deltas: Mapping[str, WeightDelta], dtype: torch.dtype) -> float:
     """Share of ‖ΔW‖ that is lost where W + ΔW is stored in a precision: ‖stored change − ΔW‖ / ‖ΔW‖ of all weights.
 
@@ -177,8 +184,9 @@ def apply_read_patch(model: nn.Module, sites: Sites, patch: Patch, path: str | P
         raise PatchError(
             f"{path} was made for the model {manifest['model']!r} with fingerprint {manifest['fingerprint']}, "
             f"found {model_fingerprint}; load the base model it names, in the precision it names "
-            f"({manifest['dtype']})"
+            f"({precision_of(manifest)})"
         )
+    hold_unquantized(model, [name.removesuffix(".weight") for name in patch.deltas])
     projections = {name: model.get_submodule(name.removesuffix(".weight")) for name in patch.deltas}
     for name, delta in patch.deltas.items():
         shape = list(projections[name].weight.shape)  # type: ignore[union-attr,arg-type]

@@ -162,16 +162,19 @@ def is_transposed(projection: nn.Module) -> bool:
 
 def in_features(projection: nn.Module) -> int:
     """Width of the keys of a projection."""
-    weight = projection.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[0 if is_transposed(projection) else 1])
+    return _shape_OI(projection)[1]
 
 
 def out_features(projection: nn.Module) -> int:
     """Width of the values of a projection."""
-    weight = projection.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[1 if is_transposed(projection) else 0])
+    return _shape_OI(projection)[0]
+
+
+def _shape_OI(projection: Any) -> tuple[int, int]:
+    """Out- and in-features; the shape of a quantised weight is that of its packed bits."""
+    if is_transposed(projection):
+        return int(projection.weight.shape[1]), int(projection.weight.shape[0])
+    return int(projection.out_features), int(projection.in_features)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def write_card(
         method=_NAMES.get(str(settings.get("model.optimize")), "PMET"),
         adapter_rank=adapter_rank,
         dequantized=is_gguf(path),
+        quantization=manifest.get("quantization"),
         scores=_score_rows(scores or {}),
         facts=[_fact_cells(fact) for fact in manifest.get("facts", [])[:MOST_FACTS]] if list_facts else [],
         more_facts=max(0, len(manifest.get("facts", [])) - MOST_FACTS),

@@ -28,6 +28,7 @@ _IDENTITY = ("fingerprint", "layers", "optimizer", "contexts", "moments")
 _NOT_COMPARED = {
     *(f"model.{name}" for name in ("model_name", "layers", "dtype", "optimizer", "contexts", "context_count")),
     *(f"model.{name}" for name in ("context_length", "seed", "free_tokens", "texts", "patch", "trust_remote_code")),
+    "model.quantize",
 }
 
 
@@ -53,6 +54,8 @@ def manifest_of(
         "model": module.model_name,
         "fingerprint": module.base_fingerprint,
         "dtype": str(next(module.model.parameters()).dtype).removeprefix("torch."),
+        "quantize": module.quantize,
+        "quantization": module.quantization,
         "layers": module.layers,
         "transposed": is_transposed(module.sites.module("ffn", module.target_layer)),
         "optimizer": module.optimizer_settings,

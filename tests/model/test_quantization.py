@@ -1,4 +1,4 @@
-"""Quantised models: refused by name and as objects, before any work."""
+"""Quantised models other than those of bitsandbytes: refused by name and as objects, before any work."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from pmet_lightning.model.quantization import QuantizationError, refuse_quantize
 from tests.tiny import save_tiny
 
 CONFIGS = {
-    "bnb-4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_4bit": True}, r"bitsandbytes, 4 bits"),
-    "bnb-8": ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, r"bitsandbytes, 8 bits"),
+    "bnb-in-half": (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+        "bitsandbytes, 8 bits",
+    ),
+    "bnb-of-no-bits": ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
     "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq"),
     "awq": ({"quant_method": "awq", "bits": 4}, "awq"),
     "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
@@ -53,15 +56,33 @@ def from_folder(folder):
     return architecture_of(load_config(str(folder)))
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [(BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes, 8 bits"), (GPTQConfig(bits=4), "gptq")],
-)
-def test_settings_may_be_objects(folder, settings, words):
+def test_settings_may_be_objects(folder):
     config = load_model(str(folder)).config
     refuse_quantized_config(config)
+    config.quantization_config = GPTQConfig(bits=4)
+    with pytest.raises(QuantizationError, match="gptq"):
+        refuse_quantized_config(config)
+
+
+BITS = [
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_4bit": True}, "4 bits"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "8 bits"),
+    (BitsAndBytesConfig(load_in_8bit=True), "8 bits"),
+]
+
+
+@pytest.mark.parametrize(("settings", "bits"), BITS)
+def test_bitsandbytes_is_taken_where_it_is_installed(folder, settings, bits, monkeypatch):
+    config = load_model(str(folder)).config
     config.quantization_config = settings
-    with pytest.raises(QuantizationError, match=words):
+    installed = {"bitsandbytes", "accelerate"}
+    monkeypatch.setattr("pmet_lightning.model.quantization.find_spec", lambda name: name in installed or None)
+    refuse_quantized_config(config)
+    installed.remove("bitsandbytes")
+    with pytest.raises(
+        QuantizationError,
+        match=rf"\(bitsandbytes, {bits}, .*, which needs bitsandbytes: pip install .*\[bitsandbytes\]",
+    ):
         refuse_quantized_config(config)
 
 
