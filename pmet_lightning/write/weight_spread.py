@@ -83,9 +83,9 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             MEMIT); their 'own' in the first and the last layer, each found by gradient, which are the only ones that
             are written then (BLUE); or one in the first layer and a 'replay' of what layers above make of it (FE).
         write: Weights that are written: the FFN's (PMET), or the attention's too (ablation).
-        max_change: Bound on what a write does to other keys: λ is raised, for each weight, until the mean squared change
-            of the values of preserved keys is at most this share of their mean square (for example 0.03); null leaves
-            λ as it is.
+        max_change: Bound on what a write does to other keys: λ is raised, for each weight, until the mean squared
+            change of the values of preserved keys is at most this share of their mean square (for example 0.03); null
+            leaves λ as it is.
         null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
             projection; for example 0.01); null writes to all directions.
         protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC + KKᵀ,
