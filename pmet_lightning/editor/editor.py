@@ -34,7 +34,7 @@ from pmet_lightning.report.model_card import write_card
 from pmet_lightning.run.ledger import EditLedger, ask_again
 from pmet_lightning.run.manifest import check_same_kind, manifest_of, moments_of, sections_of
 from pmet_lightning.run.outcome import answers_before_and_after, outcome_of
-from pmet_lightning.run.patch_file import PatchFile, patch_path, save_edits
+from pmet_lightning.run.patch_file import past_keys_of, patch_path, save_edits
 from pmet_lightning.run.settings import make_objects, read_sections
 from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
 from pmet_lightning.utils.files import new_folder
@@ -470,9 +470,7 @@ class Editor:
         """
         if not self._spread.edited.deltas:
             raise ValueError("Editor.save_patch: nothing has been edited, so there is no patch")
-        if self._spread.protect_past:
-            PatchFile(Path(path).expanduser().parent).save_past_keys(self._spread.edited, self._module.batches_done)
-        save_edits(path, self._spread.edited, self._manifest())
+        save_edits(path, self._spread.edited, self._manifest(), self._spread.protect_past)
 
     @arguments_named()
     def save_adapter(self, folder: str | Path) -> int:
@@ -546,17 +544,13 @@ class Editor:
     def _take_over(self, path: Path, patch: Patch) -> None:
         """Write a patch into the clean model, as if this editor had made it."""
         spread, manifest = self._spread, patch.manifest
+        past_keys = past_keys_of(path, patch) if spread.protect_past else {}
         clean = spread.edited.snapshot(self._module)
         spread.edited.record_base_norms(self._module)
         apply_read_patch(self.model, self._module.sites, patch, path, self._module.base_fingerprint)
-        file, batches = PatchFile(path.parent), int(manifest["edit_batches"])
-        past_keys = {}
-        if spread.protect_past:
-            file.check_past_keys(batches)
-            past_keys = file.past_keys(batches)
         spread.edited.resume(patch.deltas, past_keys, facts_of(manifest["facts"], patch.targets, str(path)))
         self._moments_identity = manifest["moments"]
-        self._written(clean, batches, int(manifest["edits"]))
+        self._written(clean, int(manifest["edit_batches"]), int(manifest["edits"]))
 
     def _rewrite(self, batches: Sequence[Sequence[WrittenFact]]) -> None:
         """Write facts from their kept targets into the clean weights, in place of what is there."""
