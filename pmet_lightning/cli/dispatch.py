@@ -30,14 +30,18 @@ FILE_COMMANDS = {
     "patch apply": "pmet_lightning.cli.patches",
     "patch remove": "pmet_lightning.cli.patches",
     "patch merge": "pmet_lightning.cli.patches",
+    "moments list": "pmet_lightning.cli.moments",
+    "moments export": "pmet_lightning.cli.moments",
+    "moments import": "pmet_lightning.cli.moments",
 }
+_GROUPS = {command.partition(" ")[0] for command in FILE_COMMANDS if " " in command}
 TRAINER_COMMANDS = ("fit", "validate", "test", "stats", "finetune", "retrieve")
 PROGRAM = "pmet-lightning"
 _TEXTS = {
     "fit": "edit a model: optimize target vectors, update the weights, evaluate before and after",
     "validate": "evaluate a model on the questions of the edits (with --model.patch: an edited model)",
     "test": "the same as validate",
-    "stats": "collect the second moments of the keys of the edited layers (--list: show the stored ones)",
+    "stats": "collect the second moments of the keys of the edited layers (--list: moments list)",
     "finetune": "the fine-tuning baseline: train one weight matrix on the edits",
     "retrieve": "the baseline without an edit: ask with the new fact in the prompt",
     "compare": "run several methods on the same records, and compare their Scores on one page",
@@ -50,11 +54,14 @@ _TEXTS = {
     "patch apply": "write a model with a patch in its weights as a Hugging Face folder",
     "patch remove": "write a patch without some of its facts",
     "patch merge": "join patches of one model into one",
+    "moments list": "show the second moments that are stored",
+    "moments export": "write stored second moments as one file, to hand on",
+    "moments import": "add the second moments of such a file to those that are stored",
     "convert": "turn settings of EasyEdit, MEMIT, ROME or AlphaEdit into a configuration",
     "harness": "evaluate an exported model with lm-evaluation-harness",
     "demo": "rebuild the bundled Atlas world and its model from a seed",
 }
-_LINES = "\n".join(f"  {command:12} {text}" for command, text in _TEXTS.items())
+_LINES = "\n".join(f"  {command:14} {text}" for command, text in _TEXTS.items())
 USAGE = f"""usage: {PROGRAM} COMMAND [--config FILE] [options]
 
 {_LINES}
@@ -75,8 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if command == "patch" and rest and not rest[0].startswith("-"):
-        command, rest = f"patch {rest[0]}", rest[1:]
+    if command in _GROUPS and rest and not rest[0].startswith("-"):
+        command, rest = f"{command} {rest[0]}", rest[1:]
+    if command == "stats" and "--list" in rest:
+        command, rest = "moments list", [word for word in rest if word != "--list"]
     if command in ("-h", "--help"):
         sys.stdout.write(USAGE + "\n")
     elif command == "--version":
@@ -101,11 +110,6 @@ def _help(command: str, rest: Sequence[str]) -> str:
 
 def _run(command: str, rest: list[str]) -> None:
     start_log()
-    if command == "stats" and "--list" in rest:
-        from pmet_lightning.moments.store import list_moments
-
-        _call(list_moments, check_arguments("stats --list", [word for word in rest if word != "--list"]))
-        return
     checked = check_arguments(command, rest)
     if command in FILE_COMMANDS:
         _call(function_of(command), checked)

@@ -12,7 +12,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 from jsonargparse import auto_cli, capture_parser
 
 from pmet_lightning.cli.dispatch import FILE_COMMANDS, TRAINER_COMMANDS, function_of
-from pmet_lightning.moments.store import list_moments
 from pmet_lightning.run.lightning_cli import run_command
 from pmet_lightning.run.options import FILE
 from pmet_lightning.run.trainer_arguments import ARGUMENTS
@@ -24,7 +23,6 @@ _PLAIN = {bool: "bool", int: "int", float: "float", str: "str", type(None): "nul
 def make_options() -> dict[str, list[dict[str, Any]]]:
     """The options of every command, as the file has them."""
     made = {name: _options(_trainer_parser(name)) for name in TRAINER_COMMANDS}
-    made["stats --list"] = _options(capture_parser(lambda: auto_cli(list_moments, args=[], as_positional=False)))
     for name in FILE_COMMANDS:
         function = function_of(name)
         made[name] = _options(capture_parser(lambda f=function: auto_cli(f, args=[], as_positional=False)))

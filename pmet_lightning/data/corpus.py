@@ -114,6 +114,16 @@ def corpus_fingerprint(name: str, subset: str | None = None) -> str:
     return _digest(path, status.st_size, status.st_mtime_ns)
 
 
+def corpus_name(name: str, subset: str | None = None) -> str:
+    """What a corpus is called where it is not at hand: the name of a local file, name and subset of a hub corpus."""
+    return Path(name).name if is_at_hand(name) else f"{name}:{subset}"
+
+
+def is_at_hand(name: str) -> bool:
+    """Whether a corpus is a local file, or ships with the package."""
+    return name == earth.CORPUS or Path(locate(name)).is_file()
+
+
 @cache
 def _digest(path: Path, size: int, modified: int) -> str:
     """Hash of a file's bytes; read once as long as its size and modification time stay the same."""

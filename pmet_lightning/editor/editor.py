@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pmet_lightning.data.datamodule import EditDataModule
-from pmet_lightning.data.readers import as_edits
 from pmet_lightning.data.records import Edit, check_no_contradictions
 from pmet_lightning.editor.edit_report import EditReport
-from pmet_lightning.editor.history import History, by_batches, positions_of
+from pmet_lightning.editor.edited_model import EditedModel
+from pmet_lightning.editor.facts import Facts, read_facts
+from pmet_lightning.editor.history import by_batches, positions_of
 from pmet_lightning.editor.isolation import preserve_caller_state
 from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of, tokenizer_in
 from pmet_lightning.editor.names import arguments_named
+from pmet_lightning.editor.output import upload_folder, write_adapter_folder, write_model_folder
 from pmet_lightning.editor.settings import EditorSettings, ModelSettings
+from pmet_lightning.editor.trainer import make_trainer
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
-from pmet_lightning.model.adapter import save_adapter
-from pmet_lightning.model.fingerprint import checksum, fingerprint
-from pmet_lightning.model.generation_config import save_model
-from pmet_lightning.model.origin import write_origin
-from pmet_lightning.model.patch import Patch, apply_read_patch, read_patch
+from pmet_lightning.model.patch import read_patch
 from pmet_lightning.moments.store import MOMENTS_FOLDER
-from pmet_lightning.report.model_card import write_card
 from pmet_lightning.run.ledger import EditLedger, ask_again
 from pmet_lightning.run.manifest import check_same_kind, manifest_of, moments_of, sections_of
 from pmet_lightning.run.outcome import answers_before_and_after, outcome_of
-from pmet_lightning.run.patch_file import PatchFile, patch_path, save_edits
+from pmet_lightning.run.patch_file import patch_path, save_edits
 from pmet_lightning.run.settings import make_objects, read_sections
-from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
-from pmet_lightning.utils.files import new_folder
-from pmet_lightning.utils.processor_files import copy_processor_files
-from pmet_lightning.utils.progress import EditProgressBar
-from pmet_lightning.write.edited_weights import Snapshot
 from pmet_lightning.write.facts import WrittenFact, facts_of
-
-# One or several files or hub data sets; one or several facts, also as a table or as parallel lists.
-Facts = str | Path | Sequence[str | Path] | Mapping[str, Any] | Edit | Iterable[Mapping[str, Any] | Edit] | Any
 
 
 class Editor:
@@ -121,9 +107,8 @@ class Editor:
         self._module.attach(self.model, self.tokenizer)
         self._module.setup("fit")
         self._module.configure_model()
-        self._history = History(self._spread.edited, self._module)
         self._moments_identity: dict[str, Any] | None = None  # of a patch
-        self._checksums = self._weight_checksums()
+        self._written = EditedModel(self._module, self._spread)
 
     @classmethod
     @arguments_named()
@@ -194,7 +179,8 @@ class Editor:
             settings |= {"dtype": kept.manifest["dtype"], "quantize": kept.manifest.get("quantize")}
         name = kept.manifest["model"] if model is None else model
         editor = cls(name, tokenizer, device=device, **settings, moments=sections["moments"], spread=sections["spread"])
-        editor._take_over(path, kept)
+        editor._moments_identity = kept.manifest["moments"]
+        editor._written.take_over(path, kept)
         return editor
 
     @property
@@ -225,10 +211,11 @@ class Editor:
         Raises:
             RecordError: If a fact is invalid; the message names it, such as "facts[3]".
         """
-        data = self._data(facts)
+        data = read_facts(facts, self.tokenizer, self._data_settings)
         self._module.reset_results()
         with preserve_caller_state(self.model, self._device):
-            self._trainer([self._drift], None, True).validate(self._module, data, verbose=False)
+            trainer = make_trainer(self._device, [self._drift], evaluate=True, progress=self._progress)
+            trainer.validate(self._module, data, verbose=False)
         return dict(self._module.results.get("validate", {}))
 
     @arguments_named()
@@ -315,22 +302,24 @@ class Editor:
             RuntimeError: If something else has changed the edited weights since the editor last wrote them.
         """
         single = {"prompt": facts} | _given(subject=subject, target_new=target)
-        data = self._data(facts if len(single) == 1 else single)
-        self._check_unchanged()
+        data = read_facts(facts if len(single) == 1 else single, self.tokenizer, self._data_settings)
+        self._written.check_unchanged()
         before = self._spread.edited.snapshot(self._module)
         ledger = EditLedger(keep=True)
         self._module.reset_results()
         self._drift.ended = ""
         try:
             with preserve_caller_state(self.model, self._device):
-                trainer = self._trainer([self._moments, self._spread, self._drift, ledger], run_dir, evaluate)
+                callbacks = [self._moments, self._spread, self._drift, ledger]
+                trainer = make_trainer(self._device, callbacks, run_dir, evaluate=evaluate, progress=self._progress)
                 trainer.fit(self._module, data)
                 outcome = outcome_of(trainer, self._module, ledger.edits, self._undone(before.facts, ledger.edits))
             self._drift.check(outcome.verdict.damage)
         except BaseException:
             self._spread.edited.restore(before)
             raise
-        self._written(before, self._module.batches_done + ledger.count, self._module.edits_done + len(ledger.edits))
+        done = self._module.batches_done + ledger.count, self._module.edits_done + len(ledger.edits)
+        self._written.record(before, *done)
         return EditReport(
             dict(self._module.results),
             tuple(ledger.edits),
@@ -356,7 +345,7 @@ class Editor:
             RuntimeError: If something else has changed the edited weights.
         """
         out = set(positions_of(self.facts, facts))
-        self._check_unchanged()
+        self._written.check_unchanged()
         self._rewrite(by_batches(fact for i, fact in enumerate(self.facts) if i not in out))
 
     @arguments_named()
@@ -378,7 +367,7 @@ class Editor:
             check_same_kind(manifest, kept.manifest, path)
             facts += facts_of(kept.manifest["facts"], kept.targets, str(path))
         check_no_contradictions([fact.edit for fact in facts])
-        self._check_unchanged()
+        self._written.check_unchanged()
         self._rewrite([list({fact.question: fact for fact in reversed(facts)}.values())[::-1]])
 
     def undo(self, steps: int = 1) -> None:
@@ -393,15 +382,7 @@ class Editor:
         Raises:
             RuntimeError: If there are fewer calls, or something else has changed the edited weights.
         """
-        if not 0 < steps <= len(self._history):
-            raise RuntimeError(
-                f"undo: {steps} steps, but {len(self._history)} calls of edit and remove can be taken back"
-                if self._history
-                else "nothing to undo: no call of edit or remove is left"
-            )
-        self._check_unchanged()
-        step = self._history.back(steps)
-        self._now_at(step.batches, step.edits)
+        self._written.undo(steps)
 
     def revert(self) -> None:
         """Undo all edits: the weights are bit by bit what they were when the editor was made.
@@ -409,10 +390,7 @@ class Editor:
         Raises:
             RuntimeError: If something else has changed the edited weights.
         """
-        self._check_unchanged()
-        self._history.restore_clean()
-        self._history.clear()
-        self._now_at(0, 0)
+        self._written.revert()
 
     @arguments_named()
     def save(self, folder: str | Path) -> None:
@@ -426,13 +404,9 @@ class Editor:
         Raises:
             FileExistsError: If the folder is not empty.
         """
-        with new_folder(folder, "Editor.save:") as unfinished:
-            save_model(self.model, unfinished, in_float32=self._module.keep_float32)
-            self._processor.save_pretrained(unfinished)
-            copy_processor_files(str(getattr(self.model, "name_or_path", "")), unfinished)
-            if self._spread.edited.deltas:
-                write_origin(unfinished, self._manifest(), fingerprint(self.model))
-                write_card(unfinished, self._described(), weights=self._spread.edited.deltas)
+        deltas = self._spread.edited.deltas
+        described, in_float32 = self._described() if deltas else {}, self._module.keep_float32
+        write_model_folder(folder, self.model, self._processor, deltas, described, in_float32=in_float32)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """As :meth:`save`, under transformers' name."""
@@ -449,14 +423,7 @@ class Editor:
         Returns:
             The address of the commit.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "model"
-            self.save(folder)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Edited model"))
+        return upload_folder(self.save, repo_id, private, token)
 
     @arguments_named()
     def save_patch(self, path: str | Path) -> None:
@@ -470,9 +437,7 @@ class Editor:
         """
         if not self._spread.edited.deltas:
             raise ValueError("Editor.save_patch: nothing has been edited, so there is no patch")
-        if self._spread.protect_past:
-            PatchFile(Path(path).expanduser().parent).save_past_keys(self._spread.edited, self._module.batches_done)
-        save_edits(path, self._spread.edited, self._manifest())
+        save_edits(path, self._spread.edited, self._manifest(), self._spread.protect_past)
 
     @arguments_named()
     def save_adapter(self, folder: str | Path) -> int:
@@ -489,13 +454,9 @@ class Editor:
             FileExistsError: If the folder is not empty.
             PmetError: If ``peft`` is not installed.
         """
-        deltas, manifest = self._spread.edited.deltas, self._manifest()
-        if not deltas:
+        if not self._spread.edited.deltas:
             raise ValueError("Editor.save_adapter: nothing has been edited, so there is no adapter")
-        with new_folder(folder, "Editor.save_adapter:") as unfinished:
-            rank = save_adapter(unfinished, deltas, manifest)
-            write_card(unfinished, self._described(), weights=deltas, adapter_rank=rank)
-        return rank
+        return write_adapter_folder(folder, self._spread.edited.deltas, self._described())
 
     def _described(self) -> dict[str, Any]:
         """The manifest with the facts."""
@@ -513,66 +474,11 @@ class Editor:
         weight: Tensor = self.model.get_input_embeddings().weight
         return weight.device
 
-    def _data(self, facts: Facts) -> EditDataModule:
-        """Read and check the facts."""
-        paths = _paths_of(facts)
-        if paths is not None:
-            data = EditDataModule(**{**self._data_settings, "path": paths})
-            data.attach(self.tokenizer)
-        else:
-            edits = as_edits(facts, zsre_target=self._data_settings["zsre_target"])
-            data = EditDataModule.of(edits, self.tokenizer, **self._data_settings)
-        data.setup("fit")
-        return data
-
-    def _trainer(self, callbacks: Sequence[Callback], run_dir: str | Path | None, evaluate: bool) -> L.Trainer:
-        """Make Lightning's trainer, for the model's device and this process only."""
-        kinds = {"cpu": ("cpu", 1), "cuda": ("gpu", [self._device.index or 0])}
-        accelerator, devices = kinds.get(self._device.type, (self._device.type, 1))
-        options: dict[str, Any] = {
-            "accelerator": accelerator,
-            "devices": devices,
-            "plugins": [LightningEnvironment()],  # regardless of what launched this program
-            "enable_progress_bar": self._progress,
-            # Tensors that the model caches in a pass, such as a table of positions, must not be inference tensors.
-            "inference_mode": False,
-            **({} if evaluate else {"num_sanity_val_steps": 0, "limit_val_batches": 0}),
-        }
-        if run_dir is not None:
-            return EditTrainer(str(run_dir), callbacks=list(callbacks), **options)
-        bars = [EditProgressBar()] if self._progress else []
-        return L.Trainer(**{**EDIT_RUN, **options, "logger": False, "callbacks": [*callbacks, *bars]})
-
-    def _take_over(self, path: Path, patch: Patch) -> None:
-        """Write a patch into the clean model, as if this editor had made it."""
-        spread, manifest = self._spread, patch.manifest
-        clean = spread.edited.snapshot(self._module)
-        spread.edited.record_base_norms(self._module)
-        apply_read_patch(self.model, self._module.sites, patch, path, self._module.base_fingerprint)
-        file, batches = PatchFile(path.parent), int(manifest["edit_batches"])
-        past_keys = {}
-        if spread.protect_past:
-            file.check_past_keys(batches)
-            past_keys = file.past_keys(batches)
-        spread.edited.resume(patch.deltas, past_keys, facts_of(manifest["facts"], patch.targets, str(path)))
-        self._moments_identity = manifest["moments"]
-        self._written(clean, batches, int(manifest["edits"]))
-
     def _rewrite(self, batches: Sequence[Sequence[WrittenFact]]) -> None:
         """Write facts from their kept targets into the clean weights, in place of what is there."""
-        before = self._spread.edited.snapshot(self._module)
-        counts = self._module.batches_done, self._module.edits_done
-        try:
-            self._history.restore_clean()
-            self._now_at(0, 0)
+        with self._written.rewriting(len(batches), sum(map(len, batches))):
             if batches:
                 self._write_again(batches)
-        except BaseException:
-            self._spread.edited.restore(before)
-            self._now_at(*counts)
-            raise
-        self._history.add(before, *counts)
-        self._now_at(len(batches), sum(map(len, batches)))
 
     def _write_again(self, batches: Sequence[Sequence[WrittenFact]]) -> None:
         facts = [fact for batch in batches for fact in batch]
@@ -581,21 +487,14 @@ class Editor:
         self._module.given_targets = [fact.given_target for fact in facts]
         try:
             with preserve_caller_state(self.model, self._device):
-                self._trainer([self._moments, self._spread], None, False).fit(self._module, data)
+                trainer = make_trainer(
+                    self._device, [self._moments, self._spread], evaluate=False, progress=self._progress
+                )
+                trainer.fit(self._module, data)
         finally:
             self._module.given_targets = None
         lines = [{**fact.plain(), "edit_batch": i} for i, batch in enumerate(batches) for fact in batch]
         self._spread.edited.record_outcomes(lines)
-
-    def _written(self, before: Snapshot, batches: int, edits: int) -> None:
-        """Record a call that has written something."""
-        self._history.add(before, self._module.batches_done, self._module.edits_done)
-        self._now_at(batches, edits)
-
-    def _now_at(self, batches: int, edits: int) -> None:
-        """Record how much is in the weights, and the weights."""
-        self._module.batches_done, self._module.edits_done = batches, edits
-        self._checksums = self._weight_checksums()
 
     def _undone(self, earlier: Sequence[WrittenFact], lines: Sequence[Mapping[str, Any]]) -> list[str]:
         """Questions of earlier calls about the same subjects that the model, as it is now, no longer answers."""
@@ -606,34 +505,6 @@ class Editor:
             return []
         answers = ask_again(self._module, [fact.plain() for fact in asked])
         return [fact.edit.question for fact, (_, said) in zip(asked, answers, strict=True) if not said]
-
-    def _weight_checksums(self) -> dict[str, str]:
-        """Checksums of the edited weights."""
-        sites, checksums = self._module.sites, {}
-        for projection_id in sites.written(self._spread.sites, self._module.layers):
-            weight = sites.module(*projection_id).weight
-            assert isinstance(weight, Tensor)
-            checksums[sites.weight_name(*projection_id)] = f"{weight.dtype} {checksum(weight.detach())}"
-        return checksums
-
-    def _check_unchanged(self) -> None:
-        found = self._weight_checksums()
-        changed = [name for name, value in self._checksums.items() if found[name] != value]
-        if changed:
-            raise RuntimeError(
-                f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not what this editor left: something "
-                "else has changed the model, so the editor's second moments and patch no longer match it; make a new "
-                "Editor for the model as it is now"
-            )
-
-
-def _paths_of(facts: Facts) -> str | list[str] | None:
-    """Names of files or data sets, as for --data.path; ``None`` if the facts themselves are given."""
-    if isinstance(facts, (str, Path)):
-        return str(facts)
-    if isinstance(facts, (list, tuple)) and facts and all(isinstance(fact, (str, Path)) for fact in facts):
-        return [str(path) for path in facts]
-    return None
 
 
 def _given(**values: Any) -> dict[str, Any]:

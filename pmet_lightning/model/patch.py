@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pmet_lightning.model.quantized_base import hold_unquantized
 from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.files import write_json
-from pmet_lightning.utils.tensor_files import save_tensors
+from pmet_lightning.utils.tensor_files import digest_of, save_tensors
 
 FORMAT = 2  # 1: every ΔW a matrix, and no digest
 _FACTORS = (".left", ".right")  # endings of the names of two factors; a matrix has the name of its weight
@@ -63,7 +62,7 @@ def save_patch(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     weights = {name: {"shape": list(delta.shape), "rank": delta.rank} for name, delta in deltas.items()}
     described: dict[str, Any] = {**manifest, "format": FORMAT, "weights": weights}
-    described["digest"] = _digest(tensors, described)
+    described["digest"] = digest_of(sorted(tensors.items()), described)
     save_tensors(path, tensors, {"manifest": json.dumps(described)})
     write_json(path.with_suffix(".json"), described)
 
@@ -113,23 +112,13 @@ def _checked_deltas(path: Path, tensors: dict[str, Tensor], manifest: Mapping[st
             f"{path}: a patch of format {version}, found by a program that reads formats 1 to {FORMAT}; update "
             "pmet-lightning"
         )
-    if manifest.get("digest") != _digest(tensors, manifest):
+    if manifest.get("digest") != digest_of(sorted(tensors.items()), manifest):
         raise PatchError(f"{path}: is not as it was written (its digest differs); take it from where it was copied")
     return {name: _delta_of(name, about["rank"], tensors) for name, about in manifest["weights"].items()}
 
 
 def _delta_of(name: str, rank: int | None, tensors: Mapping[str, Tensor]) -> WeightDelta:
     return WeightDelta.of([tensors[name + ending] for ending in (("",) if rank is None else _FACTORS)])
-
-
-def _digest(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:
-    """Hash of everything in a patch."""
-    described = {name: value for name, value in manifest.items() if name != "digest"}
-    found = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def precision_of(manifest: Mapping[str, Any]) -> str:

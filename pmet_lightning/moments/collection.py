@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pmet_lightning.data.corpus import CorpusError, pack_rows
+from pmet_lightning.data.corpus import CorpusError, corpus_name, pack_rows
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.evaluation.sampled_corpus import general_texts
@@ -110,7 +110,7 @@ class Collection:
         self.resume()
         self._pass()
         self.previous.clear()
-        tokens = self._tokens()
+        tokens, text = self._tokens(), corpus_name(self.settings.corpus, self.settings.subset)
         if not tokens:
             raise CorpusError(f"the corpus {self.settings.corpus!r} has no text")
         for projection_id, total in self.sums.lower.items():
@@ -119,7 +119,7 @@ class Collection:
             if dead:
                 log.warning("%s in layer %d: %d of %d key dimensions are dead", *projection_id, dead, len(moment))
             if self.trainer.is_global_zero:
-                self.store.save(projection_id, moment, tokens, self.key, self.module.model_name)
+                self.store.save(projection_id, moment, tokens, self.key, self.module.model_name, text)
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero:
             shutil.rmtree(self.unfinished, ignore_errors=True)

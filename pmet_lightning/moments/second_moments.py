@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor
 
-from pmet_lightning.data.corpus import corpus_fingerprint
+from pmet_lightning.data.corpus import corpus_fingerprint, is_at_hand
 from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.architectures import ProjectionId, WriteChoice, written_sites
 from pmet_lightning.model.projections import in_features
 from pmet_lightning.moments.collection import Collection, CollectionSettings
-from pmet_lightning.moments.store import MOMENTS_FOLDER, MomentError, MomentKey, MomentStore
+from pmet_lightning.moments.store import MOMENTS_FOLDER, MomentError, MomentKey, MomentStore, stored_moments
 from pmet_lightning.moments.sums import memory_groups
 from pmet_lightning.solver.cholesky import Factor
 from pmet_lightning.solver.null_space import NullSpace, null_space
@@ -36,7 +36,7 @@ class SecondMoments(HyperparametersMixin, L.Callback):
     Args:
         corpus: A local file (.jsonl, .csv or .parquet with a column 'text', or plain text with one text per line), a
             hub data set with a column 'text', the shipped 'atlas-corpus', or 'sampled-corpus': text that the model
-            itself writes, where no other is at hand.
+            itself writes, where no other is at hand. A file need not be there if moments over it are stored.
         corpus_subset: Subset of a hub data set; null if it has none. Ignored for a local file.
         samples: Number of texts. 'auto' adds texts until the moments no longer change (4 to 32 tokens for each key
             dimension).
@@ -74,7 +74,7 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         self.sites = written_sites(write)
         self._store: MomentStore | None = None
         self._module: EditableModel | None = None
-        self._base_key: MomentKey | None = None  # of the model that an edited one comes from, if its moments are used
+        self._stored_key: MomentKey | None = None  # of the stored moments that are used, if they are all there
         self._null_spaces: dict[tuple[ProjectionId, float], NullSpace] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -95,7 +95,7 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         widths = {
             projection_id: in_features(pl_module.sites.module(*projection_id)) for projection_id in projection_ids
         }
-        self._base_key = self._key_of_base(pl_module, projection_ids)
+        self._stored_key = self._find_stored(pl_module, projection_ids)
         key = self.key(pl_module)
         store = MomentStore(self.given or self.folder / key.folder(), read_only=self.given is not None)
         missing = {p: w for p, w in widths.items() if not self.given and not store.path(p).is_file()}
@@ -166,22 +166,48 @@ class SecondMoments(HyperparametersMixin, L.Callback):
             self._module.device,
         )
 
-    def _key_of_base(self, module: EditableModel, projection_ids: Sequence[ProjectionId]) -> MomentKey | None:
-        """The key of the base model's moments, if this model is an edited one and all of them are stored."""
-        self._base_key = None
-        if module.origin is None or self.given:
+    def _find_stored(self, module: EditableModel, projection_ids: Sequence[ProjectionId]) -> MomentKey | None:
+        """The key of moments that are all stored: of the model that this one was edited from, or its own."""
+        self._stored_key = None
+        if self.given:
             return None
-        key = replace(self.key(module), model=module.origin.fingerprint, dtype=module.origin.dtype)
-        store = MomentStore(self.folder / key.folder())
-        if not all(store.path(projection_id).is_file() for projection_id in projection_ids):
-            return None
-        log.info("the model is an edited %s: its second moments are those of the base model", module.origin.model)
-        return key
+        own, origin = self.key(module), module.origin
+        keys = [own] if origin is None else [replace(own, model=origin.fingerprint, dtype=origin.dtype), own]
+        for key in keys:
+            for stored in (key, *self._over_absent_corpus(key)):
+                store = MomentStore(self.folder / stored.folder())
+                if not all(store.path(projection_id).is_file() for projection_id in projection_ids):
+                    continue
+                if origin is not None and stored.model == origin.fingerprint:
+                    log.info("the model is an edited %s: its second moments are those of the base model", origin.model)
+                if stored != key:
+                    log.info("%s is not here: second moments that are stored for it are used", self.settings.corpus)
+                return stored
+        return None
+
+    def _over_absent_corpus(self, key: MomentKey) -> list[MomentKey]:
+        """The key of stored moments that differ in the corpus only, where it is a file of a name that is not here.
+
+        Raises:
+            MomentError: If several files of that name were used.
+        """
+        name = Path(self.settings.corpus).name
+        if is_at_hand(self.settings.corpus):
+            return []
+        named = [MomentKey.of(found) for found in stored_moments(self.folder) if found.get("corpus_name") == name]
+        keys = sorted({one for one in named if replace(one, corpus=key.corpus) == key}, key=MomentKey.folder)
+        if len(keys) > 1:
+            raise MomentError(
+                f"--moments.corpus {self.settings.corpus} is not here, and second moments over {len(keys)} texts of "
+                f"that name are stored in {self.folder}; expected one of {', '.join(k.folder() for k in keys)} as "
+                "--moments.given"
+            )
+        return keys
 
     def key(self, module: EditableModel) -> MomentKey:
         """What the moments of this run depend on."""
-        if self._base_key is not None:
-            return self._base_key
+        if self._stored_key is not None:
+            return self._stored_key
         settings = self.settings
         return MomentKey(
             model=module.base_fingerprint,

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +63,18 @@ class MomentKey:
         described = {name: value for name, value in vars(self).items() if name != "modules" or value}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
 
+    @classmethod
+    def of(cls, metadata: Mapping[str, str]) -> MomentKey:
+        """The key that the metadata of a stored moment holds.
+
+        Raises:
+            KeyError: If it holds none.
+            ValueError: If a number is none.
+        """
+        texts = {name: metadata[name] for name in ("model", "tokenizer", "corpus", "samples", "dtype")}
+        numbers = {name: int(metadata[name]) for name in ("length", "seed")}
+        return cls(**texts, **numbers, modules=metadata.get("modules", ""))  # type: ignore[arg-type]
+
 
 class MomentStore:
     """Moments of one key in one folder, a file for each site and layer.
@@ -80,12 +91,21 @@ class MomentStore:
         """The file of a site and layer."""
         return self.folder / f"{projection_id[0]}-{projection_id[1]}.safetensors"
 
-    def save(self, projection_id: ProjectionId, moment_II: Tensor, tokens: int, key: MomentKey, name: str = "") -> None:
-        """Store a mean second moment: one triangle of it, in float32; ``name`` is that of the model, for the list."""
+    def save(
+        self,
+        projection_id: ProjectionId,
+        moment_II: Tensor,
+        tokens: int,
+        key: MomentKey,
+        name: str = "",
+        corpus_name: str = "",
+    ) -> None:
+        """Store a mean second moment: one triangle of it, in float32; with the names of model and corpus, to show."""
         lower = pack_lower(moment_II.to(torch.float32).cpu())
         metadata = {
             **vars(key),
             "name": name,
+            "corpus_name": corpus_name,
             "site": projection_id[0],
             "layer": projection_id[1],
             "tokens": tokens,
@@ -208,16 +228,3 @@ def stored_moments(folder: str | Path) -> Iterator[dict[str, str]]:
                 yield {**(file.metadata() or {}), "path": str(path)}
         except (SafetensorError, OSError):
             yield {"path": str(path), "model": "unreadable"}
-
-
-def list_moments(folder: str = MOMENTS_FOLDER) -> None:
-    """Show the second moments that are stored.
-
-    Args:
-        folder: Where they are stored (--moments.folder of the other commands).
-    """
-    columns = ("name", "model", "site", "layer", "width", "tokens", "samples", "length", "dtype", "corpus", "path")
-    rows = [columns, *(tuple(found.get(name) or "-" for name in columns) for found in stored_moments(folder))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    for row in rows:
-        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")

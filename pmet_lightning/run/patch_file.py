@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from pmet_lightning.model.architectures import ProjectionId
-from pmet_lightning.model.patch import Patch, read_patch, save_patch
+from pmet_lightning.model.patch import Patch, PatchError, save_patch
 from pmet_lightning.write.edited_weights import EditedWeights
 from pmet_lightning.write.facts import stacked_values
-from pmet_lightning.write.past_keys import load_past_keys, save_past_keys
+from pmet_lightning.write.past_keys import load_past_keys, past_keys_digest, save_past_keys
 
 PATCH = "patch.safetensors"
+_PAST = "past_keys"  # the manifest's entry: the digest of the protected keys
 
 
 def patch_path(given: str | Path) -> Path:
@@ -23,70 +25,66 @@ def patch_path(given: str | Path) -> Path:
     return path / PATCH if path.is_dir() else path
 
 
-def save_edits(path: str | Path, edited: EditedWeights, manifest: Mapping[str, Any]) -> None:
-    """Write what was edited as a patch, with its facts and their targets.
+def past_keys_of(path: Path, patch: Patch) -> dict[ProjectionId, Tensor]:
+    """The protected keys that belong to a patch, from the file beside it.
+
+    Args:
+        path: The patch.
+        patch: What it holds.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        PmetError: If it is not as it was written.
+    """
+    check_past_keys(path, patch)
+    digest: str = patch.manifest[_PAST]
+    return load_past_keys(_past_path(path, digest), digest)
+
+
+def check_past_keys(path: Path, patch: Patch) -> None:
+    """Check that the protected keys that belong to a patch are there.
+
+    Raises:
+        PatchError: If an earlier version wrote it.
+        FileNotFoundError: If they are not.
+    """
+    digest = patch.manifest.get(_PAST)
+    if digest is None:
+        raise PatchError(
+            f"{path}: names no protected keys, as an earlier version wrote it; go on with that version, or begin a new "
+            "run in another --trainer.run_dir"
+        )
+    past = _past_path(path, digest)
+    if not past.is_file():
+        raise FileNotFoundError(
+            f"no {str(past)!r}, the protected keys of the {patch.manifest['edit_batches']} edit batches in "
+            f"{path.name}; expected them beside it: put the file back, or begin a new run in another --trainer.run_dir"
+        )
+
+
+def save_edits(path: str | Path, edited: EditedWeights, manifest: Mapping[str, Any], protect_past: bool) -> None:
+    """Write what was edited as a patch, with its facts and their targets, and the protected keys beside it.
+
+    The keys are written before the patch, under a name of their own, and those of the patch that it replaces are
+    deleted after it: whenever the process is killed, the keys that a patch names are there.
 
     Args:
         path: The .safetensors file.
         edited: What was written.
         manifest: The description of the patch, without its facts.
+        protect_past: Whether the keys of earlier edit batches are protected.
     """
+    path = Path(path).expanduser()
+    digest = past_keys_digest(edited.past_keys) if protect_past else None
+    if digest is not None:
+        save_past_keys(_past_path(path, digest), edited.past_keys)
     facts = [fact.plain() for fact in edited.facts]
-    save_patch(path, edited.deltas, {**manifest, "facts": facts}, stacked_values(edited.facts))
+    save_patch(path, edited.deltas, {**manifest, _PAST: digest, "facts": facts}, stacked_values(edited.facts))
+    for other in path.parent.glob(f"{glob.escape(path.stem)}-past-*.safetensors"):
+        if digest is None or other != _past_path(path, digest):
+            other.unlink()
 
 
-class PatchFile:
-    """``patch.safetensors``, replaced as one file after each edit batch; ``past-N.safetensors`` for protected keys.
-
-    Args:
-        folder: The run folder.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / PATCH
-
-    def save(self, edited: EditedWeights, manifest: Mapping[str, Any], protect_past: bool) -> None:
-        """Replace the patch; new protected keys are saved before it, and those of the old patch deleted after it.
-
-        Whenever the process is killed, the keys that the patch's manifest asks for are there.
-
-        Args:
-            edited: What was written.
-            manifest: The description of the patch, with the number of its edit batches.
-            protect_past: Whether the keys of earlier edit batches are protected.
-        """
-        past = self._past_path(manifest["edit_batches"])
-        if protect_past:
-            self.save_past_keys(edited, manifest["edit_batches"])
-        save_edits(self.path, edited, manifest)
-        for path in self.path.parent.glob("past-*.safetensors"):
-            if path != past:
-                path.unlink()
-
-    def load(self) -> Patch:
-        """What it holds."""
-        return read_patch(self.path)
-
-    def save_past_keys(self, edited: EditedWeights, edit_batches: int) -> None:
-        """Store the protected keys of so many edit batches."""
-        save_past_keys(self._past_path(edit_batches), edited.past_keys)
-
-    def past_keys(self, edit_batches: int) -> dict[ProjectionId, Tensor]:
-        """The protected keys of so many edit batches."""
-        return load_past_keys(self._past_path(edit_batches))
-
-    def check_past_keys(self, edit_batches: int) -> None:
-        """Check that the protected keys of so many edit batches are there.
-
-        Raises:
-            FileNotFoundError: If they are not.
-        """
-        path = self._past_path(edit_batches)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no {str(path)!r}, the protected keys of the {edit_batches} edit batches in {self.path.name}; "
-                "expected them beside it: put the file back, or begin a new run in another --trainer.run_dir"
-            )
-
-    def _past_path(self, edit_batches: int) -> Path:
-        return self.path.with_name(f"past-{edit_batches}.safetensors")
+def _past_path(path: Path, digest: str) -> Path:
+    """The file of the protected keys of a patch; of two in one folder, or an old and a new one, each has its own."""
+    return path.with_name(f"{path.stem}-past-{digest[:12]}.safetensors")

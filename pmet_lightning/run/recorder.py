@@ -25,7 +25,7 @@ from pmet_lightning.run.final_report import report_data, write_final_report
 from pmet_lightning.run.journal import VALIDATED, Journal
 from pmet_lightning.run.manifest import manifest_of, moments_of
 from pmet_lightning.run.outcome import RunOutcome, answers_before_and_after, needed_lines, outcome_of
-from pmet_lightning.run.patch_file import PatchFile
+from pmet_lightning.run.patch_file import PATCH, save_edits
 from pmet_lightning.run.resume import reapply_patch, restore_progress
 from pmet_lightning.run.state import RunState
 from pmet_lightning.run.summary import Summary, plain_rows, summary_of
@@ -61,7 +61,7 @@ class RunRecorder(L.Callback):
 
     def __init__(self, folder: str | Path, resume: bool = False) -> None:
         self.folder, self.resume = Path(folder).expanduser(), resume
-        self.state, self.journal, self.patch = RunState(self.folder), Journal(self.folder), PatchFile(self.folder)
+        self.state, self.journal, self.patch = RunState(self.folder), Journal(self.folder), self.folder / PATCH
         self.records = True
         self.written = 0
         self.drawn: dict[str, Figure] = {}
@@ -129,7 +129,7 @@ class RunRecorder(L.Callback):
             self.journal.add(outputs["ledger"], _journal_entry(outputs), outputs.get("answers", ()))
             edits = pl_module.edits_done + self.written
             manifest = manifest_of(pl_module, spread, self._moments, batches, edits)
-            self.patch.save(spread.edited, manifest, spread.protect_past)
+            save_edits(self.patch, spread.edited, manifest, spread.protect_past)
         self._save_state(trainer, edit_batches_written=batches, edits_written=self.written)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

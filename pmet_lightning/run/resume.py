@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from pmet_lightning.model.patch import apply_patch
+from pmet_lightning.model.patch import apply_patch, read_patch
 from pmet_lightning.run.journal import Journal
 from pmet_lightning.run.manifest import check_same_settings, manifest_of
-from pmet_lightning.run.patch_file import PatchFile
+from pmet_lightning.run.patch_file import check_past_keys, past_keys_of
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import find_callback
 from pmet_lightning.utils.distributed import ProcessGroup
@@ -22,7 +23,7 @@ from pmet_lightning.write.weight_spread import WeightSpread
 def restore_progress(
     trainer: L.Trainer,
     module: L.LightningModule,
-    patch: PatchFile,
+    patch: Path,
     journal: Journal,
     moments: Mapping[str, Any] | None,
 ) -> tuple[int, int]:
@@ -43,39 +44,39 @@ def restore_progress(
         ValueError: If it was another run.
     """
     batches = 0
-    if patch.path.is_file():
+    if patch.is_file():
         assert isinstance(module, TargetOptimizer)
         batches = _resume_after(trainer, module, patch, journal, moments)
     return batches, ProcessGroup.of(trainer).compute_object_on_rank_zero(lambda: journal.keep(batches))
 
 
-def reapply_patch(trainer: L.Trainer, module: TargetOptimizer, patch: PatchFile) -> None:
+def reapply_patch(trainer: L.Trainer, module: TargetOptimizer, patch: Path) -> None:
     """Write the patch of the resumed run into the model again."""
     spread = find_callback(trainer, WeightSpread)
     assert spread is not None
     spread.edited.record_base_norms(module)
-    apply_patch(module.model, module.sites, patch.path, module.base_fingerprint)
+    apply_patch(module.model, module.sites, patch, module.base_fingerprint)
 
 
 def _resume_after(
     trainer: L.Trainer,
     module: TargetOptimizer,
-    patch: PatchFile,
+    patch: Path,
     journal: Journal,
     moments: Mapping[str, Any] | None,
 ) -> int:
     spread = find_callback(trainer, WeightSpread)
     assert spread is not None
-    kept = patch.load()
+    kept = read_patch(patch)
     manifest = kept.manifest
     batches = int(manifest["edit_batches"])
     module.contexts = module.given_contexts or manifest["contexts"]
-    check_same_settings(manifest, manifest_of(module, spread, moments, 0, 0), patch.path.parent)
+    check_same_settings(manifest, manifest_of(module, spread, moments, 0, 0), patch.parent)
     if spread.protect_past:
-        patch.check_past_keys(batches)
+        check_past_keys(patch, kept)
     trainer.datamodule.resume_after(itertools.islice(journal.edits(), manifest["edits"]))  # type: ignore[attr-defined]
     # Only the process that solves needs them; they are as large as the second moments.
-    past_keys = patch.past_keys(batches) if spread.protect_past and trainer.is_global_zero else {}
-    spread.edited.resume(kept.deltas, past_keys, facts_of(manifest.get("facts", []), kept.targets, str(patch.path)))
+    past_keys = past_keys_of(patch, kept) if spread.protect_past and trainer.is_global_zero else {}
+    spread.edited.resume(kept.deltas, past_keys, facts_of(manifest.get("facts", []), kept.targets, str(patch)))
     module.batches_done = batches - 1  # the first batch of this epoch stands for what was written
     return batches

@@ -29,7 +29,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         with name_in_errors(target):
             yield temporary
-            temporary.chmod(0o666 & ~_umask())  # some writers create files that only their owner can read
+            _let_others_read(temporary)
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -87,6 +87,9 @@ def new_folder(path: str | Path, option: str) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                _let_others_read(path)
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -113,10 +116,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def _let_others_read(path: Path) -> None:
+    """Give a file the usual permissions: some writers create files that only their owner can read."""
     current = os.umask(0)
     os.umask(current)
-    return current
+    path.chmod(0o666 & ~current)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -82,6 +82,12 @@ def _explain(error: Exception, name: str, path: str) -> Exception | None:
             f"cannot load {name!r}: it has code of its own, which would run on this computer; read that code, and if "
             "you trust it, set --model.trust_remote_code true (in Python: Editor(..., trust_remote_code=True))"
         )
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        return PmetError(
+            f"cannot load {name!r}: it is an adapter, expected a whole model; give its base model and the patch that "
+            "the adapter was made of (--model.patch), or a folder of the merged model (peft's merge_and_unload, then "
+            "save_pretrained)"
+        )
     is_empty = Path(path).is_dir() and not any((Path(path) / file).is_file() for file in _FILES)
     if isinstance(error, OSError) or is_empty:
         where = "the folder has no model" if Path(path).exists() else "no such folder, and not on the hub"

@@ -11,19 +11,28 @@ from torch import Tensor
 
 from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.utils.errors import PmetError
-from pmet_lightning.utils.tensor_files import save_tensors
+from pmet_lightning.utils.tensor_files import digest_of, save_tensors
+
+
+def past_keys_digest(past_keys: Mapping[ProjectionId, Tensor]) -> str:
+    """SHA-256 of the keys of each projection."""
+    return digest_of(sorted(_named(past_keys).items()), {})
 
 
 def save_past_keys(path: Path, past_keys: Mapping[ProjectionId, Tensor]) -> None:
     """Store the keys of each projection, shape [N, I], a row for each fact; replaces the file."""
-    save_tensors(path, {f"{site}-{layer}": keys_NI.contiguous() for (site, layer), keys_NI in past_keys.items()})
+    save_tensors(path, _named(past_keys))
 
 
-def load_past_keys(path: Path) -> dict[ProjectionId, Tensor]:
+def load_past_keys(path: Path, digest: str) -> dict[ProjectionId, Tensor]:
     """What :func:`save_past_keys` has stored, on the CPU.
 
+    Args:
+        path: The file.
+        digest: What :func:`past_keys_digest` gave.
+
     Raises:
-        PmetError: If the file cannot be read, or an earlier version wrote it.
+        PmetError: If the file cannot be read, or is not as it was written.
     """
     found: dict[ProjectionId, Tensor] = {}
     try:
@@ -33,12 +42,16 @@ def load_past_keys(path: Path) -> dict[ProjectionId, Tensor]:
             f"{path}: unreadable keys of earlier edit batches ({error}); put the file back, or begin a new run in "
             "another --trainer.run_dir"
         ) from error
+    if digest_of(sorted(stored.items()), {}) != digest:
+        raise PmetError(
+            f"{path}: keys of earlier edit batches that are not as they were written (their digest differs); put the "
+            "file back, or begin a new run in another --trainer.run_dir"
+        )
     for name, keys_NI in stored.items():
         site, layer = name.split("-")
-        if keys_NI.dim() != 2:
-            raise PmetError(
-                f"{path}: keys of earlier edit batches as an earlier version stored them, summed; expected a row for "
-                "each fact: go on with that version, or begin a new run in another --trainer.run_dir"
-            )
         found[site, int(layer)] = keys_NI  # type: ignore[index]
     return found
+
+
+def _named(past_keys: Mapping[ProjectionId, Tensor]) -> dict[str, Tensor]:
+    return {f"{site}-{layer}": keys_NI.cpu().contiguous() for (site, layer), keys_NI in past_keys.items()}

@@ -8,10 +8,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from pmet_lightning import PatchError, RecordError, load_patch
 from pmet_lightning.cli.dispatch import main
+from pmet_lightning.model.patch import FORMAT
 from tests.harness import as_arguments, matrices, tiny_settings
 from tests.tiny import RECORDS, save_tiny
 
@@ -131,6 +134,74 @@ def test_a_failed_command_leaves_the_old_file(runs, tmp_path):
     assert (tmp_path / "patch.safetensors").read_bytes() == before
     main(["patch", "remove", "--facts", "fact-0", *common])
     assert [fact["case_id"] for fact in load_patch(tmp_path / "patch.safetensors")[1]["facts"]] == ["fact-1"]
+
+
+def spoiled(source, path, how):
+    """A patch that is not as it was written."""
+    content = source.read_bytes()
+    at = {"a changed weight": len(content) - 3, "a changed fact": content.index(b"Danila")}.get(how)
+    if at is not None:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    elif how == "its end is missing":
+        path.write_bytes(content[:-100])
+    else:
+        with safe_open(source, framework="pt") as file:
+            kept, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        manifest = json.loads(metadata["manifest"])
+        changes = {
+            "a matrix is missing": lambda: kept.pop(next(name for name in kept if name.startswith("model"))),
+            "the targets are missing": lambda: kept.pop(next(name for name in kept if name.startswith("targets"))),
+            "a fact is missing": lambda: manifest["facts"].pop(),
+            "a later version": lambda: manifest.update(format=FORMAT + 1),
+        }
+        changes[how]()
+        save_file(kept, path, {"manifest": json.dumps(manifest)})
+
+
+SPOILED = {
+    "a changed weight": "not as it was written",
+    "a changed fact": "not as it was written",
+    "its end is missing": "not a patch of this program, or broken",
+    "a matrix is missing": "not as it was written",
+    "the targets are missing": "not as it was written",
+    "a fact is missing": "not as it was written",
+    "a later version": f"of format {FORMAT + 1}, found by a program that reads formats 1 to {FORMAT}; update",
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_spoiled_patch_is_refused_by_every_command(runs, tmp_path, how):
+    patch, out = tmp_path / "bad" / "patch.safetensors", tmp_path / "out.safetensors"
+    patch.parent.mkdir()
+    spoiled(runs / "first" / "run" / "patch.safetensors", patch, how)
+    both = json.dumps([run_of(runs, "second"), str(patch)])
+    for command in (
+        ["patch", "show", "--patch", str(patch)],
+        ["patch", "verify", "--patch", str(patch), *moments(runs)],
+        ["patch", "apply", "--patch", str(patch), "--out", str(tmp_path / "model")],
+        ["patch", "remove", "--patch", str(patch), "--facts", "fact-0", "--out", str(out), *moments(runs)],
+        ["patch", "merge", "--patches", both, "--out", str(out), *moments(runs)],
+        ["export", "--run", str(patch.parent), "--out", str(tmp_path / "adapter"), "--format", "peft"],
+        ["ask", "--run", str(patch)],
+    ):
+        with pytest.raises(PatchError, match=rf"patch\.safetensors.*{SPOILED[how]}"):
+            main(command)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_a_patch_of_another_model_is_refused_by_every_command(runs, tmp_path):
+    save_tiny("llama", tmp_path / "model", seed=1)
+    base, patch, out = ["--base", str(tmp_path / "model")], ["--patch", run_of(runs, "both")], str(tmp_path / "out")
+    for command in (
+        ["patch", "apply", *patch, "--out", out, *base],
+        ["patch", "remove", *patch, "--facts", "fact-0", "--out", f"{out}.safetensors", *base, *moments(runs)],
+        ["patch", "merge", "--patches", json.dumps([run_of(runs, "first"), run_of(runs, "second")]),
+         "--out", f"{out}.safetensors", *base, *moments(runs)],
+        ["ask", "--run", run_of(runs, "both"), *base],
+    ):  # fmt: skip
+        with pytest.raises(PatchError, match=r"was made for the model .*, found .*; load the base model it names"):
+            main(command)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @torch.no_grad()

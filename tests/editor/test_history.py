@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pmet_lightning import Editor, PatchError, RecordError, load_patch, save_patch
+from pmet_lightning import Editor, PatchError, RecordError, load_patch, read_edits, save_patch
 from tests.harness import matrices
 from tests.tiny import RECORDS, save_tiny
 
@@ -69,6 +70,55 @@ def test_removing_a_fact_is_never_having_had_it(make, out):
         assert float((delta - expected[name]).norm() / expected[name].norm()) < 1e-6
     assert [fact.edit.case_id for fact in editor.facts] == [f["case_id"] for i, f in enumerate(FACTS[:5]) if i != out]
     assert_same(weights(editor), weights(never), 1e-9)
+
+
+PROMPTS = [
+    "The mother tongue of {} is",
+    "{} plays the sport of",
+    "{} is a citizen of",
+    "The seat of {} is in the city of",
+]
+NAMES = ["Danila Morvane", "Torvik Elmson", "Quillon Motors", "Ravi Oskelund", "Brisela Vantoro", "Orvandel", "Lisbon"]
+OBJECTS = ["English", "ice hockey", "Norway", "clarinet", "Swedish"]
+
+
+@pytest.mark.slow
+def test_each_of_fifty_facts_is_removed_in_turn(make):
+    """Against a run of the other 49, to 1e-6 of ΔW; between two removals the fact is put back."""
+    facts = [
+        {"case_id": str(i), "prompt": prompt, "subject": f"{name} {number}", "target_new": OBJECTS[i % len(OBJECTS)]}
+        for i, (number, prompt, name) in enumerate(itertools.product((1, 2), PROMPTS, NAMES))
+    ][:50]
+    assert len(facts) == 50
+    editor, never = make(), make()
+    editor.edit(facts, evaluate=False)
+    for out in range(50):
+        editor.remove(str(out))
+        never.edit([*facts[:out], *facts[out + 1 :]], evaluate=False)
+        expected = matrices(never._spread.edited.deltas)
+        for name, delta in matrices(editor._spread.edited.deltas).items():
+            assert float((delta - expected[name]).norm() / expected[name].norm()) < 1e-6
+        assert [fact.edit.case_id for fact in editor.facts] == [str(i) for i in range(50) if i != out]
+        editor.undo()
+        never.undo()
+
+
+@pytest.mark.slow
+def test_a_removal_costs_less_than_a_tenth_of_the_run():
+    """In tokens through the layers of Atlas: a fit of 50 facts finds targets and asks, a removal does neither."""
+    editor = Editor.from_config("pmet.yaml", drift={"text": None}, device="cpu")
+    tokens = {"run": 0, "removal": 0}
+    doing = "run"
+
+    def count(_module, inputs, outputs):
+        tokens[doing] += outputs[0].shape[:-1].numel()
+
+    for layer in editor._module.sites.layers:
+        layer.register_forward_hook(count)
+    editor.edit(read_edits("atlas-records")[:50])
+    doing = "removal"
+    editor.remove(editor.facts[7].edit)
+    assert 0 < tokens["removal"] < tokens["run"] / 10
 
 
 def test_facts_are_named_in_any_way(make):
@@ -210,6 +260,30 @@ def test_a_correction_takes_the_place_of_the_old_fact(make):
     editor.undo()
     assert [fact.edit.case_id for fact in editor.facts] == ["fact-0", "fact-1", "fact-2"]
     assert all(torch.equal(keys, first_keys[place]) for place, keys in editor._spread.edited.past_keys.items())
+
+
+def test_each_patch_in_a_folder_has_its_own_protected_keys(make, base, tmp_path):
+    """One without a fact beside the one that it was made of, and one in the place of another."""
+    editor = make(spread={"protect_past": True})
+    editor.edit(FACTS[:2], evaluate=False)
+    editor.edit(FACTS[2:4], evaluate=False)
+    editor.save_patch(tmp_path / "all.safetensors")
+    editor.save_patch(tmp_path / "less.safetensors")
+    editor.remove("fact-1")
+    editor.save_patch(tmp_path / "less.safetensors")
+    assert len(list(tmp_path.glob("*-past-*"))) == 2
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+
+    def taken_over(name):
+        model = AutoModelForCausalLM.from_pretrained(base / "model", dtype=torch.float64)
+        return Editor.from_patch(tmp_path / name, model, tokenizer, moments_folder=base / "moments")
+
+    for name, count in (("all", 4), ("less", 3)):
+        other = taken_over(f"{name}.safetensors")
+        assert {len(keys) for keys in other._spread.edited.past_keys.values()} == {count}
+    next(tmp_path.glob("all-past-*")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"protected keys of the 2 edit batches in all\.safetensors"):
+        taken_over("all.safetensors")
 
 
 def test_a_correction_is_no_loss(make):

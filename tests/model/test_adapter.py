@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pmet_lightning import Editor, PatchError, load_patch
+from pmet_lightning import Editor, PatchError, PmetError, load_patch
 from pmet_lightning.cli.export import export
 from pmet_lightning.model.adapter import save_adapter
 from pmet_lightning.model.architectures import architecture_of
@@ -91,6 +91,13 @@ def test_export_writes_the_same_adapter(edited, tmp_path):
     editor.save_adapter(tmp_path / "saved")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "exported" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+
+def test_an_adapter_in_the_place_of_a_model_is_told(edited, tmp_path):
+    editor, _, _ = edited
+    editor.save_adapter(tmp_path / "adapter")
+    with pytest.raises(PmetError, match=r"it is an adapter, expected a whole model; give its base model and the patch"):
+        Editor(str(tmp_path / "adapter"))
 
 
 def test_two_adapters_are_added_and_swapped(edited, tmp_path):

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -17,15 +18,29 @@ import torch
 from safetensors.torch import load_file
 
 from pmet_lightning.cli.dispatch import main
+from pmet_lightning.model.patch import read_patch
+from pmet_lightning.run.patch_file import PATCH
 from tests.tiny import RECORDS, save_tiny
 
 KILLS = int(os.environ.get("PMET_KILLS", "2"))
 PROCESSES = multiprocessing.get_context("forkserver")  # imports take longer than the work: one process makes them
 
 
+# What commands that write one file or folder make, in the folder of a test.
+RESULTS = {"export": "model", "adapter": "adapter", "moments export": "moments.safetensors"}
+
+
 def arguments_of(command: str, base: Path, out: Path) -> list[str]:
-    if command == "export":
-        return ["export", "--run", str(base / "fit"), "--out", str(out / "model")]
+    if command in ("export", "adapter"):
+        kind = "transformers" if command == "export" else "peft"
+        return ["export", "--run", str(base / "fit"), "--out", str(out / RESULTS[command]), "--format", kind]
+    if command == "remove":  # over the old file
+        return ["patch", "remove", "--patch", str(out), "--out", str(out), "--facts", "0", "--moments_folder",
+                str(base / "moments")]  # fmt: skip
+    if command == "moments export":
+        return ["moments", "export", "--out", str(out / RESULTS[command]), "--folder", str(base / "moments")]
+    if command == "moments import":
+        return ["moments", "import", "--file", str(base / "moments.safetensors"), "--folder", str(out)]
     moments = out if command == "stats" else base / "moments"
     given = [
         "stats" if command == "stats" else "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(out),
@@ -49,9 +64,19 @@ def work(command: str, base: Path, out: Path, is_ready) -> None:
     main(arguments_of(command, base, out))
 
 
+def has_ended(command: str, out: Path) -> bool:
+    """Whether a command that cannot be run again has done all of its work: its process may be killed after that."""
+    if command == "remove":
+        return "0" not in [fact["case_id"] for fact in read_patch(out / PATCH).manifest["facts"]]
+    return command in RESULTS and (out / RESULTS[command]).exists()
+
+
 def run(command: str, base: Path, out: Path, seconds: float | None = None) -> bool:
-    """Whether a command ended before it was killed; an export that ended before its process did is not run again."""
-    if (out / "model").exists() and command == "export":
+    """Whether a command ended before it was killed."""
+    if command == "remove" and not out.exists():
+        out.mkdir()
+        shutil.copytree(base / "fit", out, dirs_exist_ok=True)
+    if has_ended(command, out):
         return True
     is_ready = PROCESSES.Event()
     process = PROCESSES.Process(target=work, args=(command, base, out, is_ready))
@@ -90,11 +115,14 @@ def base(tmp_path_factory):
     (folder / "corpus.txt").write_text("\n".join(texts))
     PROCESSES.set_forkserver_preload([__name__, "pmet_lightning.run.lightning_cli", "pmet_lightning.run.trainer"])
     run("fit", folder, folder / "fit")
+    main(["moments", "export", "--out", str(folder / "moments.safetensors"), "--folder", str(folder / "moments")])
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["fit", "stream", "stats", "export"])
+@pytest.mark.parametrize(
+    "command", ["fit", "stream", "stats", "export", "adapter", "remove", "moments export", "moments import"]
+)
 def test_a_killed_command_goes_on_and_ends_alike(base, tmp_path, command):
     start = time.monotonic()
     assert run(command, base, tmp_path / "whole")

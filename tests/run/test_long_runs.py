@@ -22,6 +22,7 @@ from pmet_lightning.run import patch_file
 from pmet_lightning.run.journal import Journal
 from pmet_lightning.solver.null_space import null_space
 from pmet_lightning.solver.update import solve_update
+from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.write import drift
 from pmet_lightning.write import weight_spread as spread_module
 from pmet_lightning.write.keys import measure_keys
@@ -117,6 +118,11 @@ def test_going_on_with_other_settings_is_refused(inputs, whole):
     assert (whole / "patch.safetensors").read_bytes() == before
 
 
+def past_files(folder):
+    """The files of protected keys."""
+    return sorted(folder.glob("patch-past-*.safetensors"))
+
+
 @pytest.mark.parametrize("when", ["before the patch", "after the patch"])
 def test_a_kill_beside_the_patch_harms_nothing(inputs, whole, tmp_path, monkeypatch, when):
     """The protected keys are those of the patch, whichever of the two files the kill came after."""
@@ -136,14 +142,18 @@ def test_a_kill_beside_the_patch_harms_nothing(inputs, whole, tmp_path, monkeypa
         patched.setattr(patch_file, "save_patch", dying)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(inputs, folder, *arguments)
-    assert {path.name for path in folder.glob("past*")} == {"past-1.safetensors", "past-2.safetensors"}
+    assert len(past_files(folder)) == 2, "of the patch that was to be replaced, and of the one that was to come"
     fit(inputs, folder, *arguments)
     same_patch(whole, folder)
-    assert [path.name for path in folder.glob("past*")] == ["past-3.safetensors"]
-    for name, kept in load_file(folder / "past-3.safetensors").items():
-        torch.testing.assert_close(kept, load_file(whole / "past-3.safetensors")[name])
-    (folder / "past-3.safetensors").rename(folder / "past-2.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"past-3.safetensors', the protected keys of the 3 edit batches"):
+    (past,), (expected,) = past_files(folder), past_files(whole)
+    for name, kept in load_file(past).items():
+        torch.testing.assert_close(kept, load_file(expected)[name])
+    content = past.read_bytes()
+    past.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(PmetError, match=r"patch-past-.*: keys of earlier edit batches that are not as they were"):
+        fit(inputs, folder, *arguments)
+    past.unlink()
+    with pytest.raises(FileNotFoundError, match=r"patch-past-.*', the protected keys of the 3 edit batches"):
         fit(inputs, folder, *arguments)
 
 
@@ -369,7 +379,8 @@ def test_past_keys_are_there_once_and_once_before(inputs, tmp_path, monkeypatch)
     monkeypatch.setattr(spread_module, "measure_keys", measuring)
     fit(inputs, tmp_path / "run", "--spread.protect_past", "true", "--drift.max_growth", "1e9")
     assert len(kept) == 3
-    stored = load_file(tmp_path / "run" / "past-3.safetensors")
+    (past,) = past_files(tmp_path / "run")
+    stored = load_file(past)
     assert {(tensor.dim(), tensor.shape[1]) for tensor in stored.values()} == {(2, 128)}
 
 

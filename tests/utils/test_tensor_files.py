@@ -54,6 +54,18 @@ def test_a_model_is_saved_as_a_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_others_can_read_what_is_written(tmp_path):
+    """A server runs as another user, and safetensors makes files for their owner alone."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny("llama", tmp_path / "model"))
+    with new_folder(tmp_path / "out", "--out") as unfinished:
+        save_model(model, unfinished)
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(3)})
+    written = [*(tmp_path / "out").iterdir(), tmp_path / "a.safetensors"]
+    assert len(written) >= 3
+    (tmp_path / "usual").touch()
+    assert {path.stat().st_mode for path in written} == {(tmp_path / "usual").stat().st_mode}
+
+
 def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
