@@ -49,11 +49,12 @@ def test_the_configuration_of_the_baseline_builds_its_objects(tmp_path, monkeypa
     assert isinstance(build_fit("retrieve.yaml", command="retrieve").model, Retrieval)
 
 
-@pytest.mark.parametrize("name", ["compare.yaml", "compare-gemma.yaml"])
+@pytest.mark.parametrize("name", ["compare.yaml", "compare-gemma.yaml", "compare-constructions.yaml"])
 def test_the_methods_of_the_comparison_build_their_objects(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written = yaml.safe_load((ROOT / "configs" / name).read_text())
-    assert {"PMET", "MEMIT", "null space", "even spread", "retrieval"} <= set(written["methods"])
+    ablations = {"null space", "even spread", "retrieval"} if "constructions" not in name else {"PMET, own", "FFN, replay"}
+    assert {"PMET", "MEMIT"} | ablations <= set(written["methods"])
     for given in written["methods"].values():
         method = Method(**given)
         cli = build_fit(method.config, written["options"] | method.options, method.command)
