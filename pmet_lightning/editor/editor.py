@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -36,7 +35,7 @@ from pmet_lightning.run.manifest import check_same_kind, manifest_of, moments_of
 from pmet_lightning.run.outcome import answers_before_and_after, outcome_of
 from pmet_lightning.run.patch_file import PatchFile, patch_path, save_edits
 from pmet_lightning.run.settings import make_objects, read_sections
-from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
+from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer, device_options
 from pmet_lightning.utils.files import new_folder
 from pmet_lightning.utils.processor_files import copy_processor_files
 from pmet_lightning.utils.progress import EditProgressBar
@@ -527,15 +526,9 @@ class Editor:
 
     def _trainer(self, callbacks: Sequence[Callback], run_dir: str | Path | None, evaluate: bool) -> L.Trainer:
         """Make Lightning's trainer, for the model's device and this process only."""
-        kinds = {"cpu": ("cpu", 1), "cuda": ("gpu", [self._device.index or 0])}
-        accelerator, devices = kinds.get(self._device.type, (self._device.type, 1))
         options: dict[str, Any] = {
-            "accelerator": accelerator,
-            "devices": devices,
-            "plugins": [LightningEnvironment()],  # regardless of what launched this program
+            **device_options(self._device),
             "enable_progress_bar": self._progress,
-            # Tensors that the model caches in a pass, such as a table of positions, must not be inference tensors.
-            "inference_mode": False,
             **({} if evaluate else {"num_sanity_val_steps": 0, "limit_val_batches": 0}),
         }
         if run_dir is not None:

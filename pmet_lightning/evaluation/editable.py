@@ -170,6 +170,14 @@ class EditableModel(L.LightningModule):
         self.results, self.record_rows, self.curves, self.inner_step = {}, {}, [], 0
         self._before, self.answers, self._own_answers = {}, {}, {}
 
+    def use_before(self, results: Mapping[int, Sequence[ProbeResult]]) -> None:
+        """Compare with what the unedited model has answered elsewhere, instead of asking it in this run.
+
+        Args:
+            results: Of each edit, by its position, a result for each of its questions.
+        """
+        self._before = {position: list(found) for position, found in results.items()}
+
     def setup(self, stage: str) -> None:
         """Check the layers and the family from the configuration alone, before any weight is read.
 

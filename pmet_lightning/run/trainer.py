@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -148,6 +150,23 @@ class EditTrainer(L.Trainer):
             return line
         command = f"pmet-lightning fit --config {shlex.quote(str(folder / 'config.yaml'))}"
         return f"{line}; go on with\n{command} --trainer.resume true --trainer.run_dir {shlex.quote(str(folder))}"
+
+
+def device_options(device: torch.device) -> dict[str, Any]:
+    """Arguments of a trainer that works in this process only, on the device of a model that is loaded already.
+
+    Args:
+        device: Where the model is.
+    """
+    kinds = {"cpu": ("cpu", 1), "cuda": ("gpu", [device.index or 0])}
+    accelerator, devices = kinds.get(device.type, (device.type, 1))
+    return {
+        "accelerator": accelerator,
+        "devices": devices,
+        "plugins": [LightningEnvironment()],  # regardless of what launched this program
+        # Tensors that the model caches in a pass, such as a table of positions, must not be inference tensors.
+        "inference_mode": False,
+    }
 
 
 def _not_there(given: Mapping[str, Any], error: Exception) -> str:

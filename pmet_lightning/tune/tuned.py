@@ -1,0 +1,130 @@
+"""What a search has found: the chosen settings, what they do to records of other subjects, and what to know about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmet_lightning.tune.bench import Bench, Outcome
+from pmet_lightning.tune.choice import at_the_edge
+from pmet_lightning.tune.facts import Facts
+from pmet_lightning.tune.search import Budget, Finalist, Search
+from pmet_lightning.tune.space import CLAMPS, STRIDES, Setting
+from pmet_lightning.tune.study import open_storage
+
+FOUND = 0.7  # mean P(o*) at the end of the search for targets: below it, hardly a target was found
+EFFICACY = 70.0
+_NEAR = 1.1  # of a bound
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The result of a search.
+
+    Attributes:
+        model: Name of the model.
+        setting: The chosen settings.
+        sections: The same as a configuration has them.
+        edits: Edits in an edit batch.
+        tuning: What they do to the tuning records.
+        reporting: What they do to the reporting records, which nothing was chosen on.
+        finalists: The settings that were measured with as many edits, the chosen one's equals first.
+        equal: How many of them cannot be told from the best one.
+        rows: All that was measured.
+        facts: The records.
+        notices: What to know before they are used.
+        seconds: How long all took, with the time before a search was stopped.
+        seed: Seed of the search.
+        trials: Number of trials of each stage.
+    """
+
+    model: str
+    setting: Setting
+    sections: Mapping[str, Mapping[str, Any]]
+    edits: int
+    tuning: Outcome
+    reporting: Outcome
+    finalists: Sequence[Finalist]
+    equal: int
+    rows: Sequence[Mapping[str, Any]]
+    facts: Facts
+    notices: Sequence[str]
+    seconds: float
+    seed: int
+    trials: Mapping[str, int]
+
+    def editor_settings(self) -> dict[str, Any]:
+        """The keyword arguments of :class:`~pmet_lightning.Editor` that they are."""
+        model, spread = dict(self.sections["model"]), dict(self.sections["spread"])
+        optimizer = model.pop("optimizer")
+        return {
+            **model,
+            "lr": optimizer["init_args"]["lr"],
+            "lam": spread.pop("lam"),
+            "moments": dict(self.sections["moments"]),
+            "spread": spread,
+        }
+
+
+def run_search(
+    bench: Bench, facts: Facts, budget: Budget, folder: Path, name: str, seed: int = 0, url: str | None = None
+) -> Tuned:
+    """Search, choose, and measure what was chosen on the reporting records.
+
+    Args:
+        bench: The model.
+        facts: The records.
+        budget: How much the search may take.
+        folder: Folder of what is kept.
+        name: Name of the search in its storage: what it depends on, so that no other search goes on with it.
+        seed: Seed of the search.
+        url: A database that several processes share; ``None`` takes a file in the folder.
+    """
+    started = time.monotonic()
+    search = Search.prepare(bench, facts, budget, open_storage(url, folder), name, seed, url is None, started)
+    chosen, finalists, equal = search.run()
+    shared = {name: bench.base.get(name, {}) for name in ("model", "moments", "spread", "drift")}
+    shared["model"] = {key: value for key, value in shared["model"].items() if key != "targets_folder"}
+    found = search.scale.sections(chosen.setting)
+    sections = {name: {**settings, **found.get(name, {})} for name, settings in shared.items()}
+    reporting = bench.measure(found, [facts.reporting_edits[: search.edits]], full=True)
+    return Tuned(
+        bench.name,
+        chosen.setting,
+        sections,
+        search.edits,
+        chosen.outcome,
+        reporting,
+        finalists,
+        equal,
+        search.rows(),
+        facts,
+        [*search.notices, *_notices(search, chosen)],
+        search.spent,
+        seed,
+        search.counts,
+    )
+
+
+def _notices(search: Search, chosen: Finalist) -> list[str]:
+    """What the numbers warn of."""
+    found = max((row["found"] for row in search.rows()), default=0.0)
+    efficacy = chosen.outcome.scores["efficacy"]
+    notices = []
+    if found < FOUND or efficacy < EFFICACY:
+        notices.append(
+            "this method will not do well on this model: it writes what the model recalls at the subject's last token, "
+            f"and in none of the layers and with none of the settings does that decide the answer (P(o*) at best "
+            f"{found:.2f} while targets are sought, efficacy {efficacy:.0f}). Such facts are kept elsewhere, as in "
+            "models that recall them at the prompt's last token; 'analyze' shows where"
+        )
+    target = chosen.setting.target
+    for what, value, bounds in (("clamp", target.clamp, CLAMPS), ("learning rate", target.stride, STRIDES)):
+        if value < _NEAR * bounds[0] or value > bounds[1] / _NEAR:
+            notices.append(f"the {what} is at the end of what was searched; a value beyond may be better")
+    if at_the_edge(chosen.setting.write):
+        notices.append("λ is at the end of what was searched; a value beyond may be better")
+    return notices
