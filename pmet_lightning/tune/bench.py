@@ -23,11 +23,13 @@ from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.evaluation.probes import ProbeResult, harmonic_mean, score_probes
 from pmet_lightning.evaluation.scores import CORE, table_of
 from pmet_lightning.model.architectures import ProjectionId, SiteName, architecture_of, written_sites
+from pmet_lightning.model.fsdp import local_rows
 from pmet_lightning.model.projections import Sites, in_features
 from pmet_lightning.run.settings import EditObjects, make_objects
 from pmet_lightning.run.timing import PhaseProfiler
 from pmet_lightning.run.trainer import EDIT_RUN, device_options, ignore_expected_warnings
 from pmet_lightning.tune.space import Scale
+from pmet_lightning.utils.console import quietly
 from pmet_lightning.write.keys import KeyRows, measure_values
 from pmet_lightning.write.write_report import WriteReport
 
@@ -122,7 +124,8 @@ class Bench:
             batches: The edit batches.
             full: Whether generated answers and the effect on plain text are measured too, as at the end of a run.
         """
-        return join([self._measure(settings, edits, full) for edits in batches])
+        with quietly():
+            return join([self._measure(settings, edits, full) for edits in batches])
 
     def _measure(self, settings: Sections, edits: Sequence[Edit], full: bool) -> Outcome:
         parts = self._objects(settings, {} if full else {"free_tokens": 0})
@@ -176,14 +179,13 @@ class Bench:
     def _as_it_was(self, layers: Sequence[int]) -> Iterator[None]:
         """Afterwards the projections of some layers are what they were, bit by bit and in their own precision."""
         projections = [self.sites.module(*found) for found in self.sites.written(written_sites("attn+ffn"), layers)]
-        kept = [(projection, projection.weight, projection.weight.detach().clone()) for projection in projections]
+        kept = [(one, local_rows(one.weight).clone()) for one in projections]  # type: ignore[arg-type]
         try:
             yield
         finally:
-            for projection, _, weight in kept:
+            for projection, weight in kept:
                 projection.to(weight.dtype).__dict__.pop("forward", None)  # of keep_float32
-                with torch.no_grad():
-                    projection.weight.copy_(weight)  # type: ignore[operator]
+                local_rows(projection.weight).copy_(weight)  # type: ignore[arg-type]
 
 
 class _KeepReport(L.Callback):

@@ -133,11 +133,10 @@ _SECTIONS = {
 def summary_lines(tuned: Tuned) -> list[str]:
     """What was chosen, from what, and how sure it is, in words."""
     after, before = tuned.reporting.scores, tuned.reporting.before
-    trials = ", ".join(f"{count} of {name}" for name, count in tuned.trials.items())
     lines = [
-        f"Settings for {tuned.model}, found by 'pmet-lightning tune' (seed {tuned.seed}): {len(tuned.rows)} settings "
-        "measured",
-        f"in {tuned.seconds / 60:.0f} minutes (trials: {trials}), on {len(tuned.facts.tuning)} records; {_equal(tuned)}",
+        f"Settings for {tuned.model}, found by 'pmet-lightning tune' (seed {tuned.seed}):",
+        f"{len(tuned.rows)} measured in {tuned.seconds / 60:.0f} minutes on {len(tuned.facts.tuning)} records; "
+        f"{_equal(tuned)}",
         f"Facts: {tuned.facts.source}.",
         f"On {int(after['count'])} records of other subjects, in one edit batch, which nothing was chosen on:",
         f"  {_scores(after, tuned.reporting.score)}" + (f"; unedited: {_scores(before, None)}" if before else ""),

@@ -143,6 +143,7 @@ class Search:
         self._look_at_layers()
         self.edits = int(self.by_setting.remember("edits", self._affordable_edits))
         self.layers = list(self.by_setting.remember("layers", self._best_layers))
+        self._notice_edits()
         log.info("targets in layer %s; %d edits in an edit batch", " or ".join(map(str, self.layers)), self.edits)
         self.rungs = rungs_of(self.edits)
         self.by_setting.study.pruner = halving(self.rungs[0])
@@ -218,10 +219,14 @@ class Search:
         if not self.timed:
             return most
         affordable = int(FINAL_SHARE * self.budget.seconds / 2 / self._seconds_per_edit())
-        if affordable < most:
-            most = max(min(LARGE_RUNG, most), affordable)
-            self.notices.append(f"time allows edit batches of {most} edits; choose another number with --edits")
-        return most
+        return max(min(LARGE_RUNG, most), min(affordable, most))
+
+    def _notice_edits(self) -> None:
+        """Say so if there are fewer edits in an edit batch than wanted, or than there could be."""
+        wanted = self.budget.edits or min(MOST_EDITS, len(self.few), len(self.facts.reporting_edits))
+        if self.edits < wanted:
+            reason = "there are no more records" if self.budget.edits else "time allows no more"
+            self.notices.append(f"settings are for {self.edits} edits in an edit batch: {reason}")
 
     def _seconds_per_edit(self) -> float:
         """Of a finalist, by the trials of the first stage: one search for targets, and about five writes."""

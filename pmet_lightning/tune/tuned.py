@@ -1,4 +1,4 @@
-"""What a search has found: the chosen settings, what they do to records of other subjects, and what to know about it."""
+"""What a search has found: the chosen settings, what they do to records of other subjects, what to know about it."""
 
 from __future__ import annotations
 
