@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +14,9 @@ from pmet_lightning.moments.store import MOMENTS_FOLDER
 from pmet_lightning.utils.types import NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from pmet_lightning.data.encoder import PromptEncoder
     from pmet_lightning.tune.facts import Facts
 
 log = logging.getLogger(__name__)
-
-# Settings that are not searched: iterations for one edit; projections in float32, so that no edit is lost to rounding.
-FIXED = {"steps": 25, "keep_float32": True}
 
 
 @dataclass(frozen=True)
@@ -110,6 +102,7 @@ def tune(
     """
     from pmet_lightning.model.loading import set_plain_outputs
     from pmet_lightning.tune.bench import Bench
+    from pmet_lightning.tune.facts import choose_facts, read_items
     from pmet_lightning.tune.results import closing_lines, write_results
     from pmet_lightning.tune.search import Budget
     from pmet_lightning.tune.tuned import run_search
@@ -120,80 +113,27 @@ def tune(
     with quietly():
         lm, encoder = load_with_encoder(model)
         set_plain_outputs(lm)
-    facts = facts_for(lm, encoder, model, data, seed)
+    own = None if data.path is None else read_items(data.path, data.split, data.zsre_target)
+    source = data.path if isinstance(data.path, str) else ", ".join(data.path or [])
+    facts = choose_facts(lm, encoder, model.model_name, own, source, seed, model.tokens_per_batch)
     base = base_sections(model, moments, facts, seed)
     bench = Bench(lm, encoder.tokenizer, model.model_name, base, folder / "targets")
-    name = search_name(lm, facts, base, edits, seed)
-    check_folder(folder, name)
-    budget = Budget(60 * minutes, trials, edits)
-    tuned = run_search(bench, facts, budget, folder, name, seed, storage)
+    tuned = run_search(bench, facts, Budget(60 * minutes, trials, edits), folder, seed, storage)
     write_results(tuned, folder)
     log.info("%s", "\n".join(closing_lines(tuned, folder)))
-
-
-def facts_for(lm: nn.Module, encoder: PromptEncoder, model: LoadOptions, data: OwnFacts, seed: int) -> Facts:
-    """The facts of a search: shipped ones that the model knows, or one's own.
-
-    Raises:
-        RecordError: If a record is invalid, or there are too few.
-        ValueError: If the model knows too few.
-    """
-    from pmet_lightning.tune.facts import (
-        asks_about_neighbors,
-        known_facts,
-        known_items,
-        own_facts,
-        read_items,
-        with_bystanders,
-    )
-
-    if data.path is None:
-        return known_facts(lm, encoder, model.model_name, seed, model.tokens_per_batch)
-    source = data.path if isinstance(data.path, str) else ", ".join(data.path)
-    facts = own_facts(read_items(data.path, data.split, data.zsre_target), source, seed)
-    if asks_about_neighbors([*facts.tuning, *facts.reporting]):
-        return facts
-    shipped = known_items(lm, encoder, read_items(facts.world.tuning), model.tokens_per_batch)
-    return with_bystanders(facts, shipped)
 
 
 def base_sections(model: TunedModel, moments: MomentOptions, facts: Facts, seed: int) -> dict[str, dict[str, Any]]:
     """The settings that all trials share, by section."""
     loaded = {name: value for name, value in vars(model).items() if name not in ("model_name", "device")}
+    from pmet_lightning.tune.space import STEPS
+
     kept = {name: value for name, value in loaded.items() if value != getattr(TunedModel(), name)}
     given = {name: value for name, value in asdict(moments).items() if value is not None}
     return {
-        "model": {**kept, **FIXED, "seed": seed},
+        "model": {"steps": STEPS, "keep_float32": True, **kept, "seed": seed},
         "data": {},
         "moments": {"corpus": facts.world.corpus, "corpus_subset": None, **given},
         "spread": {},
         "drift": {"text": facts.world.text},
     }
-
-
-def search_name(lm: nn.Module, facts: Facts, base: Any, edits: int | None, seed: int) -> str:
-    """Name of a search: the hash of what its answer depends on besides the budget."""
-    from pmet_lightning.model.fingerprint import fingerprint
-
-    identities = [edit.identity() for edit in (*facts.tuning_edits, *facts.reporting_edits)]
-    described = json.dumps([fingerprint(lm), identities, base, edits, seed], sort_keys=True, default=str)
-    return f"tune {hashlib.sha256(described.encode()).hexdigest()[:12]}"
-
-
-def check_folder(folder: Path, name: str) -> None:
-    """Refuse a folder with another search, and mark it as this one's.
-
-    Raises:
-        FileExistsError: If it holds another one.
-    """
-    from pmet_lightning.utils.files import write_json
-
-    path = folder / "search.json"
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8")).get("name")
-        if found != name:
-            raise FileExistsError(
-                f"--out {folder} holds a search with another model, other facts, edits, seed or options; set --out to "
-                "another folder, or remove it"
-            )
-    write_json(path, {"name": name})

@@ -114,6 +114,39 @@ def read_items(path: str | Sequence[str], split: str = "train", zsre_target: Zsr
     return items
 
 
+def choose_facts(
+    model: nn.Module,
+    encoder: PromptEncoder,
+    name: str,
+    own: Sequence[Item] | None,
+    source: str = "facts",
+    seed: int = 0,
+    tokens_per_batch: int = 8192,
+) -> Facts:
+    """The facts of a search: the user's own, or shipped ones that the model knows.
+
+    Args:
+        model: The language model.
+        encoder: Encoder of its tokenizer.
+        name: Its name.
+        own: The user's records, if there are some.
+        source: Where they come from.
+        seed: Seed of their order.
+        tokens_per_batch: Maximum number of padded tokens in one forward pass.
+
+    Raises:
+        RecordError: If there are too few of the user's own.
+        ValueError: If the model knows too few of the shipped ones.
+    """
+    if own is None:
+        return known_facts(model, encoder, name, seed, tokens_per_batch)
+    facts = own_facts(own, source, seed)
+    if asks_about_neighbors([*facts.tuning, *facts.reporting]):
+        return facts
+    shipped = read_items(facts.world.tuning)
+    return with_bystanders(facts, known_items(model, encoder, shipped, tokens_per_batch))
+
+
 def own_facts(items: Sequence[Item], source: str, seed: int) -> Facts:
     """Divide records at random into two halves that share no subject.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ Rows = Sequence[Mapping[str, Any]]
 STAGES = {"layers": GRID, "settings": MUTED, "finalists": BLUE}
 # Name of a setting: its title, and whether its axis is logarithmic.
 SETTINGS = {
-    "last": ("layer of the targets", False),
-    "width": ("number of edited layers", False),
+    "last": ("target layer", False),
+    "width": ("layers edited", False),
     "optimize": ("delta on", False),
     "clamp": ("clamp", True),
     "lr": ("learning rate", True),
@@ -71,11 +72,21 @@ def _against_settings(rows: Rows, chosen: Mapping[str, Any]) -> Figure:
             axes.set_xticks(range(len(labels)), labels)
             axes.margins(x=0.2)
         elif logarithmic:
-            axes.set_xscale("log")
+            _logarithmic(axes)
     charts[0].set_ylabel("Score")
     charts[4].set_ylabel("Score")
     figure.legend(*charts[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def positions(rows: Rows, name: str) -> tuple[list[float], list[str]]:
@@ -119,8 +130,6 @@ def frontier(rows: Rows) -> list[Mapping[str, Any]]:
 
 def _parallel(rows: Rows, chosen: Mapping[str, Any]) -> Figure:
     """A line for each setting over all axes; the darker, the higher its Score."""
-    import math
-
     figure, (axes,) = panels(_WIDTH, 3.4, 1, 1)
     names, everything = [*SETTINGS, "score"], [*rows, chosen]
     columns = []

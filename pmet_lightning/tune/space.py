@@ -16,6 +16,7 @@ from pmet_lightning.write.residual import SpreadRule
 Penalties = Literal["none", "published"]
 Direction = Literal["lam", "width", "rule"]
 
+STEPS = 25  # iterations for one edit: not searched
 WIDTHS = (1, 3, 5)  # numbers of edited layers
 DEEPEST = 2 / 3  # of the depth: targets live below
 OPTIMIZED: tuple[OptimizedSites, ...] = ("ffn", "attn+ffn", "hidden")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.tune.bench import Bench, Outcome
 from pmet_lightning.tune.choice import at_the_edge
 from pmet_lightning.tune.facts import Facts
 from pmet_lightning.tune.search import Budget, Finalist, Search
 from pmet_lightning.tune.space import CLAMPS, STRIDES, Setting
 from pmet_lightning.tune.study import open_storage
+from pmet_lightning.utils.files import write_json
 
 FOUND = 0.7  # mean P(o*) at the end of the search for targets: below it, hardly a target was found
 EFFICACY = 70.0
@@ -70,7 +74,7 @@ class Tuned:
 
 
 def run_search(
-    bench: Bench, facts: Facts, budget: Budget, folder: Path, name: str, seed: int = 0, url: str | None = None
+    bench: Bench, facts: Facts, budget: Budget, folder: Path, seed: int = 0, url: str | None = None
 ) -> Tuned:
     """Search, choose, and measure what was chosen on the reporting records.
 
@@ -79,11 +83,15 @@ def run_search(
         facts: The records.
         budget: How much the search may take.
         folder: Folder of what is kept.
-        name: Name of the search in its storage: what it depends on, so that no other search goes on with it.
         seed: Seed of the search.
         url: A database that several processes share; ``None`` takes a file in the folder.
+
+    Raises:
+        FileExistsError: If the folder holds another search.
     """
     started = time.monotonic()
+    name = search_name(bench, facts, budget.edits, seed)
+    check_folder(folder, name)
     search = Search.prepare(bench, facts, budget, open_storage(url, folder), name, seed, url is None, started)
     chosen, finalists, equal = search.run()
     shared = {name: bench.base.get(name, {}) for name in ("model", "moments", "spread", "drift")}
@@ -128,3 +136,28 @@ def _notices(search: Search, chosen: Finalist) -> list[str]:
     if at_the_edge(chosen.setting.write):
         notices.append("λ is at the end of what was searched; a value beyond may be better")
     return notices
+
+
+def search_name(bench: Bench, facts: Facts, edits: int | None, seed: int) -> str:
+    """Name of a search: the hash of what its answer depends on besides the budget."""
+    identities = [edit.identity() for edit in (*facts.tuning_edits, *facts.reporting_edits)]
+    base = {**bench.base, "model": {**bench.base["model"], "targets_folder": None}}
+    described = json.dumps([fingerprint(bench.model), identities, base, edits, seed], sort_keys=True, default=str)
+    return f"tune {hashlib.sha256(described.encode()).hexdigest()[:12]}"
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder with another search, and mark it as this one's.
+
+    Raises:
+        FileExistsError: If it holds another one.
+    """
+    path = folder / "search.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8")).get("name")
+        if found != name:
+            raise FileExistsError(
+                f"{folder} holds a search with another model, other facts, edits, seed or options; take another folder "
+                "(--out), or remove it"
+            )
+    write_json(path, {"name": name})
