@@ -217,5 +217,7 @@ def join(outcomes: Sequence[Outcome]) -> Outcome:
 
 def with_few_neighbors(edit: Edit, count: int = FEW_NEIGHBORS) -> Edit:
     """An edit with the first questions about its neighbors only, and without prompts of texts."""
-    neighbors = [probe for probe in edit.probes if probe.kind == "specificity"][count:]
-    return replace(edit, probes=tuple(probe for probe in edit.probes if probe not in neighbors), generation_prompts=())
+    neighbors = [i for i, probe in enumerate(edit.probes) if probe.kind == "specificity"]
+    left_out = set(neighbors[count:])
+    probes = tuple(probe for i, probe in enumerate(edit.probes) if i not in left_out)
+    return replace(edit, probes=probes, generation_prompts=())

@@ -92,6 +92,7 @@ def config_lines(tuned: Tuned, folder: Path) -> list[str]:
     """The configuration, commented: what was chosen, from what, and how sure that is."""
     sections = tuned.sections
     adam = sections["model"]["optimizer"]["init_args"]["lr"]
+    records = folder / REPORTING if (folder / REPORTING).is_file() else "facts.json"
     model = {name: value for name, value in sections["model"].items() if name != "optimizer"}
     lines = [
         *(f"# {line}" for line in summary_lines(tuned)),
@@ -112,7 +113,7 @@ def config_lines(tuned: Tuned, folder: Path) -> list[str]:
         f"      lr: {adam:g}".ljust(31) + "# step size, in units of the residual stream",
         "",
         "data:                          # the edits",
-        _line("path", str(folder / REPORTING), "your facts; these are the records of the figure above"),
+        _line("path", str(records), "your facts; these are the records of the figure above"),
         _line("limit", tuned.edits, "maximum number of records; null uses all"),
         "  edit_batch: null             # edits written by one solve; null uses all",
     ]

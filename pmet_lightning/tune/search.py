@@ -36,6 +36,7 @@ KEPT_LAYERS = 4
 FINALISTS = 4
 MOST_FINALISTS = 8
 LAYER_SHARE, FINAL_SHARE = 0.3, 0.3  # of the time: at most for the layers, and about that for the finalists
+WHOLE_SHARE = 0.1  # of the time: what a trial with all edits may take
 # What layers are looked at with: targets that live at the FFN's output, and at the layer's.
 PROBES = (TargetSetting(0, "ffn", 4.0), TargetSetting(0, "hidden", 1.0))
 _PROBE_LAMS = (0, 2)
@@ -145,7 +146,7 @@ class Search:
         self.layers = list(self.by_setting.remember("layers", self._best_layers))
         self._notice_edits()
         log.info("targets in layer %s; %d edits in an edit batch", " or ".join(map(str, self.layers)), self.edits)
-        self.rungs = rungs_of(self.edits)
+        self.rungs = list(self.by_setting.remember("rungs", self._affordable_rungs))
         self.by_setting.study.pruner = halving(self.rungs[0])
         self._try_settings()
         self._measure_finalists()
@@ -220,6 +221,11 @@ class Search:
             return most
         affordable = int(FINAL_SHARE * self.budget.seconds / 2 / self._seconds_per_edit())
         return max(min(LARGE_RUNG, most), min(affordable, most))
+
+    def _affordable_rungs(self) -> list[int]:
+        """Up to all edits of an edit batch, unless a trial with as many would take too much of the time."""
+        taken = self._seconds_per_edit() * self.edits
+        return rungs_of(self.edits, not self.timed or taken < WHOLE_SHARE * self.budget.seconds)
 
     def _notice_edits(self) -> None:
         """Say so if there are fewer edits in an edit batch than wanted, or than there could be."""
@@ -380,15 +386,16 @@ class Search:
         ]
 
 
-def rungs_of(edits: int) -> list[int]:
-    """Numbers of edits of a trial: each three times the one before; at the end a third of all, if that is enough.
+def rungs_of(edits: int, whole: bool = True) -> list[int]:
+    """Numbers of edits of a trial, each three times the one before.
 
     Args:
         edits: Edits in an edit batch.
+        whole: Whether the last one is all of them; otherwise a third, if that is enough to tell settings apart.
     """
-    rungs = [edits // REDUCTION**2, edits // REDUCTION]
-    if rungs[-1] < LARGE_RUNG:
-        rungs.append(edits)
+    rungs = [edits // REDUCTION**2, edits // REDUCTION, edits]
+    if not whole and edits // REDUCTION >= LARGE_RUNG:
+        rungs.pop()
     return [rung for rung in rungs if rung >= min(LEAST_RUNG, edits)]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmet_lightning.tune.space import CLAMPS, OPTIMIZED, PENALTIES, STRIDES, TargetSetting
+from pmet_lightning.tune.space import CLAMPS, OPTIMIZED, PENALTIES, STRIDES, TargetSetting, rounded
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -28,12 +29,15 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         url: A database that several processes or machines share; ``None`` takes a SQLite file.
         folder: Folder of the file.
     """
+    from optuna.exceptions import ExperimentalWarning
     from optuna.storages import RDBStorage
 
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
         return RDBStorage(f"sqlite:///{folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 60}})
-    return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
+        return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
 
 
 class Stage:
@@ -149,8 +153,6 @@ def suggest(trial: Trial, layers: Sequence[int]) -> TargetSetting:
         trial: The trial.
         layers: The layers that targets may live in.
     """
-    from pmet_lightning.tune.space import rounded
-
     return TargetSetting(
         layer=trial.suggest_categorical("layer", list(layers)),
         optimize=trial.suggest_categorical("optimize", list(OPTIMIZED)),
