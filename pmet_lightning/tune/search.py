@@ -18,7 +18,16 @@ from pmet_lightning.evaluation.scores import CORE, NAMES
 from pmet_lightning.tune.bench import Bench, Outcome, with_few_neighbors
 from pmet_lightning.tune.choice import best_of, choose, search_writes
 from pmet_lightning.tune.facts import Facts
-from pmet_lightning.tune.space import Direction, Scale, Setting, TargetSetting, WriteSetting, target_layers, widths_at
+from pmet_lightning.tune.space import (
+    Direction,
+    Scale,
+    Setting,
+    TargetSetting,
+    WriteSetting,
+    edited_layers,
+    target_layers,
+    widths_at,
+)
 from pmet_lightning.tune.study import REDUCTION, Stage, halving, parameters_of, suggest
 
 if TYPE_CHECKING:
@@ -120,9 +129,7 @@ class Search:
         started: float,
     ) -> Search:
         """Collect the second moments of all layers that may be edited, and begin or go on; as for the class."""
-        deepest = max(target_layers(bench.depth, bench.layers))
-        layers = [layer for layer in bench.layers if layer <= deepest]
-        scale = bench.prepare(layers, facts.tuning_edits[:FEW])
+        scale = bench.prepare(edited_layers(bench.depth, bench.layers), facts.tuning_edits[:FEW])
         return cls(bench, scale, facts, budget, storage, name, seed, alone, started)
 
     @property

@@ -154,6 +154,12 @@ def target_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:
     return ordered
 
 
+def edited_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:
+    """All layers that may be edited: up to the uppermost in which targets may live; as for :func:`target_layers`."""
+    deepest = max(target_layers(depth, with_ffn))
+    return [layer for layer in with_ffn if layer <= deepest]
+
+
 def widths_at(layer: int, with_ffn: Sequence[int]) -> list[int]:
     """The numbers of edited layers that are possible if targets live in a layer: all of them have an FFN."""
     present = set(with_ffn)
