@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,7 @@ WHOLE_SHARE = 0.1  # of the time: what a trial with all edits may take
 # What layers are looked at with: targets that live at the FFN's output, and at the layer's.
 PROBES = (TargetSetting(0, "ffn", 4.0), TargetSetting(0, "hidden", 1.0))
 _PROBE_LAMS = (0, 2)
+_PARTS = ("write", "questions")
 
 
 @dataclass(frozen=True)
@@ -243,9 +245,10 @@ class Search:
 
     def _seconds_per_edit(self) -> float:
         """Of a finalist, by the trials of the first stage: one search for targets, and about five writes."""
-        rows = [row for trial in self.by_layer.finished() for row in trial.user_attrs["writes"]]
-        most = [max(row["seconds"][name] / row["edits"] for row in rows) for name in ("targets", "write", "questions")]
-        targets, write, questions = most
+        trials = [trial.user_attrs["writes"] for trial in self.by_layer.finished()]
+        rows = [row for trial in trials for row in trial]
+        targets = median(max(row["seconds"]["targets"] / row["edits"] for row in trial) for trial in trials)
+        write, questions = (median(row["seconds"][name] / row["edits"] for row in rows) for name in _PARTS)
         return targets + 5 * (write + 2 * questions)
 
     # ---- which settings --------------------------------------------------------------------------------
