@@ -13,14 +13,14 @@ from pmet_lightning.tune.space import LAM_STEPS, Direction, WriteSetting, write_
 Choice = TypeVar("Choice")
 
 TIE = 0.5  # points of Score: a setting that is further below the best one is not its equal, however wide the interval
-_DIRECTIONS: tuple[Direction, ...] = ("lam", "width", "rule")
+DIRECTIONS: tuple[Direction, ...] = ("lam", "width", "rule")
 
 
 def search_writes(
     measure: Callable[[WriteSetting], Outcome],
     start: WriteSetting,
     widths: Sequence[int],
-    directions: Sequence[Direction] = _DIRECTIONS,
+    directions: Sequence[Direction] = DIRECTIONS,
 ) -> dict[WriteSetting, Outcome]:
     """Look for the best way to write targets that are found, one direction after the other.
 

@@ -17,10 +17,9 @@ from torch import Tensor
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.scores import CORE, NAMES
 from pmet_lightning.tune.bench import Bench, Outcome, with_few_neighbors
-from pmet_lightning.tune.choice import best_of, choose, search_writes
+from pmet_lightning.tune.choice import DIRECTIONS, best_of, choose, search_writes
 from pmet_lightning.tune.facts import Facts
 from pmet_lightning.tune.space import (
-    Direction,
     Scale,
     Setting,
     TargetSetting,
@@ -46,7 +45,7 @@ KEPT_LAYERS = 4
 FINALISTS = 4
 MOST_FINALISTS = 8
 LAYER_SHARE, FINAL_SHARE = 0.3, 0.3  # of the time: at most for the layers, and about that for the finalists
-WHOLE_SHARE = 0.1  # of the time: what a trial with all edits may take
+WHOLE_SHARE = 0.2  # of the time: what a trial with all edits may take, estimated too high from few
 # What layers are looked at with: targets that live at the FFN's output, and at the layer's.
 PROBES = (TargetSetting(0, "ffn", 4.0), TargetSetting(0, "hidden", 1.0))
 _PROBE_LAMS = (0, 2)
@@ -291,11 +290,11 @@ class Search:
 
         target = suggest(trial, self.layers)
         write, value = self._known(target.layer).write, 0.0
-        directions: list[Direction] = ["lam", "width", "rule"]
         for count in self.rungs:
             measure = partial(self._measure, trial, target, batches=[self.few[:count]])
+            directions = DIRECTIONS if count == self.rungs[-1] else DIRECTIONS[:1]
             seen = search_writes(measure, write, self._widths(target.layer), directions)
-            write, directions = best_of(seen), ["lam"]
+            write = best_of(seen)
             value = seen[write].score
             trial.set_user_attr("setting", Setting(target, write).plain())
             trial.report(value, count)
