@@ -142,7 +142,7 @@ def choose_facts(
         return known_facts(model, encoder, name, seed, tokens_per_batch)
     facts = own_facts(own, source, seed)
     if asks_about_neighbors([*facts.tuning, *facts.reporting]):
-        return facts
+        return facts  # the model need not be asked what it knows
     shipped = read_items(facts.world.tuning)
     return with_bystanders(facts, known_items(model, encoder, shipped, tokens_per_batch))
 
@@ -241,10 +241,11 @@ def with_bystanders(facts: Facts, known: Sequence[Item]) -> Facts:
     """
     asked = [[probe for probe in edit.probes if probe.kind == "specificity"] for edit in edits_of(known)]
     asked = [probes for probes in asked if probes]
-    if not asked:
+    if not asked or asks_about_neighbors([*facts.tuning, *facts.reporting]):
         return facts
     tuning, reporting = (_with_questions(items, asked) for items in (facts.tuning, facts.reporting))
-    return replace(facts, tuning=tuning, reporting=reporting)
+    source = f"{facts.source}; they ask nothing about neighbors, so that specificity is that of shipped facts"
+    return replace(facts, tuning=tuning, reporting=reporting, source=source)
 
 
 def asks_about_neighbors(items: Iterable[Item]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +19,6 @@ from pmet_lightning.tune.bench import Bench, Outcome, with_few_neighbors
 from pmet_lightning.tune.choice import DIRECTIONS, best_of, choose, search_writes
 from pmet_lightning.tune.facts import Facts
 from pmet_lightning.tune.space import (
-    Scale,
     Setting,
     TargetSetting,
     WriteSetting,
@@ -50,6 +48,7 @@ WHOLE_SHARE = 0.2  # of the time: what a trial with all edits may take, estimate
 PROBES = (TargetSetting(0, "ffn", 4.0), TargetSetting(0, "hidden", 1.0))
 _PROBE_LAMS = (0, 2)
 _PARTS = ("write", "questions")
+_NOT_FINITE = "no setting gives finite numbers; load the model in another precision (--model.dtype float32)"
 
 
 @dataclass(frozen=True)
@@ -85,53 +84,41 @@ class Search:
 
     Args:
         bench: The model.
-        scale: Its units.
         facts: Facts to tune on and to report.
         budget: How much it may take.
         storage: Where it is stored.
         name: Name of the search in the storage.
         seed: Seed of its choices.
         alone: Whether no other process works on it.
-        started: When the work began, by ``time.monotonic``.
+
+    Attributes:
+        scale: The units of the model.
+        notices: What to know about the result.
+
+    Raises:
+        MomentError: If there is no memory for the second moments.
+        CorpusError: If the corpus has no text.
     """
 
     def __init__(
         self,
         bench: Bench,
-        scale: Scale,
         facts: Facts,
         budget: Budget,
         storage: BaseStorage,
         name: str,
-        seed: int,
-        alone: bool,
-        started: float,
+        seed: int = 0,
+        alone: bool = True,
     ) -> None:
-        self.bench, self.scale, self.facts, self.budget = bench, scale, facts, budget
+        self.bench, self.facts, self.budget = bench, facts, budget
+        self.scale = bench.prepare(edited_layers(bench.depth, bench.layers), facts.tuning_edits[:FEW])
         self.few = [with_few_neighbors(edit) for edit in facts.tuning_edits]
         self.depths = target_layers(bench.depth, bench.layers)
         self.notices: list[str] = []
-        self._setup = time.monotonic() - started
         stage = partial(Stage, storage, alone=alone, seed=seed)
         self.by_layer = stage(name=f"{name}, layers")
         self.by_setting = stage(name=f"{name}, settings")
         self.final = stage(name=f"{name}, finalists")
-
-    @classmethod
-    def prepare(
-        cls,
-        bench: Bench,
-        facts: Facts,
-        budget: Budget,
-        storage: BaseStorage,
-        name: str,
-        seed: int,
-        alone: bool,
-        started: float,
-    ) -> Search:
-        """Collect the second moments of all layers that may be edited, and begin or go on; as for the class."""
-        scale = bench.prepare(edited_layers(bench.depth, bench.layers), facts.tuning_edits[:FEW])
-        return cls(bench, scale, facts, budget, storage, name, seed, alone, started)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -148,8 +135,13 @@ class Search:
         Returns:
             The chosen one, all that it was chosen from, and how many of them, the first ones, cannot be told from the
             best one.
+
+        Raises:
+            ValueError: If no setting gives finite numbers.
         """
         self._look_at_layers()
+        if not self.by_layer.finished(pruned=False):
+            raise ValueError(_NOT_FINITE)
         self.edits = int(self.by_setting.remember("edits", self._affordable_edits))
         self.layers = list(self.by_setting.remember("layers", self._best_layers))
         self._notice_edits()
@@ -167,8 +159,8 @@ class Search:
 
     @property
     def spent(self) -> float:
-        """Seconds so far, with those before the search was stopped."""
-        return self._setup + sum(stage.seconds for stage in self._stages.values())
+        """Seconds of all finished trials, also of those before the search was stopped."""
+        return sum(stage.seconds for stage in self._stages.values())
 
     def _left(self, share: float) -> bool:
         """Whether less than a share of the time is spent."""
@@ -190,7 +182,10 @@ class Search:
                 break
             trial = self.by_layer.run(self._probe, {"layer": layer, "probe": probe})
             done.add((layer, probe))
-            log.info("layer %d of %d: Score %.1f with %d edits", layer, self.bench.depth, trial.value, self._few_count)
+            log.info(
+                "targets in layer %d of %d: Score %.1f with %d edits",
+                layer, self.bench.depth, trial.value or 0.0, self._few_count,
+            )  # fmt: skip
 
     @property
     def _few_count(self) -> int:
@@ -213,7 +208,7 @@ class Search:
     def _best_layers(self) -> list[int]:
         """The layers with the highest Scores."""
         best: dict[int, float] = {}
-        for trial in self.by_layer.finished():
+        for trial in self.by_layer.finished(pruned=False):
             best[trial.params["layer"]] = max(best.get(trial.params["layer"], -math.inf), trial.value or 0.0)
         return sorted(sorted(best, key=lambda layer: -best[layer])[:KEPT_LAYERS])
 
@@ -244,7 +239,7 @@ class Search:
 
     def _seconds_per_edit(self) -> float:
         """Of a finalist, by the trials of the first stage: one search for targets, and about five writes."""
-        trials = [trial.user_attrs["writes"] for trial in self.by_layer.finished()]
+        trials = [trial.user_attrs["writes"] for trial in self.by_layer.finished(pruned=False)]
         rows = [row for trial in trials for row in trial]
         targets = median(max(row["seconds"]["targets"] / row["edits"] for row in trial) for trial in trials)
         write, questions = (median(row["seconds"][name] / row["edits"] for row in rows) for name in _PARTS)
@@ -279,7 +274,7 @@ class Search:
 
     def _known(self, layer: int) -> Setting:
         """The best setting so far with targets in a layer."""
-        for trials in (self.by_setting.finished(pruned=False), self.by_layer.finished()):
+        for trials in (self.by_setting.finished(pruned=False), self.by_layer.finished(pruned=False)):
             own = [trial for trial in trials if trial.params["layer"] == layer]
             if own:
                 return Setting.of(max(own, key=lambda trial: trial.value or 0.0).user_attrs["setting"])
@@ -317,7 +312,11 @@ class Search:
             trial = self.final.run(self._measure_finalist, {"of": of})
             done.add(of)
             log.info(
-                "finalist %d: Score %.1f with %d edits; %s", number + 1, trial.value, self.edits, self._time_line()
+                "finalist %d: Score %.1f with %d edits; %s",
+                number + 1,
+                trial.value or 0.0,
+                self.edits,
+                self._time_line(),
             )
 
     def _best_trials(self, most: int) -> list[int]:
@@ -345,8 +344,10 @@ class Search:
     def _choose(self) -> tuple[Finalist, list[Finalist], int]:
         found = {
             Setting.of(trial.user_attrs["setting"]): unpacked(trial.user_attrs["outcome"])
-            for trial in self.final.finished()
+            for trial in self.final.finished(pruned=False)
         }
+        if not found:
+            raise ValueError(_NOT_FINITE)
         chosen, equal = choose(found, lambda one: (one.target.clamp, -self.scale.lam(one.write)))
         others = sorted(set(found) - set(equal), key=lambda one: -found[one].score)
         finalists = [Finalist(one, found[one]) for one in [*equal, *others]]

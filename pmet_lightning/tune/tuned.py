@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from pmet_lightning.tune.search import Budget, Finalist, Search
 from pmet_lightning.tune.space import CLAMPS, STRIDES, Setting
 from pmet_lightning.tune.study import open_storage
 from pmet_lightning.utils.files import write_json
+
+log = logging.getLogger(__name__)
 
 FOUND = 0.7  # mean P(o*) at the end of the search for targets: below it, hardly a target was found
 EFFICACY = 70.0
@@ -89,15 +91,15 @@ def run_search(
     Raises:
         FileExistsError: If the folder holds another search.
     """
-    started = time.monotonic()
     name = search_name(bench, facts, budget.edits, seed)
     check_folder(folder, name)
-    search = Search.prepare(bench, facts, budget, open_storage(url, folder), name, seed, url is None, started)
+    search = Search(bench, facts, budget, open_storage(url, folder), name, seed, alone=url is None)
     chosen, finalists, equal = search.run()
     shared = {name: bench.base.get(name, {}) for name in ("model", "moments", "spread", "drift")}
     shared["model"] = {key: value for key, value in shared["model"].items() if key != "targets_folder"}
     found = search.scale.sections(chosen.setting)
     sections = {name: {**settings, **found.get(name, {})} for name, settings in shared.items()}
+    log.info("the chosen settings on %d records of other subjects", search.edits)
     reporting = bench.measure(found, [facts.reporting_edits[: search.edits]], full=True)
     return Tuned(
         bench.name,
@@ -124,10 +126,10 @@ def _notices(search: Search, chosen: Finalist) -> list[str]:
     notices = []
     if found < FOUND or efficacy < EFFICACY:
         notices.append(
-            "this method will not do well on this model: it writes what the model recalls at the subject's last token, "
-            f"and in none of the layers and with none of the settings does that decide the answer (P(o*) at best "
-            f"{found:.2f} while targets are sought, efficacy {efficacy:.0f}). Such facts are kept elsewhere, as in "
-            "models that recall them at the prompt's last token; 'analyze' shows where"
+            f"this method will not do well on this model: the best settings write {efficacy:.0f} % of the tuning facts, "
+            f"and the search for targets reaches P(o*) {found:.2f} at most. It writes what the model recalls at the "
+            "subject's last token; models that recall facts elsewhere, such as at the prompt's last token, do not take "
+            "that. 'analyze' shows where this one keeps them"
         )
     target = chosen.setting.target
     for what, value, bounds in (("clamp", target.clamp, CLAMPS), ("learning rate", target.stride, STRIDES)):
