@@ -127,9 +127,9 @@ def _notices(search: Search, chosen: Finalist) -> list[str]:
     if found < FOUND or efficacy < EFFICACY:
         notices.append(
             f"this method will not do well on this model: the best settings write {efficacy:.0f} % of the tuning "
-            f"facts, and the search for targets reaches P(o*) {found:.2f} at most. It writes what the model recalls at the "
-            "subject's last token; models that recall facts elsewhere, such as at the prompt's last token, do not take "
-            "that. 'analyze' shows where this one keeps them"
+            f"facts, and the search for targets reaches P(o*) {found:.2f} at most. It writes what the model recalls at "
+            "the subject's last token; models that recall facts elsewhere, such as at the prompt's last token, do not "
+            "take that. 'analyze' shows where this one keeps them"
         )
     target = chosen.setting.target
     for what, value, bounds in (("clamp", target.clamp, CLAMPS), ("learning rate", target.stride, STRIDES)):
