@@ -35,6 +35,7 @@ from pmet_lightning.write.write_report import WriteReport
 
 Sections = Mapping[str, Mapping[str, Any]]
 FEW_NEIGHBORS = 4  # questions about neighbors that a trial asks for each edit; a finalist is asked all
+_NORMAL = 1.4826  # standard deviation of a normal distribution, in medians of absolute values
 _MEASURED: tuple[SiteName, ...] = ("ffn", "hidden")
 
 
@@ -103,7 +104,7 @@ class Bench:
 
         Args:
             layers: The layers.
-            edits: Edits at whose subjects the norms are measured.
+            edits: Edits at whose subjects the values are measured.
         """
         layers = sorted(layers)
         parts = self._objects({"model": {"layers": layers}})
@@ -112,9 +113,9 @@ class Bench:
         rows = KeyRows.of(edits, [], parts.module.encoder, parts.module.tokens_per_batch, self.device)
         points: list[ProjectionId] = [(site, layer) for layer in layers for site in _MEASURED]
         values = measure_values(self.model, self.sites, points, rows)
-        norms = {point: float(value_NF.norm(dim=-1).median()) for point, value_NF in zip(points, values, strict=True)}
-        ffn, hidden = ({layer: norms[site, layer] for layer in layers} for site in _MEASURED)
-        return Scale(ffn, hidden, self.sites.width, in_features(self.sites.module("ffn", layers[0])))
+        sizes = {point: entry_size(value_NF) for point, value_NF in zip(points, values, strict=True)}
+        ffn, hidden = ({layer: sizes[site, layer] for layer in layers} for site in _MEASURED)
+        return Scale(ffn, hidden, in_features(self.sites.module("ffn", layers[0])))
 
     def measure(self, settings: Sections, batches: Sequence[Sequence[Edit]], full: bool = False) -> Outcome:
         """Write edit batches, each into the model as it was, and ask their questions.
@@ -213,6 +214,17 @@ def join(outcomes: Sequence[Outcome]) -> Outcome:
         max(outcome.growth for outcome in outcomes),
         {name: sum(outcome.seconds[name] for outcome in outcomes) for name in outcomes[0].seconds},
     )
+
+
+def entry_size(values: Tensor) -> float:
+    """The usual size of an entry: its standard deviation, as far as few dimensions do not make it.
+
+    In some models (Gemma) a handful of dimensions make nearly all of the norm of the residual stream.
+
+    Args:
+        values: Vectors in rows.
+    """
+    return _NORMAL * float(values.abs().median())
 
 
 def with_few_neighbors(edit: Edit, count: int = FEW_NEIGHBORS) -> Edit:

@@ -21,7 +21,7 @@ WIDTHS = (1, 3, 5)  # numbers of edited layers
 DEEPEST = 2 / 3  # of the depth: targets live below
 OPTIMIZED: tuple[OptimizedSites, ...] = ("ffn", "attn+ffn", "hidden")
 CLAMPS = (0.4, 20.0)  # in norms of the clean output
-STRIDES = (0.02, 1.0)  # share of the radius of its ball that a delta can move in one step of Adam
+STRIDES = (0.02, 20.0)  # share of the radius of its ball that a delta can move in one step of Adam; above 1, across it
 PENALTIES: dict[Penalties, dict[str, float]] = {
     "none": {"kl_factor": 0.0, "norm_factor": 0.0},
     "published": {"kl_factor": 0.0625, "norm_factor": 0.5},
@@ -97,21 +97,19 @@ class Scale:
     """The units of a model, which make one search space fit all.
 
     Attributes:
-        ffn_norms: Median norm of the clean FFN output at the subject's last token, by layer.
-        hidden_norms: The same of the layer's output.
-        width: Model width d.
+        ffn_sizes: Size of an entry of the clean FFN output at the subject's last token, by layer.
+        hidden_sizes: The same of the layer's output.
         key_width: Width of the keys d_k.
     """
 
-    ffn_norms: Mapping[int, float]
-    hidden_norms: Mapping[int, float]
-    width: int
+    ffn_sizes: Mapping[int, float]
+    hidden_sizes: Mapping[int, float]
     key_width: int
 
     def learning_rate(self, target: TargetSetting) -> float:
-        """Adam's: each step moves every entry of a delta by about as much, and the delta by √d times that."""
-        norms = self.hidden_norms if target.optimize == "hidden" else self.ffn_norms
-        return rounded(target.stride * target.clamp * norms[target.layer] / math.sqrt(self.width))
+        """Adam's: each step moves every entry of a delta by about as much."""
+        sizes = self.hidden_sizes if target.optimize == "hidden" else self.ffn_sizes
+        return rounded(target.stride * target.clamp * sizes[target.layer])
 
     def lam(self, write: WriteSetting) -> float:
         """λ, in preserved keys."""

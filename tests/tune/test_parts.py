@@ -12,7 +12,7 @@ from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_edits
 from pmet_lightning.data.records import Edit, Probe
 from pmet_lightning.evaluation.scores import CORE, NAMES, table_of
-from pmet_lightning.tune.bench import Outcome, join, with_few_neighbors
+from pmet_lightning.tune.bench import Outcome, entry_size, join, with_few_neighbors
 from pmet_lightning.tune.choice import TIE, best_of, choose, is_tie, search_writes
 from pmet_lightning.tune.facts import LEAST, Item, asks_about_neighbors, own_facts, read_items, with_bystanders
 from pmet_lightning.tune.figures import frontier, positions
@@ -67,15 +67,22 @@ def test_layers_without_ffn_are_left_out():
 
 
 def test_the_units_of_a_model_make_its_settings():
-    scale = Scale({2: 4.0}, {2: 40.0}, width=64, key_width=100)
+    scale = Scale({2: 0.5}, {2: 5.0}, key_width=100)
     setting = Setting(TargetSetting(2, "ffn", 3.0, 0.1), WriteSetting(3, "even", 2))
     sections = scale.sections(setting)
     assert sections["model"]["layers"] == [0, 1, 2]
-    assert sections["model"]["optimizer"]["init_args"]["lr"] == 0.15  # 0.1 · 3 · 4 / √64
+    assert sections["model"]["optimizer"]["init_args"]["lr"] == 0.15  # 0.1 · 3 · 0.5
     assert sections["spread"] == {"lam": 90.0, "rule": "even"}  # 0.1 · 100 · 3²
     hidden = Setting(TargetSetting(2, "hidden", 3.0, 0.1), setting.write)
     assert scale.sections(hidden)["model"]["optimizer"]["init_args"]["lr"] == 1.5
     assert Setting.of(setting.plain()) == setting
+
+
+def test_a_few_large_dimensions_do_not_make_the_size_of_an_entry():
+    values = torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    assert entry_size(3 * values) == pytest.approx(3, rel=0.03)
+    values[:, 0] = 1e4
+    assert entry_size(3 * values) == pytest.approx(3, rel=0.06)
 
 
 def test_neighbors_of_a_write():

@@ -181,7 +181,7 @@ def test_a_trial_is_a_fit_and_leaves_the_model_as_it_was(folder, tmp_path, dtype
     name = str(folder / "model")
     bench = bench_of(name, folder, dtype, keep_float32=kept)
     before = fingerprint(bench.model)
-    scale = Scale({2: 1.0}, {2: 1.0}, 32, 128)
+    scale = Scale({2: 0.2}, {2: 0.2}, 128)
     settings = scale.sections(Setting(TargetSetting(2, "ffn", 4.0, 0.2, "published"), WriteSetting(2, "even")))
     outcome = bench.measure(settings, [read_edits(folder / "facts.json", limit=8)])
     assert fingerprint(bench.model) == before
