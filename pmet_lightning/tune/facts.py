@@ -198,6 +198,7 @@ def known_facts(model: nn.Module, encoder: PromptEncoder, name: str, seed: int, 
         ValueError: If it knows too few of either.
     """
     read = {world: (read_items(world.tuning), read_items(world.reporting)) for world in WORLDS}
+    log.info("asking %s for the facts of %s", name, " and ".join(one.tuning for one in WORLDS))
     known = {world: known_items(model, encoder, tuning, tokens_per_batch) for world, (tuning, _) in read.items()}
     world = max(WORLDS, key=lambda one: len(known[one]))
     reporting = known_items(model, encoder, read[world][1], tokens_per_batch)
