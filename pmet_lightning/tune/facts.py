@@ -19,6 +19,8 @@ from pmet_lightning.data.records import Edit, Probe, ZsreTarget, check_no_contra
 
 log = logging.getLogger(__name__)
 
+_SAMPLE = 100  # facts of each world that tell which one a model knows
+_MOST_ASKED = 400  # facts on each side that a model is asked for
 LEAST = 16  # facts on each side: fewer cannot tell settings apart
 
 
@@ -197,24 +199,31 @@ def known_facts(model: nn.Module, encoder: PromptEncoder, name: str, seed: int, 
     Raises:
         ValueError: If it knows too few of either.
     """
-    read = {world: (read_items(world.tuning), read_items(world.reporting)) for world in WORLDS}
+    read = {world: _mixed(read_items(world.tuning), seed) for world in WORLDS}
     log.info("asking %s for the facts of %s", name, " and ".join(one.tuning for one in WORLDS))
-    known = {world: known_items(model, encoder, tuning, tokens_per_batch) for world, (tuning, _) in read.items()}
-    world = max(WORLDS, key=lambda one: len(known[one]))
-    reporting = known_items(model, encoder, read[world][1], tokens_per_batch)
+    sample = {one: known_items(model, encoder, read[one][:_SAMPLE], tokens_per_batch) for one in WORLDS}
+    world = max(WORLDS, key=lambda one: len(sample[one]))
+    tuning = [*sample[world], *known_items(model, encoder, read[world][_SAMPLE:], tokens_per_batch)]
+    asked = _mixed(read_items(world.reporting), seed)
+    reporting = known_items(model, encoder, asked, tokens_per_batch)
     taken = frozenset[str]().union(*(item.subjects for item in reporting))
-    tuning = [item for item in known[world] if not item.subjects & taken]
-    for items in (tuning, reporting):
-        random.Random(seed).shuffle(items)
-    counts = [f"{len(known[one])} of {len(read[one][0])} in {one.tuning}" for one in WORLDS]
+    tuning = [item for item in tuning if not item.subjects & taken]
     if min(len(tuning), len(reporting)) < LEAST:
+        counts = [f"{len(sample[one])} of the first {_SAMPLE} in {one.tuning}" for one in WORLDS]
         raise ValueError(
-            f"{name} knows too few of the shipped facts ({', '.join(counts)}; {len(reporting)} of "
-            f"{len(read[world][1])} in {world.reporting}), expected at least {LEAST} to tune on and {LEAST} to report; "
-            "give records of your own: --data.path facts.json"
+            f"{name} knows too few of the shipped facts ({', '.join(counts)}; {len(reporting)} of {len(asked)} in "
+            f"{world.reporting}), expected at least {LEAST} to tune on and {LEAST} to report; give records of your own: "
+            "--data.path facts.json"
         )
-    log.info("facts that %s knows: %s", name, ", ".join(counts))
+    log.info("facts that %s knows: %d to tune on, %d to report", name, len(tuning), len(reporting))
     return Facts(tuning, reporting, f"{world.tuning} and {world.reporting}, as far as the model knows them", world)
+
+
+def _mixed(items: Sequence[Item], seed: int) -> list[Item]:
+    """As many as are needed, in a random order."""
+    mixed = list(items)
+    random.Random(seed).shuffle(mixed)
+    return mixed[:_MOST_ASKED]
 
 
 def known_items(model: nn.Module, encoder: PromptEncoder, items: Sequence[Item], tokens_per_batch: int) -> list[Item]:
