@@ -212,8 +212,8 @@ def known_facts(model: nn.Module, encoder: PromptEncoder, name: str, seed: int, 
         counts = [f"{len(sample[one])} of the first {_SAMPLE} in {one.tuning}" for one in WORLDS]
         raise ValueError(
             f"{name} knows too few of the shipped facts ({', '.join(counts)}; {len(reporting)} of {len(asked)} in "
-            f"{world.reporting}), expected at least {LEAST} to tune on and {LEAST} to report; give records of your own: "
-            "--data.path facts.json"
+            f"{world.reporting}), expected at least {LEAST} to tune on and {LEAST} to report; give records of your "
+            "own: --data.path facts.json"
         )
     log.info("facts that %s knows: %d to tune on, %d to report", name, len(tuning), len(reporting))
     return Facts(tuning, reporting, f"{world.tuning} and {world.reporting}, as far as the model knows them", world)
