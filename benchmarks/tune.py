@@ -25,7 +25,6 @@ import optuna
 
 from pmet_lightning.analysis.options import load_with_encoder
 from pmet_lightning.evaluation.scores import METRICS, score_difference
-from pmet_lightning.model.architectures import suggest_layers
 from pmet_lightning.model.loading import set_plain_outputs
 from pmet_lightning.report.tables import score_cell
 from pmet_lightning.tune.bench import Bench, Outcome, with_few_neighbors
@@ -34,14 +33,9 @@ from pmet_lightning.tune.facts import Facts, choose_facts
 from pmet_lightning.tune.search import FEW, Budget
 from pmet_lightning.tune.space import LAM_STEPS, Scale, Setting, WriteSetting, edited_layers, target_layers, widths_at
 from pmet_lightning.tune.study import suggest
-from pmet_lightning.tune.tuned import run_search
+from pmet_lightning.tune.tuned import run_search, untuned_sections
 
 Sections = dict[str, dict[str, Any]]
-
-
-def adam(lr: float) -> dict[str, Any]:
-    """Adam as a configuration has it."""
-    return {"class_path": "torch.optim.Adam", "init_args": {"lr": lr}}
 
 
 def random_settings(bench: Bench, scale: Scale, seed: int) -> Iterator[Sections]:
@@ -58,17 +52,11 @@ def random_settings(bench: Bench, scale: Scale, seed: int) -> Iterator[Sections]
         yield scale.sections(Setting(target, WriteSetting(width, rule, lam)))
 
 
-def published(bench: Bench) -> Sections:
-    """The settings of your-model.yaml."""
-    model = {"layers": suggest_layers(bench.depth), "optimizer": adam(0.5), "clamp": 1.0, "steps": 20}
-    return {"model": model | {"kl_factor": 0.0625, "norm_factor": 0.5}, "spread": {"lam": 1000.0}}
-
-
-def grid_settings(bench: Bench) -> Iterator[Sections]:
-    """The grid, whose other settings are the published ones."""
+def grid_settings() -> Iterator[Sections]:
+    """The grid, whose other settings are those of your-model.yaml."""
     for clamp, kl, lam in itertools.product((3.0, 5.0), (0.0, 0.0625), (50.0, 200.0, 400.0)):
-        base = published(bench)
-        yield {"model": base["model"] | {"clamp": clamp, "kl_factor": kl}, "spread": {"lam": lam}}
+        base = untuned_sections()
+        yield {"model": base["model"] | {"clamp": clamp, "kl_factor": kl}, "spread": base["spread"] | {"lam": lam}}
 
 
 def best_within(bench: Bench, settings: Iterator[Sections], facts: Facts, edits: int, seconds: float) -> Sections:
@@ -109,8 +97,7 @@ def main() -> None:
     base = base_sections(options, MomentOptions(), facts, given.seed)
     ways: dict[str, Callable[[Bench, Scale], Iterator[Sections]]] = {
         "random search": lambda bench, scale: random_settings(bench, scale, given.seed),
-        "grid": lambda bench, _: grid_settings(bench),
-        "published, layers auto": lambda bench, _: iter([published(bench)]),
+        "grid": lambda *_: grid_settings(),
     }
     reporting = facts.reporting_edits[: given.edits]
     with tempfile.TemporaryDirectory() as folder:
@@ -121,6 +108,7 @@ def main() -> None:
         seconds = time.process_time() - start
         sys.stdout.write(f"  {len(tuned.rows)} settings in {seconds:.0f} s\n")
         show("tune", tuned.reporting, tuned.reporting)
+        show("your-model.yaml, layers auto", tuned.untuned, tuned.reporting)
         for name, make in ways.items():
             bench = Bench(lm, encoder.tokenizer, given.model, base, Path(folder) / name / "targets")
             scale = bench.prepare(edited_layers(bench.depth, bench.layers), facts.tuning_edits[:FEW])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.evaluation.scores import score_difference
 from pmet_lightning.report.tables import score_cell
 from pmet_lightning.tune.facts import Item
-from pmet_lightning.tune.tuned import Tuned
+from pmet_lightning.tune.tuned import UNTUNED, Tuned
 from pmet_lightning.utils.files import atomic_path, write_json
 
 CONFIG, PAGE, TABLE, RESULT = "tuned.yaml", "tuned.html", "trials.tsv", "tuned.json"
 TUNING, REPORTING = "tuning.json", "reporting.json"
+_DIFFERENCE = ("difference", "difference_low", "difference_high")
 _COMMENTS = {
     "layers": "edited layers; targets live in the last one",
     "optimize": "where deltas are added: attn+ffn (PMET), ffn, hidden (MEMIT)",
@@ -79,6 +82,7 @@ def plain_result(tuned: Tuned) -> dict[str, Any]:
         "tuning": dict(tuned.tuning.scores),
         "before": dict(tuned.reporting.before),
         "reporting": dict(tuned.reporting.scores),
+        "untuned": dict(tuned.untuned.scores),
         "notices": list(tuned.notices),
         "finalists": finalists,
         "equal": tuned.equal,
@@ -142,9 +146,17 @@ def summary_lines(tuned: Tuned) -> list[str]:
         f"On {int(after['count'])} records of other subjects, in one edit batch, which nothing was chosen on:",
         f"  {_scores(after, tuned.reporting.score)}" + (f"; unedited: {_scores(before, None)}" if before else ""),
         f"  {_damage(before, after)}",
+        f"With {UNTUNED} and layers auto instead: {_scores(tuned.untuned.scores, tuned.untuned.score)}{_gain(tuned)}.",
         f"(On the tuning records: {_scores(tuned.tuning.scores, tuned.tuning.score)}; a search makes this too good.)",
     ]
     return [*lines, *(f"NOTICE: {notice}." for notice in tuned.notices)]
+
+
+def _gain(tuned: Tuned) -> str:
+    """How much the Score rises by the search, where all of it was asked."""
+    found = score_difference(tuned.reporting.rows, tuned.untuned.rows)
+    value, low, high = (float(found.get(name, math.nan)) for name in _DIFFERENCE)
+    return "" if math.isnan(value) else f"; the search adds {value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _equal(tuned: Tuned) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pmet_lightning.model.fingerprint import fingerprint
+from pmet_lightning.run.settings import read_sections
 from pmet_lightning.tune.bench import Bench, Outcome
 from pmet_lightning.tune.choice import at_the_edge
 from pmet_lightning.tune.facts import Facts
@@ -23,6 +24,11 @@ log = logging.getLogger(__name__)
 
 FOUND = 0.7  # mean P(o*) at the end of the search for targets: below it, hardly a target was found
 EFFICACY = 70.0
+UNTUNED = "your-model.yaml"
+_CHOSEN = {
+    "model": ("layers", "optimize", "optimizer", "clamp", "kl_factor", "norm_factor", "steps"),
+    "spread": ("lam", "rule"),
+}
 _NEAR = 1.1  # of a bound
 
 
@@ -37,6 +43,7 @@ class Tuned:
         edits: Edits in an edit batch.
         tuning: What they do to the tuning records.
         reporting: What they do to the reporting records, which nothing was chosen on.
+        untuned: What settings do to them that were not sought for this model (:data:`UNTUNED`).
         finalists: The settings that were measured with as many edits, the chosen one's equals first.
         equal: How many of them cannot be told from the best one.
         rows: All that was measured.
@@ -53,6 +60,7 @@ class Tuned:
     edits: int
     tuning: Outcome
     reporting: Outcome
+    untuned: Outcome
     finalists: Sequence[Finalist]
     equal: int
     rows: Sequence[Mapping[str, Any]]
@@ -100,14 +108,15 @@ def run_search(
     found = search.scale.sections(chosen.setting)
     sections = {name: {**settings, **found.get(name, {})} for name, settings in shared.items()}
     log.info("the chosen settings on %d records of other subjects", search.edits)
-    reporting = bench.measure(found, [facts.reporting_edits[: search.edits]], full=True)
+    reporting = [facts.reporting_edits[: search.edits]]
     return Tuned(
         bench.name,
         chosen.setting,
         sections,
         search.edits,
         chosen.outcome,
-        reporting,
+        bench.measure(found, reporting, full=True),
+        bench.measure(untuned_sections(), reporting),
         finalists,
         equal,
         search.rows(),
@@ -117,6 +126,12 @@ def run_search(
         seed,
         search.counts,
     )
+
+
+def untuned_sections() -> dict[str, dict[str, Any]]:
+    """What a search chooses, as the configuration for any model has it, with layers by depth alone."""
+    found = read_sections(UNTUNED)
+    return {section: {name: found[section][name] for name in names} for section, names in _CHOSEN.items()}
 
 
 def _notices(search: Search, chosen: Finalist) -> list[str]:

@@ -83,6 +83,7 @@ def test_the_configuration_says_what_was_chosen_and_how_sure_that_is(found):
     score, low, high = (reported[name] for name in ("score", "score_low", "score_high"))
     assert f"Score {score:.1f} [{low:.1f}, {high:.1f}]" in head
     assert "12 records of other subjects" in head
+    assert "With your-model.yaml and layers auto instead: Score" in head
     settings = yaml.safe_load(text)
     assert settings["data"]["limit"] == EDITS
     assert settings["model"]["keep_float32"] is True
@@ -141,7 +142,7 @@ def test_a_search_that_was_stopped_goes_on_and_ends_as_if_it_had_not(folder, fou
     with monkeypatch.context() as patched:
         patched.setattr(Bench, "measure", measure)
         main(command(folder, "stopped"))
-    assert count == 101, "a finished search measures only the figure at its end"
+    assert count == 102, "a finished search measures only the figures at its end"
 
 
 def test_a_folder_of_another_search_is_refused(folder, found):
