@@ -42,6 +42,7 @@ _EXPECTED_WARNINGS = (
     r".*is smaller than the logging interval.*",
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*`IterableDataset` has `__len__` defined.*",
+    r"You defined a `validation_step` but have no `val_dataloader`.*",
     r"Total length of `(list|CombinedLoader)` across ranks is zero.*",
     r".*FSDP2-wrapped module .* returned a view tensor.*",
 )
