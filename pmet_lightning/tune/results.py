@@ -147,7 +147,8 @@ def summary_lines(tuned: Tuned) -> list[str]:
         f"  {_scores(after, tuned.reporting.score)}" + (f"; unedited: {_scores(before, None)}" if before else ""),
         f"  {_damage(before, after)}",
         f"With {UNTUNED} and layers auto instead: {_scores(tuned.untuned.scores, tuned.untuned.score)}{_gain(tuned)}.",
-        f"(On the tuning records: {_scores(tuned.tuning.scores, tuned.tuning.score)}; they were chosen on these: as a rule too good.)",
+        f"(On the tuning records: {_scores(tuned.tuning.scores, tuned.tuning.score)}; they were chosen on these, so "
+        "that it is as a rule too good.)",
     ]
     return [*lines, *(f"NOTICE: {notice}." for notice in tuned.notices)]
 

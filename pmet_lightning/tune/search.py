@@ -15,10 +15,12 @@ from torch import Tensor
 
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.scores import CORE, NAMES
+from pmet_lightning.targets.target_optimizer import OptimizedSites
 from pmet_lightning.tune.bench import Bench, Outcome, with_few_neighbors
 from pmet_lightning.tune.choice import DIRECTIONS, best_of, choose, search_writes
 from pmet_lightning.tune.facts import Facts
 from pmet_lightning.tune.space import (
+    OPTIMIZED,
     Setting,
     TargetSetting,
     WriteSetting,
@@ -59,11 +61,18 @@ class Budget:
         seconds: Time in all; not looked at if ``trials`` is given.
         trials: Trials of the second stage.
         edits: Edits in an edit batch; ``None`` takes as many as the records and the time allow.
+        optimize: What may get a delta.
     """
 
     seconds: float = 1800.0
     trials: int | None = None
     edits: int | None = None
+    optimize: Sequence[OptimizedSites] = OPTIMIZED
+
+    @property
+    def probes(self) -> list[TargetSetting]:
+        """What layers are looked at with."""
+        return [one for one in PROBES if one.optimize in self.optimize] or [TargetSetting(0, self.optimize[0], 4.0)]
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ class Search:
 
     def _look_at_layers(self) -> None:
         """Write few edits from targets in each layer, into several numbers of layers below it."""
-        points = [(layer, probe) for layer in self.depths for probe in range(len(PROBES))]
+        points = [(layer, probe) for layer in self.depths for probe in range(len(self.budget.probes))]
         done = {(trial.params["layer"], trial.params["probe"]) for trial in self.by_layer.finished()}
         for layer, probe in points:
             if (layer, probe) in done:
@@ -193,7 +202,7 @@ class Search:
 
     def _probe(self, trial: Trial) -> float:
         layer = trial.suggest_int("layer", 0, self.bench.depth - 1)
-        probe = PROBES[trial.suggest_int("probe", 0, len(PROBES) - 1)]
+        probe = self.budget.probes[trial.suggest_int("probe", 0, len(PROBES) - 1)]
         target = TargetSetting(**{**vars(probe), "layer": layer})
         writes = [WriteSetting(width, lam_step=lam) for width in self._widths(layer) for lam in _PROBE_LAMS]
         batches = [self.few[: self._few_count]]
@@ -283,7 +292,7 @@ class Search:
     def _try(self, trial: Trial) -> float:
         from optuna import TrialPruned
 
-        target = suggest(trial, self.layers)
+        target = suggest(trial, self.layers, self.budget.optimize)
         write, value = self._known(target.layer).write, 0.0
         for count in self.rungs:
             measure = partial(self._measure, trial, target, batches=[self.few[:count]])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pmet_lightning.targets.target_optimizer import OptimizedSites
 from pmet_lightning.tune.space import CLAMPS, OPTIMIZED, PENALTIES, STRIDES, TargetSetting, rounded
 
 if TYPE_CHECKING:
@@ -146,16 +147,17 @@ def halving(first: int) -> BasePruner:
     return SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
 
 
-def suggest(trial: Trial, layers: Sequence[int]) -> TargetSetting:
+def suggest(trial: Trial, layers: Sequence[int], optimize: Sequence[OptimizedSites] = OPTIMIZED) -> TargetSetting:
     """How a trial finds its targets.
 
     Args:
         trial: The trial.
         layers: The layers that targets may live in.
+        optimize: What may get a delta.
     """
     return TargetSetting(
         layer=trial.suggest_categorical("layer", list(layers)),
-        optimize=trial.suggest_categorical("optimize", list(OPTIMIZED)),
+        optimize=trial.suggest_categorical("optimize", list(optimize)),
         clamp=rounded(trial.suggest_float("clamp", *CLAMPS, log=True)),
         stride=rounded(trial.suggest_float("stride", *STRIDES, log=True)),
         penalties=trial.suggest_categorical("penalties", list(PENALTIES)),

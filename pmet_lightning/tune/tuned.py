@@ -99,7 +99,7 @@ def run_search(
     Raises:
         FileExistsError: If the folder holds another search.
     """
-    name = search_name(bench, facts, budget.edits, seed)
+    name = search_name(bench, facts, budget, seed)
     check_folder(folder, name)
     search = Search(bench, facts, budget, open_storage(url, folder), name, seed, alone=url is None)
     chosen, finalists, equal = search.run()
@@ -155,11 +155,12 @@ def _notices(search: Search, chosen: Finalist) -> list[str]:
     return notices
 
 
-def search_name(bench: Bench, facts: Facts, edits: int | None, seed: int) -> str:
-    """Name of a search: the hash of what its answer depends on besides the budget."""
+def search_name(bench: Bench, facts: Facts, budget: Budget, seed: int) -> str:
+    """Name of a search: the hash of what its answer depends on besides time or trials."""
     identities = [edit.identity() for edit in (*facts.tuning_edits, *facts.reporting_edits)]
     base = {**bench.base, "model": {**bench.base["model"], "targets_folder": None}}
-    described = json.dumps([fingerprint(bench.model), identities, base, edits, seed], sort_keys=True, default=str)
+    depends = [fingerprint(bench.model), identities, base, budget.edits, list(budget.optimize), seed]
+    described = json.dumps(depends, sort_keys=True, default=str)
     return f"tune {hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
 

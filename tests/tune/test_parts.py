@@ -16,7 +16,7 @@ from pmet_lightning.tune.bench import Outcome, entry_size, join, with_few_neighb
 from pmet_lightning.tune.choice import TIE, best_of, choose, is_tie, search_writes
 from pmet_lightning.tune.facts import LEAST, Item, asks_about_neighbors, own_facts, read_items, with_bystanders
 from pmet_lightning.tune.figures import frontier, positions
-from pmet_lightning.tune.search import LARGE_RUNG, packed, rungs_of, unpacked
+from pmet_lightning.tune.search import LARGE_RUNG, PROBES, Budget, packed, rungs_of, unpacked
 from pmet_lightning.tune.space import (
     LAM_STEPS,
     Scale,
@@ -98,6 +98,14 @@ def test_neighbors_of_a_write():
 def test_each_rung_has_three_times_as_many_edits(edits, rungs):
     assert rungs_of(edits) == rungs
     assert rungs_of(edits, whole=False) == (rungs[:-1] if rungs[-1] > 3 * LARGE_RUNG else rungs)
+
+
+def test_what_gets_a_delta_can_be_restricted():
+    assert Budget().probes == list(PROBES)
+    assert [probe.optimize for probe in Budget(optimize=["attn+ffn", "ffn"]).probes] == ["ffn"]
+    assert [probe.optimize for probe in Budget(optimize=["attn+ffn"]).probes] == ["attn+ffn"]
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    assert {suggest(study.ask(), [1], ["attn+ffn", "ffn"]).optimize for _ in range(20)} == {"attn+ffn", "ffn"}
 
 
 # ---- the facts ----------------------------------------------------------------------------------------------
