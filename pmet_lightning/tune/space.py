@@ -138,13 +138,15 @@ def rounded(value: float, digits: int = 2) -> float:
 def target_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:
     """The layers in which targets may live, from coarse to fine: a search that stops early has seen all depths.
 
+    The first is a quarter of the way up, where published ranges end.
+
     Args:
         depth: Number of layers of the model.
         with_ffn: Those that have an FFN; a hybrid may have others.
     """
     last = max(0, min(math.floor(DEEPEST * depth), depth - 2))
     layers = [layer for layer in with_ffn if layer <= last] or list(with_ffn[:1])
-    ordered: list[int] = []
+    ordered = [min(layers, key=lambda layer: abs(layer - depth / 4))]
     step = 1 << max(0, (len(layers) - 1).bit_length())
     while step:
         ordered += [layer for layer in layers[::-1][::step][::-1] if layer not in ordered]

@@ -52,7 +52,8 @@ def test_layers_are_looked_at_from_coarse_to_fine_up_to_two_thirds(depth):
     assert sorted(layers) == list(range(max(layers) + 1))
     assert max(layers) < max(1, depth - 1), "the last layer cannot hold a target"
     assert max(layers) <= depth * 2 / 3
-    half = sorted(layers[: len(layers) // 2 + 1])
+    assert abs(layers[0] - depth / 4) <= 0.5 or depth < 3
+    half = sorted(layers[1 : len(layers) // 2 + 2])
     gaps = [b - a for a, b in zip(half, half[1:], strict=False)]
     assert not gaps or max(gaps) - min(gaps) <= max(2, depth // 6), "an early end has seen all depths"
 
