@@ -338,7 +338,7 @@ class Search:
         of = trial.suggest_int("of", 0, 1_000_000)
         setting = Setting.of(self.by_setting.study.trials[of].user_attrs["setting"])
         measure = partial(self._measure, trial, setting.target, batches=self._batches())
-        seen = search_writes(measure, setting.write, self._widths(setting.target.layer))
+        seen = search_writes(measure, setting.write, self._widths(setting.target.layer), DIRECTIONS[:1])
         write, _ = choose(seen, lambda one: (-self.scale.lam(one),))
         trial.set_user_attr("setting", Setting(setting.target, write).plain())
         trial.set_user_attr("outcome", packed(seen[write]))
