@@ -1,10 +1,12 @@
-"""The search that the settings in configs/compare.yaml come from: the same for every method, on records not reported.
+"""`tune` against random search and a grid with the same budget, and against settings that were never searched.
 
-    python benchmarks/tune.py [--methods PMET MEMIT] [--limit 200]
+    python benchmarks/tune.py [--model atlas] [--trials 30] [--edits 200] [--seed 0]
 
-Every method gets a grid of about a dozen settings on the first 200 records of atlas-tuning, λ is doubled as long as the
-largest value is the best, and the four best settings run on the next 200 records too. The highest efficacy over both
-wins, then the highest Score.
+All work on the same model in memory, on the same tuning records and the same second moments; targets are kept for each.
+`tune` makes so many trials, and the others get the CPU time that it took. Random search (Optuna's RandomSampler) draws
+from the space of `tune`, with all edits in every trial; the grid is that of the first release: clamp 3 and 5, kl_factor
+0 and 0.0625, λ 50, 200 and 400, the other settings and the layers as your-model.yaml has them. The table is made on the
+reporting records; the last column is the difference of the Scores to that of `tune`, by a paired bootstrap.
 """
 
 from __future__ import annotations
@@ -14,100 +16,104 @@ import itertools
 import logging
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
+import optuna
 
-from pmet_lightning.compare.plan import Method, quiet, read_report
-from pmet_lightning.run.lightning_cli import run_fit
-from pmet_lightning.utils.resources import locate_config
+from pmet_lightning.analysis.options import load_with_encoder
+from pmet_lightning.evaluation.scores import METRICS, score_difference
+from pmet_lightning.model.loading import set_plain_outputs
+from pmet_lightning.report.tables import score_cell
+from pmet_lightning.tune.bench import Bench, Outcome, with_few_neighbors
+from pmet_lightning.tune.command import MomentOptions, TunedModel, base_sections
+from pmet_lightning.tune.facts import Facts, choose_facts
+from pmet_lightning.tune.search import FEW, Budget
+from pmet_lightning.tune.space import LAM_STEPS, Scale, Setting, WriteSetting, edited_layers, target_layers, widths_at
+from pmet_lightning.tune.study import suggest
+from pmet_lightning.tune.tuned import run_search, untuned_sections
 
-LAM = "spread.lam"
-_PMET = {"model.clamp": (3, 5), "model.kl_factor": (0, 0.0625), LAM: (50, 200, 400)}
-GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "PMET": _PMET,
-    "attention not optimized": _PMET,
-    "attention written too": _PMET,
-    "even spread": _PMET,
-    "PMET to the loss": _PMET,
-    "MEMIT": _PMET | {"model.clamp": (0.75, 1.5, 3)},  # relative to the layer's output, which has a larger norm
-    "null space": {"model.clamp": (3, 5), "spread.null_space": (0.003, 0.01, 0.03, 0.1), LAM: (10, 50, 200)},
-    "fine-tuning": {
-        "model.layers": ([0], [1], [2], [3]),
-        "model.optimizer.init_args.lr": (0.0003, 0.001, 0.003),
-        "model.epochs": (30, 100),
-    },
-}
+Sections = dict[str, dict[str, Any]]
 
 
-class Rank(NamedTuple):
-    """Efficacy first, then Score."""
-
-    efficacy: float
-    score: float
-
-
-class Bench:
-    """Runs on one file of records; statistics and target vectors are kept between them."""
-
-    def __init__(self, base: Path, records: str, limit: int) -> None:
-        self.base, self.records, self.limit, self.runs = base, records, limit, 0
-
-    def run(self, method: Method, setting: Mapping[str, Any], skip: int = 0) -> Rank:
-        """Efficacy and Score with one setting."""
-        folder = self.base / str(self.runs)
-        self.runs += 1
-        options = method.options | dict(setting) | {
-            "data.path": self.records, "data.limit": self.limit, "data.skip": skip, "model.free_tokens": 0,
-            "drift.text": None,
-        }  # fmt: skip
-        if method.command == "fit":
-            options["model.targets_folder"] = str(self.base / "targets")
-        after = read_report(run_fit(method.config, quiet(options, folder), method.command))["scores"]["after"]
-        rank = Rank(after["efficacy"], after["score"])
-        sys.stdout.write(f"{dict(setting)}, from {skip}: efficacy {rank.efficacy:.1f}, Score {rank.score:.1f}\n")
-        sys.stdout.flush()
-        return rank
-
-
-def settings(grid: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """All points of a grid."""
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def tune(bench: Bench, name: str, method: Method) -> None:
-    """Try the grid on the first records and its four best points on the next ones too; print the best on average."""
-    tried = [(setting, bench.run(method, setting)) for setting in settings(GRIDS[name])]
+def random_settings(bench: Bench, scale: Scale, seed: int) -> Iterator[Sections]:
+    """Settings drawn from the space of the search."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    layers = sorted(target_layers(bench.depth, bench.layers))
     while True:
-        best, _ = max(tried, key=lambda pair: pair[1])
-        if LAM not in best or best[LAM] < max(setting[LAM] for setting, _ in tried):
+        trial = study.ask()
+        target = suggest(trial, layers)
+        widths = widths_at(target.layer, bench.layers)
+        width = widths[trial.suggest_int("width", 0, 3) % len(widths)]
+        rule = trial.suggest_categorical("rule", ["sqrt", "even"])
+        lam = trial.suggest_int("lam", LAM_STEPS[0], LAM_STEPS[-1])
+        yield scale.sections(Setting(target, WriteSetting(width, rule, lam)))
+
+
+def grid_settings() -> Iterator[Sections]:
+    """The grid, whose other settings are those of your-model.yaml."""
+    for clamp, kl, lam in itertools.product((3.0, 5.0), (0.0, 0.0625), (50.0, 200.0, 400.0)):
+        base = untuned_sections()
+        yield {"model": base["model"] | {"clamp": clamp, "kl_factor": kl}, "spread": base["spread"] | {"lam": lam}}
+
+
+def best_within(bench: Bench, settings: Iterator[Sections], facts: Facts, edits: int, seconds: float) -> Sections:
+    """The best of settings in their order, as far as the CPU time reaches."""
+    batch = [with_few_neighbors(edit) for edit in facts.tuning_edits[:edits]]
+    start, found = time.process_time(), list[tuple[float, Sections]]()
+    for setting in settings:
+        found.append((bench.measure(setting, [batch]).score, setting))
+        if time.process_time() - start > seconds:
             break
-        further = best | {LAM: 2 * best[LAM]}
-        tried.append((further, bench.run(method, further)))
-    final = []
-    for setting, first in sorted(tried, key=lambda pair: pair[1], reverse=True)[:4]:
-        second = bench.run(method, setting, skip=bench.limit)
-        final.append((setting, Rank(*((a + b) / 2 for a, b in zip(first, second, strict=True)))))
-    setting, rank = max(final, key=lambda pair: pair[1])
-    sys.stdout.write(f"{name}: chosen {setting}: efficacy {rank.efficacy:.2f}, Score {rank.score:.2f}\n\n")
+    sys.stdout.write(f"  {len(found)} settings in {time.process_time() - start:.0f} s\n")
+    return max(found, key=lambda pair: pair[0])[1]
+
+
+def show(name: str, outcome: Outcome, reference: Outcome) -> None:
+    """A row of the table."""
+    cells = [score_cell(outcome.scores, metric) for metric in METRICS]
+    difference = score_difference(outcome.rows, reference.rows)
+    versus = ", ".join(f"{float(difference[part]):.1f}" for part in ("difference", "difference_low", "difference_high"))
+    sys.stdout.write(f"| {name} | {' | '.join(cells)} | {versus} |\n")
     sys.stdout.flush()
 
 
 def main() -> None:
-    """Tune the methods of configs/compare.yaml."""
+    """Search in each way, and show what each has found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", default="atlas-tuning")
-    parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    options = parser.parse_args()
+    parser.add_argument("--model", default="atlas")
+    parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
     logging.disable(logging.INFO)
-    methods = yaml.safe_load(Path(locate_config("compare.yaml")).read_text())["methods"]
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    options = TunedModel(model_name=given.model, device="cpu")
+    lm, encoder = load_with_encoder(options)
+    set_plain_outputs(lm)
+    facts = choose_facts(lm, encoder, given.model, None, seed=given.seed)
+    base = base_sections(options, MomentOptions(), facts, given.seed)
+    ways: dict[str, Callable[[Bench, Scale], Iterator[Sections]]] = {
+        "random search": lambda bench, scale: random_settings(bench, scale, given.seed),
+        "grid": lambda *_: grid_settings(),
+    }
+    reporting = facts.reporting_edits[: given.edits]
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), options.records, options.limit)
-        for name in options.methods:
-            tune(bench, name, Method(**methods[name]))
+        bench = Bench(lm, encoder.tokenizer, given.model, base, Path(folder) / "tune" / "targets")
+        start = time.process_time()
+        budget = Budget(trials=given.trials, edits=given.edits)
+        tuned = run_search(bench, facts, budget, Path(folder) / "tune", given.seed)
+        seconds = time.process_time() - start
+        sys.stdout.write(f"  {len(tuned.rows)} settings in {seconds:.0f} s\n")
+        show("tune", tuned.reporting, tuned.reporting)
+        show("your-model.yaml, layers auto", tuned.untuned, tuned.reporting)
+        for name, make in ways.items():
+            bench = Bench(lm, encoder.tokenizer, given.model, base, Path(folder) / name / "targets")
+            scale = bench.prepare(edited_layers(bench.depth, bench.layers), facts.tuning_edits[:FEW])
+            chosen = best_within(bench, make(bench, scale), facts, given.edits, seconds)
+            show(name, bench.measure(chosen, [reporting]), tuned.reporting)
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ def test_python_on_a_page_is_python_with_settings_that_exist(page, options):
     for block in re.findall(r"^```python\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL):
         for call in (node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)):
             if isinstance(call.func, ast.Name) and call.func.id == "Editor":
-                assert {keyword.arg for keyword in call.keywords} <= named
+                assert {keyword.arg for keyword in call.keywords if keyword.arg} <= named
             elif isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "editor":
                 method = getattr(Editor, call.func.attr)
                 assert {keyword.arg for keyword in call.keywords} <= set(inspect.signature(method).parameters)

@@ -20,6 +20,7 @@ FILE_COMMANDS = {
     "export": "pmet_lightning.cli.export",
     "convert": "pmet_lightning.cli.convert",
     "demo": "pmet_lightning.demo",
+    "tune": "pmet_lightning.tune.command",
     "compare": "pmet_lightning.compare.command",
     "harness": "pmet_lightning.cli.lm_eval",
     "analyze": "pmet_lightning.analysis.command",
@@ -38,6 +39,7 @@ _GROUPS = {command.partition(" ")[0] for command in FILE_COMMANDS if " " in comm
 TRAINER_COMMANDS = ("fit", "validate", "test", "stats", "finetune", "retrieve")
 PROGRAM = "pmet-lightning"
 _TEXTS = {
+    "tune": "find the settings for a model: its layers, how targets are found, how they are written",
     "fit": "edit a model: optimize target vectors, update the weights, evaluate before and after",
     "validate": "evaluate a model on the questions of the edits (with --model.patch: an edited model)",
     "test": "the same as validate",

@@ -6,14 +6,13 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pmet_lightning.compare.estimate import longest_first, plan_line, run_line, time_line
 from pmet_lightning.compare.plan import Method, Run, Setting, plan_runs, quiet, read_report
-from pmet_lightning.utils.console import quieten
+from pmet_lightning.utils.console import quieten, quietly
 from pmet_lightning.utils.files import write_json
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
@@ -53,7 +52,7 @@ def compare(
     from pmet_lightning.run import lightning_cli  # noqa: F401  # seconds of imports, which --help does not wait for
 
     quieten()  # Lightning, once it is imported
-    with _quietly():
+    with quietly():
         for name, method in methods.items():
             largest = max((run for run in runs if run.method == name), key=lambda run: run.skip + run.edits)
             _check(largest, method, common, folder)
@@ -126,26 +125,10 @@ def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> N
         return
     if run_dir.exists():
         shutil.rmtree(run_dir)
-    with _quietly():
+    with quietly():
         report = read_report(run_fit(method.config, quiet(settings, run_dir), method.command))
     _check_count(run, len(report["edits"]))
     write_json(run_dir / "run.json", wanted)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep the lines and bars of the single runs out of the log of the comparison, but for warnings."""
-    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
-
-    ours = logging.getLogger("pmet_lightning")
-    level = ours.level
-    ours.setLevel(logging.WARNING)
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        enable_progress_bar()
-        ours.setLevel(level)
 
 
 def _finished(folder: Path) -> bool:

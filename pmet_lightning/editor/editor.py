@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -102,6 +103,7 @@ class Editor:
         self.model: Any = load(model, settings, device) if isinstance(model, str) else check_model(model, settings)
         self._processor = load_tokenizer_for(name, tokenizer, bool(settings.get("trust_remote_code")))
         self.tokenizer: Any = tokenizer_in(self._processor)
+        self._name, self._sections = name, sections
         self._module, self._moments, self._spread = parts.module, parts.moments, parts.spread
         self._drift, self._data_settings, self._progress = parts.drift, parts.data, progress
         self._module.attach(self.model, self.tokenizer)
@@ -329,6 +331,48 @@ class Editor:
             outcome.edits,
             tuple(answers_before_and_after(self._module)),
         )
+
+    @arguments_named()
+    def tune(
+        self,
+        facts: Facts | None = None,
+        *,
+        minutes: float = 30.0,
+        trials: int | None = None,
+        edits: int | None = None,
+        seed: int = 0,
+        folder: str | Path | None = None,
+    ) -> dict[str, Any]:
+        """Find settings for this model, which must have no edits yet (the command ``tune``).
+
+        Args:
+            facts: As for :meth:`edit`; they are divided at random, by subject, into records to tune on and records to
+                report. By default shipped ones that the model knows.
+            minutes: Time that the search may take.
+            trials: Number of trials instead of a time: the same number and seed give the same answer.
+            edits: Edits to be written in one edit batch later; by default as many as records and time allow.
+            seed: Seed of the search.
+            folder: A folder for the configuration, the page and all that was measured; a search that was stopped goes
+                on there. ``None`` keeps nothing.
+
+        Returns:
+            Keyword arguments for another editor: ``Editor(model, **settings)``.
+
+        Raises:
+            RecordError: If a fact is invalid, or there are too few.
+            ValueError: If the model knows too few of the shipped facts.
+            RuntimeError: If facts are written already.
+        """
+        if self.edits_written:
+            raise RuntimeError(f"tune: {self.edits_written} edits are in the weights; take them back first (revert)")
+        from pmet_lightning.tune.python import tune_object
+        from pmet_lightning.tune.search import Budget
+
+        own = None if facts is None else read_facts(facts, self.tokenizer, self._data_settings).edits
+        with preserve_caller_state(self.model, self._device), tempfile.TemporaryDirectory() as temporary:
+            kept = Path(temporary if folder is None else folder).expanduser()
+            budget = Budget(60 * minutes, trials, edits)
+            return tune_object(self._module, self._name, self._sections, own, budget, kept, seed)
 
     @arguments_named()
     def remove(self, facts: str | Mapping[str, Any] | Edit | Iterable[str | Mapping[str, Any] | Edit]) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 
-from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer
+from pmet_lightning.run.trainer import EDIT_RUN, EditTrainer, device_options
 from pmet_lightning.utils.progress import EditProgressBar
 
 
@@ -32,15 +31,9 @@ def make_trainer(
         evaluate: Whether the model is evaluated before and after.
         progress: Whether progress bars are shown.
     """
-    kinds = {"cpu": ("cpu", 1), "cuda": ("gpu", [device.index or 0])}
-    accelerator, devices = kinds.get(device.type, (device.type, 1))
     options: dict[str, Any] = {
-        "accelerator": accelerator,
-        "devices": devices,
-        "plugins": [LightningEnvironment()],  # regardless of what launched this program
+        **device_options(device),
         "enable_progress_bar": progress,
-        # Tensors that the model caches in a pass, such as a table of positions, must not be inference tensors.
-        "inference_mode": False,
         **({} if evaluate else {"num_sanity_val_steps": 0, "limit_val_batches": 0}),
     }
     if run_dir is not None:

@@ -181,6 +181,14 @@ class EditableModel(L.LightningModule):
         """The layers whose weights are written."""
         return self.layers
 
+    def use_before(self, results: Mapping[int, Sequence[ProbeResult]]) -> None:
+        """Compare with what the unedited model has answered elsewhere, instead of asking it in this run.
+
+        Args:
+            results: Of each edit, by its position, a result for each of its questions.
+        """
+        self._before = {position: list(found) for position, found in results.items()}
+
     def setup(self, stage: str) -> None:
         """Check the layers and the family from the configuration alone, before any weight is read.
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 # Lightning warns about what is intended here: the language model stays in eval mode, batches are text, edits are read
 # once and by this process, their number of batches is known, the CSV logger shares the run folder, outputs are not
-# changed in place.
+# changed in place, a fit that only collects second moments has no edits.
 _EXPECTED_WARNINGS = (
     r".*module\(s\) in eval mode.*",
     r".*transfer_batch_to_device.*",
@@ -41,6 +43,8 @@ _EXPECTED_WARNINGS = (
     r".*is smaller than the logging interval.*",
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*`IterableDataset` has `__len__` defined.*",
+    r"You defined a `validation_step` but have no `val_dataloader`.*",
+    r"Total length of `(list|CombinedLoader)` across ranks is zero.*",
     r".*FSDP2-wrapped module .* returned a view tensor.*",
     r"MatMul8bitLt: inputs will be cast.*",  # bitsandbytes before 0.50; later ones log it
 )
@@ -150,6 +154,23 @@ class EditTrainer(L.Trainer):
             return line
         command = f"pmet-lightning fit --config {shlex.quote(str(folder / 'config.yaml'))}"
         return f"{line}; go on with\n{command} --trainer.resume true --trainer.run_dir {shlex.quote(str(folder))}"
+
+
+def device_options(device: torch.device) -> dict[str, Any]:
+    """Arguments of a trainer that works in this process only, on the device of a model that is loaded already.
+
+    Args:
+        device: Where the model is.
+    """
+    kinds = {"cpu": ("cpu", 1), "cuda": ("gpu", [device.index or 0])}
+    accelerator, devices = kinds.get(device.type, (device.type, 1))
+    return {
+        "accelerator": accelerator,
+        "devices": devices,
+        "plugins": [LightningEnvironment()],  # regardless of what launched this program
+        # Tensors that the model caches in a pass, such as a table of positions, must not be inference tensors.
+        "inference_mode": False,
+    }
 
 
 def _not_there(given: Mapping[str, Any], error: Exception) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Their messages below a warning are about themselves: TPUs that are not there, a product to install, epochs.
 _NOISY = ("lightning", "lightning.pytorch", "lightning.fabric")
@@ -43,3 +45,19 @@ def quieten() -> None:
         logger.propagate = True
         logger.setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the lines and bars of single runs out of the log of what runs them, but for warnings."""
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+    ours = logging.getLogger("pmet_lightning")
+    level = ours.level
+    ours.setLevel(logging.WARNING)
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        enable_progress_bar()
+        ours.setLevel(level)

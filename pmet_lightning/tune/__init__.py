@@ -1,0 +1,1 @@
+"""The search for the settings of a model: which layers, which targets, how much is written."""

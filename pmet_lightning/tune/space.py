@@ -1,0 +1,181 @@
+"""What is searched over: how targets are found, and how they are written.
+
+One target run serves many writes: targets depend on neither λ, nor the spread rule, nor the first edited layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pmet_lightning.targets.target_optimizer import OptimizedSites
+from pmet_lightning.write.residual import SpreadRule
+
+Penalties = Literal["none", "published"]
+Direction = Literal["lam", "width", "rule"]
+
+STEPS = 25  # iterations for one edit: not searched
+WIDTHS = (1, 3, 5)  # numbers of edited layers
+DEEPEST = 2 / 3  # of the depth: targets live below
+OPTIMIZED: tuple[OptimizedSites, ...] = ("ffn", "attn+ffn", "hidden")
+CLAMPS = (0.4, 20.0)  # in norms of the clean output
+STRIDES = (0.02, 20.0)  # share of the radius of its ball that a delta can move in one step of Adam; above 1, across it
+PENALTIES: dict[Penalties, dict[str, float]] = {
+    "none": {"kl_factor": 0.0, "norm_factor": 0.0},
+    "published": {"kl_factor": 0.0625, "norm_factor": 0.5},
+}
+LAM_STEP = 3.0  # ratio of neighboring values of λ
+LAM_UNIT = 0.1  # λ / d_k in the middle of its values; published: 0.03 to 1
+LAM_STEPS = range(-4, 5)
+
+
+@dataclass(frozen=True)
+class TargetSetting:
+    """How targets are found.
+
+    Attributes:
+        layer: L, where they live.
+        optimize: What gets a delta.
+        clamp: Radius of its ball, in norms of the clean output.
+        stride: Share of the radius that one step of Adam can move it.
+        penalties: Whether the terms of the loss beside the likelihood are used, with their published weights.
+    """
+
+    layer: int
+    optimize: OptimizedSites = "ffn"
+    clamp: float = 2.0
+    stride: float = 0.1
+    penalties: Penalties = "none"
+
+
+@dataclass(frozen=True)
+class WriteSetting:
+    """How targets are written.
+
+    Attributes:
+        width: Number of edited layers; the last one is L.
+        rule: Share of the residual that a layer takes.
+        lam_step: λ, in steps from the middle of its values.
+    """
+
+    width: int = 3
+    rule: SpreadRule = "sqrt"
+    lam_step: int = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that is chosen.
+
+    Attributes:
+        target: How targets are found.
+        write: How they are written.
+    """
+
+    target: TargetSetting
+    write: WriteSetting
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"target": asdict(self.target), "write": asdict(self.write)}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Setting:
+        """From what :meth:`plain` has made."""
+        return cls(TargetSetting(**plain["target"]), WriteSetting(**plain["write"]))
+
+    @property
+    def layers(self) -> list[int]:
+        """The edited layers."""
+        return list(range(self.target.layer - self.write.width + 1, self.target.layer + 1))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The units of a model, which make one search space fit all.
+
+    Attributes:
+        ffn_sizes: Size of an entry of the clean FFN output at the subject's last token, by layer.
+        hidden_sizes: The same of the layer's output.
+        key_width: Width of the keys d_k.
+    """
+
+    ffn_sizes: Mapping[int, float]
+    hidden_sizes: Mapping[int, float]
+    key_width: int
+
+    def learning_rate(self, target: TargetSetting) -> float:
+        """Adam's: each step moves every entry of a delta by about as much."""
+        sizes = self.hidden_sizes if target.optimize == "hidden" else self.ffn_sizes
+        return rounded(target.stride * target.clamp * sizes[target.layer])
+
+    def lam(self, write: WriteSetting) -> float:
+        """λ, in preserved keys."""
+        return rounded(LAM_UNIT * self.key_width * LAM_STEP**write.lam_step)
+
+    def sections(self, setting: Setting) -> dict[str, dict[str, Any]]:
+        """The settings as a configuration has them."""
+        adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": self.learning_rate(setting.target)}}
+        return {
+            "model": {
+                "layers": setting.layers,
+                "optimize": setting.target.optimize,
+                "optimizer": adam,
+                "clamp": setting.target.clamp,
+                **PENALTIES[setting.target.penalties],
+            },
+            "spread": {"lam": self.lam(setting.write), "rule": setting.write.rule},
+        }
+
+
+def rounded(value: float, digits: int = 2) -> float:
+    """A number with so many significant digits: what is chosen is no more exact than that."""
+    return float(f"{value:.{digits}g}")
+
+
+def target_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:
+    """The layers in which targets may live, from coarse to fine: a search that stops early has seen all depths.
+
+    The first is a quarter of the way up, where published ranges end.
+
+    Args:
+        depth: Number of layers of the model.
+        with_ffn: Those that have an FFN; a hybrid may have others.
+    """
+    last = max(0, min(math.floor(DEEPEST * depth), depth - 2))
+    layers = [layer for layer in with_ffn if layer <= last] or list(with_ffn[:1])
+    ordered = [min(layers, key=lambda layer: abs(layer - depth / 4))]
+    step = 1 << max(0, (len(layers) - 1).bit_length())
+    while step:
+        ordered += [layer for layer in layers[::-1][::step][::-1] if layer not in ordered]
+        step //= 2
+    return ordered
+
+
+def edited_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:
+    """All layers that may be edited: up to the uppermost in which targets may live; as for :func:`target_layers`."""
+    deepest = max(target_layers(depth, with_ffn))
+    return [layer for layer in with_ffn if layer <= deepest]
+
+
+def widths_at(layer: int, with_ffn: Sequence[int]) -> list[int]:
+    """The numbers of edited layers that are possible if targets live in a layer: all of them have an FFN."""
+    present = set(with_ffn)
+    possible = [w for w in WIDTHS if w <= layer + 1 and set(range(layer - w + 1, layer + 1)) <= present]
+    whole = layer + 1  # a short way up, all layers
+    return (
+        possible if whole >= WIDTHS[-1] or whole in possible or not set(range(whole)) <= present else [*possible, whole]
+    )
+
+
+def write_neighbors(write: WriteSetting, widths: Sequence[int], moved: Direction) -> list[WriteSetting]:
+    """The settings beside one in one direction."""
+    if moved == "rule":
+        others: list[SpreadRule] = ["even" if write.rule == "sqrt" else "sqrt"]
+        return [WriteSetting(write.width, rule, write.lam_step) for rule in others if write.width > 1]
+    if moved == "width":
+        return [WriteSetting(width, write.rule, write.lam_step) for width in widths if width != write.width]
+    steps = (write.lam_step - 1, write.lam_step + 1)
+    return [WriteSetting(write.width, write.rule, step) for step in steps if step in LAM_STEPS]

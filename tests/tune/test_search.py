@@ -1,0 +1,228 @@
+"""The command ``tune`` and ``Editor.tune``, on tiny models with few trials, and on Atlas."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pmet_lightning import Editor
+from pmet_lightning.cli.dispatch import main
+from pmet_lightning.data.encoder import load_tokenizer
+from pmet_lightning.data.readers import read_edits, read_records
+from pmet_lightning.model.fingerprint import fingerprint
+from pmet_lightning.model.loading import load_model, set_plain_outputs
+from pmet_lightning.run.lightning_cli import run_fit
+from pmet_lightning.tune.bench import Bench
+from pmet_lightning.tune.space import Scale, Setting, TargetSetting, WriteSetting
+from tests.conftest import mostly_slow
+from tests.tiny import save_tiny
+
+EDITS, TRIALS = 12, 2
+FIXED = {"steps": 4, "context_count": 1, "context_length": 4, "free_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a tiny model, records, a text, and the moments of all searches."""
+    folder = tmp_path_factory.mktemp("tune")
+    save_tiny("gptj", folder / "model")
+    records = [record for _, _, record in read_records("atlas-tuning", limit=40)]
+    (folder / "facts.json").write_text(json.dumps(records))
+    (folder / "text.txt").write_text("\n".join(edit.question for edit in read_edits("atlas-records", limit=60)))
+    return folder
+
+
+def command(folder: Path, out: str, **changes) -> list[str]:
+    """The command line of a search."""
+    options = {
+        "model.model_name": folder / "model",
+        "model.device": "cpu",
+        "data.path": folder / "facts.json",
+        "moments.corpus": folder / "text.txt",
+        "moments.samples": 40,
+        "moments.folder": folder / "moments",
+        "trials": TRIALS,
+        "edits": EDITS,
+        "out": folder / out,
+    }
+    return ["tune", *(f"--{name}={value}" for name, value in (options | changes).items())]
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> Path:
+    """The folder of a search that went through."""
+    main(command(folder, "found"))
+    return folder / "found"
+
+
+def measured(out: Path) -> list[list[str]]:
+    """What was measured, without how long it took."""
+    lines = [line.split("\t") for line in (out / "trials.tsv").read_text().splitlines()]
+    return [line[:-1] for line in lines if lines[0][-1] == "seconds"]
+
+
+def test_the_configuration_is_accepted_by_fit_and_gives_the_reported_figure(found, tmp_path):
+    quiet = {"trainer.run_dir": str(tmp_path / "run"), "trainer.logger": False, "trainer.accelerator": "cpu"}
+    run_fit(str(found / "tuned.yaml"), quiet)
+    after = json.loads((tmp_path / "run" / "scores.json").read_text())["after"]
+    reported = json.loads((found / "tuned.json").read_text())["reporting"]
+    for name in ("efficacy", "generalisation", "specificity", "score", "efficacy_contains", "perplexity"):
+        assert after[name] == pytest.approx(reported[name], abs=1e-4), name
+
+
+def test_the_configuration_says_what_was_chosen_and_how_sure_that_is(found):
+    text = (found / "tuned.yaml").read_text()
+    reported = json.loads((found / "tuned.json").read_text())["reporting"]
+    head = text[: text.index("\n\n")]
+    assert all(line.startswith("#") for line in head.splitlines())
+    score, low, high = (reported[name] for name in ("score", "score_low", "score_high"))
+    assert f"Score {score:.1f} [{low:.1f}, {high:.1f}]" in head
+    assert "12 records of other subjects" in head
+    assert "With your-model.yaml and layers auto instead: Score" in head
+    settings = yaml.safe_load(text)
+    assert settings["data"]["limit"] == EDITS
+    assert settings["model"]["keep_float32"] is True
+    chosen = [row for row in measured(found) if row[0] == "finalists"]
+    assert str(settings["spread"]["lam"]).removesuffix(".0") in {cell for row in chosen for cell in row}
+
+
+def test_records_to_tune_on_and_to_report_share_no_subject(found):
+    parts = [{edit.subject for edit in read_edits(found / name)} for name in ("tuning.json", "reporting.json")]
+    assert parts[0]
+    assert not parts[0] & parts[1]
+    assert sum(map(len, parts)) == len({edit.subject for edit in read_edits(found.parent / "facts.json")})
+
+
+def test_the_page_shows_all_that_was_tried(found):
+    page = (found / "tuned.html").read_text()
+    assert page.count("<svg") == 3
+    assert not re.search(r"https?://(?!www\.w3\.org)", page), "it needs nothing but a browser"
+    rows = measured(found)
+    assert f"{len(rows) - 1} settings measured" in page
+    assert {row[0] for row in rows[1:]} == {"layers", "settings", "finalists"}
+
+
+def test_one_search_for_targets_serves_several_writes(found):
+    rows = [line.split("\t") for line in (found / "trials.tsv").read_text().splitlines()]
+    stage, trial = rows[0].index("stage"), rows[0].index("trial")
+    writes: dict[tuple, int] = {}
+    for row in rows[1:]:
+        writes[row[stage], row[trial]] = writes.get((row[stage], row[trial]), 0) + 1
+    assert min(writes.values()) >= 2
+
+
+def test_a_search_that_was_stopped_goes_on_and_ends_as_if_it_had_not(folder, found, monkeypatch):
+    real, count = Bench.measure, 0
+
+    def measure(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count in (7, 22):
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bench, "measure", measure)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                main(command(folder, "stopped"))
+        main(command(folder, "stopped"))
+    numbers = {"trial"}
+    first, again = measured(found), measured(folder / "stopped")
+    keep = [i for i, name in enumerate(first[0]) if name not in numbers]
+    assert [[row[i] for i in keep] for row in again] == [[row[i] for i in keep] for row in first]
+    settings = [(out / "tuned.yaml").read_text().split("\n\n", 1)[1] for out in (found, folder / "stopped")]
+    assert settings[0] == settings[1].replace(str(folder / "stopped"), str(found))
+    count = 100
+    with monkeypatch.context() as patched:
+        patched.setattr(Bench, "measure", measure)
+        main(command(folder, "stopped"))
+    assert count == 102, "a finished search measures only the figures at its end"
+
+
+def test_a_folder_of_another_search_is_refused(folder, found):
+    with pytest.raises(FileExistsError, match="another model, other facts, edits, seed or options"):
+        main(command(folder, "found", seed=1))
+
+
+def test_a_model_that_knows_nothing_needs_records_of_its_own(folder):
+    arguments = [word for word in command(folder, "unknown") if not word.startswith("--data.path")]
+    with pytest.raises(ValueError, match=r"knows too few of the shipped facts .* --data.path facts.json"):
+        main(arguments)
+    assert not (folder / "unknown").exists()
+
+
+def test_the_last_line_is_the_command_to_run_next_and_a_bad_model_is_named(found, folder, caplog):
+    with caplog.at_level("INFO"):
+        main(command(folder, "found"))
+    *_, last = caplog.messages[-1].splitlines()
+    assert last.startswith(f"next: pmet-lightning fit --config {found / 'tuned.yaml'}")
+    assert "NOTICE: this method will not do well on this model" in caplog.messages[-1], "a random model holds no facts"
+    assert "NOTICE: this method will not do well" in (found / "tuned.yaml").read_text()
+    assert "This method will not do well" in (found / "tuned.html").read_text()
+
+
+def bench_of(name: str, folder: Path, dtype: str, **model) -> Bench:
+    lm = load_model(name, dtype)
+    set_plain_outputs(lm)
+    base = {
+        "model": {"dtype": dtype, **FIXED, **model},
+        "moments": {"corpus": str(folder / "text.txt"), "samples": 40, "folder": str(folder / "moments")},
+    }
+    return Bench(lm, load_tokenizer(name), name, base, folder / "targets")
+
+
+@pytest.mark.parametrize(("dtype", "kept"), mostly_slow([("float32", False), ("bfloat16", True)], [("bfloat16", True)]))
+def test_a_trial_is_a_fit_and_leaves_the_model_as_it_was(folder, tmp_path, dtype, kept):
+    name = str(folder / "model")
+    bench = bench_of(name, folder, dtype, keep_float32=kept)
+    before = fingerprint(bench.model)
+    scale = Scale({2: 0.2}, {2: 0.2}, 128)
+    settings = scale.sections(Setting(TargetSetting(2, "ffn", 4.0, 0.2, "published"), WriteSetting(2, "even")))
+    outcome = bench.measure(settings, [read_edits(folder / "facts.json", limit=8)])
+    assert fingerprint(bench.model) == before
+    assert not [m for m in bench.model.modules() if "forward" in vars(m)]
+    flat = {f"model.{key}": value for key, value in (bench.base["model"] | settings["model"]).items()}
+    flat |= {f"spread.{key}": value for key, value in settings["spread"].items()}
+    flat |= {f"moments.{key}": value for key, value in bench.base["moments"].items()}
+    flat |= {"model.targets_folder": None, "model.model_name": name, "data.path": str(folder / "facts.json")}
+    flat |= {"data.limit": 8, "drift.text": None, "trainer.accelerator": "cpu", "trainer.logger": False}
+    run_fit("your-model.yaml", flat | {"trainer.run_dir": str(tmp_path / "run"), "moments.length": 128})
+    after = json.loads((tmp_path / "run" / "scores.json").read_text())["after"]
+    for key in ("efficacy_magnitude", "generalisation_magnitude", "specificity_magnitude", "specificity_kl"):
+        assert outcome.scores[key] == pytest.approx(after[key], rel=1e-3, abs=1e-5), key
+    again = bench.measure(settings, [read_edits(folder / "facts.json", limit=8)])
+    assert torch.equal(again.rows.nan_to_num(), outcome.rows.nan_to_num())
+
+
+@pytest.mark.slow
+def test_an_editor_finds_settings_that_an_editor_takes(folder):
+    lm, tokenizer = load_model(str(folder / "model"), "float32"), load_tokenizer(str(folder / "model"))
+    moments = {"corpus": str(folder / "text.txt"), "samples": 40, "folder": str(folder / "moments")}
+    editor = Editor(lm, tokenizer, steps=4, moments=moments)
+    before = fingerprint(lm)
+    records = json.loads((folder / "facts.json").read_text())
+    settings = editor.tune(records, trials=1, edits=8, folder=folder / "editor")
+    assert fingerprint(lm) == before
+    assert settings["steps"] == 4, "what is not searched is the editor's own"
+    tuned = Editor(lm, tokenizer, **settings)
+    assert tuned.layers == settings["layers"]
+    report = tuned.edit(records[:4], evaluate=False)
+    assert len(report.edits) == 4
+    assert (folder / "editor" / "tuned.html").is_file()
+    with pytest.raises(RuntimeError, match="4 edits are in the weights"):
+        tuned.tune(records)
+
+
+@pytest.mark.slow
+def test_atlas_is_tuned_from_defaults_alone(tmp_path):
+    main(["tune", f"--out={tmp_path / 'tuned'}", "--trials=8", "--edits=66", "--model.device=cpu"])
+    found = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
+    assert found["facts"].startswith("atlas-tuning and atlas-records")
+    assert found["reporting"]["score"] > 90
+    assert not found["notices"]
