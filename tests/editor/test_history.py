@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmet_lightning import Editor, PatchError, RecordError, load_patch, read_edits, save_patch
+from pmet_lightning.model.patch import read_patch
 from tests.harness import matrices
 from tests.tiny import RECORDS, save_tiny
 
@@ -70,6 +71,21 @@ def test_removing_a_fact_is_never_having_had_it(make, out):
         assert float((delta - expected[name]).norm() / expected[name].norm()) < 1e-6
     assert [fact.edit.case_id for fact in editor.facts] == [f["case_id"] for i, f in enumerate(FACTS[:5]) if i != out]
     assert_same(weights(editor), weights(never), 1e-9)
+
+
+@pytest.mark.parametrize("targets", ["own", "replay"])
+def test_targets_of_several_layers_are_kept(targets, make, tmp_path):
+    """A patch holds them: a fact is removed, and a patch taken up again, as with one target."""
+    editor, never = (make(spread={"targets": targets}) for _ in range(2))
+    editor.edit(FACTS[:4], evaluate=False)
+    editor.save_patch(tmp_path / "patch.safetensors")
+    names = set(read_patch(tmp_path / "patch.safetensors").targets)
+    assert names == {f"{site}-{layer}" for layer in (0, 1) for site in ("attn", "ffn")}
+    editor.remove(FACTS[1]["case_id"])
+    never.edit([FACTS[0], *FACTS[2:4]], evaluate=False)
+    expected = matrices(never._spread.edited.deltas)
+    for name, delta in matrices(editor._spread.edited.deltas).items():
+        assert float((delta - expected[name]).norm() / expected[name].norm()) < 1e-6
 
 
 PROMPTS = [
