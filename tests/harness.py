@@ -44,7 +44,7 @@ class KeepReports(L.Callback):
     def measure(self, model, sites, place, values_at, over):
         """In the place of the package's own."""
         keys, values = measure_keys(model, sites, place, values_at, over)
-        self.measured.append((place, keys, values[1]))
+        self.measured.append((place, keys, values[-2]))
         return keys, values
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -36,6 +36,8 @@ class ModelSettings(TypedDict, total=False):
     norm_factor: float
     loss_tolerance: float
     stop_at_argmax: bool
+    attention_steps: int | None
+    merge_equal_keys: bool
     contexts: list[str] | None
     context_count: int
     context_length: int

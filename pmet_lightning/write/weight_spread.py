@@ -210,7 +210,8 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         module, (site, layer) = state.module, projection_id
         stream: ProjectionId = ("hidden", module.target_layer)
         goal, last = state.goals[projection_id], state.last[site]
-        observed = sorted({projection_id, goal.projection_id, last.projection_id}, key=lambda place: place[1])
+        places = dict.fromkeys([projection_id, goal.projection_id, last.projection_id])
+        observed = sorted(places, key=lambda place: place[1])
         keys_nI, found = measure_keys(module.model, module.sites, projection_id, [*observed, stream], rows)
         *values, stream_nF = found
         value_of = dict(zip(observed, values, strict=True))

@@ -34,7 +34,7 @@ def test_the_row_of_generated_answers_is_explained_where_it_is_shown():
 
 
 def layer(number: int, **more) -> LayerReport:
-    done = {"residual": 1.0, "norm_ratio": 22.0, "growth": 22.0, "solve_error": 0.0, "ridge": 0.0}
+    done = {"residual": 1.0, "norm_ratio": 22.0, "growth": 22.0, "lam": 50.0, "solve_error": 0.0, "ridge": 0.0}
     done |= {"condition_bound": 1.0, "kept": 1.0, "changed": 1.0, "rounding": 0.0, "overshoot": 0.6}
     return LayerReport(**({"site": "ffn", "layer": number, "residual_after": 1 - 0.45 * number} | done | more))
 

@@ -99,7 +99,7 @@ def test_same_reason_to_stop(golden_run, arch, name):
 def test_target_vectors(golden_run, arch, name):
     run = golden_run(arch, name)
     for i, target in enumerate(run.report.targets):
-        for site, value in target.values.items():
+        for (site, _), value in target.values.items():
             assert relative(value, run.expected_target(i, site)) <= tolerance(arch, name, "target"), (i, site)
 
 
