@@ -1,10 +1,11 @@
 """The life of an edit: facts corrected and removed again, compared with one clean run of what is left.
 
-    python benchmarks/corrections.py
+    python benchmarks/corrections.py [--targets replay]
 
 On the bundled model: 200 records of `atlas-records` in ten calls, with the λ of stream.yaml and protected keys; 50 of
 them get another object of their relation in five calls; 20 others are removed. Then all facts that are left are asked,
-as after one call with them alone. And: what removing a single fact costs, compared with the call that wrote it, over 50
+as after one call with them alone. With `--targets replay` both are written by that construction, for the FFN's delta
+alone. And: what removing a single fact costs, compared with the call that wrote it, over 50
 of 50 facts.
 """
 
@@ -27,10 +28,16 @@ from pmet_lightning.data.readers import read_edits
 from pmet_lightning.evaluation.bootstrap import confidence_interval, resample_means
 from pmet_lightning.evaluation.generation import says
 
+LAM = {"spread": 1000, "replay": 300}  # for many edit batches
 
-def editor(sequence: bool = False) -> Editor:
+
+def editor(sequence: bool = False, targets: str = "spread") -> Editor:
     """A new editor of the bundled model, with the settings for one edit batch or, as in stream.yaml, for many."""
-    changes: dict[str, Any] = {"lam": 1000, "spread": {"protect_past": True}} if sequence else {}
+    changes: dict[str, Any] = {"spread": {"targets": targets, "protect_past": sequence}}
+    if targets == "replay":
+        changes |= {"optimize": "ffn", "clamp": 1.0}
+    if sequence:
+        changes["lam"] = LAM[targets]
     return Editor.from_config("pmet.yaml", drift={"text": None}, device="cpu", **changes)
 
 
@@ -48,10 +55,10 @@ def answered(of: Editor, edits: list[Edit]) -> list[float]:
     return [100.0 * says(answer, edit.target) for answer, edit in zip(answers, edits, strict=True)]
 
 
-def life(edits: list[Edit]) -> None:
+def life(edits: list[Edit], targets: str) -> None:
     """The facts after corrections and removals, beside one clean run."""
     draw = random.Random(0)
-    many = editor(sequence=True)
+    many = editor(sequence=True, targets=targets)
     for start in range(0, 200, 20):
         many.edit(edits[start : start + 20], evaluate=False)
     new = corrected(edits[:50], draw)
@@ -60,7 +67,7 @@ def life(edits: list[Edit]) -> None:
     before = many.edits_written
     many.remove(edits[50:70])
     left = [*edits[70:200], *new]
-    clean = editor()
+    clean = editor(targets=targets)
     clean.edit(left, evaluate=False)
     sys.stdout.write(f"{before} edits in 15 calls; of 200 facts {len(many.facts)} left, 50 corrected, 20 removed\n")
     for name, of in (("after corrections and removals", many), ("one clean run", clean)):
@@ -96,11 +103,12 @@ def main(arguments: list[str] | None = None) -> Any:
     """Print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("life", "cost"), help="one part only")
+    parser.add_argument("--targets", choices=("spread", "replay"), default="spread", help="--spread.targets")
     given = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     edits = read_edits("atlas-records")
     if given.part != "cost":
-        life(edits)
+        life(edits, given.targets)
     if given.part != "life":
         cost(edits)
 
