@@ -102,6 +102,7 @@ def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_fact_is_taught(bits, folder_of, tmp_path):
     """To the shipped model, by its name; what is not edited stays as it was, and so does the model after ``revert``."""
@@ -153,6 +154,7 @@ def test_the_patch_belongs_to_the_quantised_model(run, tmp_path):
         Editor.from_patch(path, str(original), moments_folder=moments)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed(folder_of, tmp_path):
     records = [json.dumps(record) + "\n" for record in RECORDS[:2]]
     given = tiny_settings(tmp_path, folder_of("llama", 4)) | {"data.edit_batch": 1, "data.stream": True}

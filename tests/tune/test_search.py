@@ -116,6 +116,7 @@ def test_one_search_for_targets_serves_several_writes(found):
     assert min(writes.values()) >= 2
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_and_ends_as_if_it_had_not(folder, found, monkeypatch):
     real, count = Bench.measure, 0
 
