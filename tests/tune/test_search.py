@@ -218,12 +218,3 @@ def test_an_editor_finds_settings_that_an_editor_takes(folder):
     assert (folder / "editor" / "tuned.html").is_file()
     with pytest.raises(RuntimeError, match="4 edits are in the weights"):
         tuned.tune(records)
-
-
-@pytest.mark.slow
-def test_atlas_is_tuned_from_defaults_alone(tmp_path):
-    main(["tune", f"--out={tmp_path / 'tuned'}", "--trials=8", "--edits=66", "--model.device=cpu"])
-    found = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
-    assert found["facts"].startswith("atlas-tuning and atlas-records")
-    assert found["reporting"]["score"] > 90
-    assert not found["notices"]
