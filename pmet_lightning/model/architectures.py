@@ -136,6 +136,23 @@ def suggest_layers(depth: int) -> list[int]:
 
 
 ProjectionId = tuple[SiteName, int]
+
+
+def name_of(projection_id: ProjectionId) -> str:
+    """What files call a site and layer, as in ``ffn-7``."""
+    return "{}-{}".format(*projection_id)
+
+
+def projection_of(name: str) -> ProjectionId:
+    """The reverse of :func:`name_of`.
+
+    Raises:
+        ValueError: If the name is not that of a site and a layer.
+    """
+    site, layer = name.split("-")
+    return site, int(layer)  # type: ignore[return-value]
+
+
 WriteChoice = Literal["ffn", "attn+ffn"]
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pmet_lightning.model.architectures import ProjectionId, SiteName
+from pmet_lightning.model.architectures import ProjectionId, SiteName, name_of
 from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.moments.store import MomentError, MomentKey, MomentStore
 from pmet_lightning.utils.tensor_files import TensorFile, digest_of, save_tensor_files, save_tensors
@@ -183,5 +183,4 @@ def _store_of(folder: str | Path, found: Mapping[str, str]) -> MomentStore:
 
 def _name_of(found: Mapping[str, str]) -> str:
     """The name of a moment's tensor: the place of its file in a cache."""
-    site, layer = _projection(found)
-    return f"{MomentKey.of(found).folder()}/{site}-{layer}"
+    return f"{MomentKey.of(found).folder()}/{name_of(_projection(found))}"

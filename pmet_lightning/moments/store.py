@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pmet_lightning.model.architectures import ProjectionId
+from pmet_lightning.model.architectures import ProjectionId, name_of
 from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.solver.cholesky import Factor, factorize
 from pmet_lightning.solver.packed import pack_lower, unpack_lower, unpack_symmetric
@@ -89,7 +89,7 @@ class MomentStore:
 
     def path(self, projection_id: ProjectionId) -> Path:
         """The file of a site and layer."""
-        return self.folder / f"{projection_id[0]}-{projection_id[1]}.safetensors"
+        return self.folder / f"{name_of(projection_id)}.safetensors"
 
     def save(
         self,

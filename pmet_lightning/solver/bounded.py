@@ -55,20 +55,21 @@ def solve_bounded(
     Raises:
         FloatingPointError: If no λ keeps the bound.
     """
-    solution = solve(lam)
-    low, low_change = lam, change(solution)
-    if low_change <= bound:
+    solution, high = solve(lam), lam
+    high_change = change(solution)
+    if high_change <= bound:
         return solution, lam
-    high, high_change = lam, low_change
     for _ in range(_MOST_SOLVES):
-        if high_change > bound:
-            low, low_change = high, high_change
-            high = high * _FACTOR
-            solution = solve(high)
-            high_change = change(solution)
-            continue
+        low, low_change, high = high, high_change, high * _FACTOR
+        solution = solve(high)
+        high_change = change(solution)
+        if high_change <= bound:
+            break
+    else:
+        raise FloatingPointError(f"no λ up to {high:.3g} keeps the change of preserved values below {bound:g} of them")
+    for _ in range(_MOST_SOLVES):
         if high_change >= bound * (1 - _TOLERANCE):
-            return solution, high
+            break
         between = _between(low, low_change, high, high_change, bound * (1 - _TOLERANCE / 2))
         tried = solve(between)
         found = change(tried)
@@ -76,13 +77,10 @@ def solve_bounded(
             low, low_change = between, found
         else:
             high, high_change, solution = between, found, tried
-    if high_change <= bound:
-        return solution, high
-    raise FloatingPointError(f"no λ up to {high:.3g} keeps the change of preserved values below {bound:g} of them")
+    return solution, high
 
 
 def _between(low: float, low_change: float, high: float, high_change: float, wanted: float) -> float:
     """λ at which the line through two points, in logarithms, has the wanted change; well inside of the interval."""
-    slope = math.log(high_change / low_change)
-    share = math.log(wanted / low_change) / slope if high_change > 0 and slope else 0.5
+    share = math.log(wanted / low_change) / math.log(high_change / low_change)
     return low * (high / low) ** min(max(share, 0.05), 0.95)

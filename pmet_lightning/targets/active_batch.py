@@ -76,6 +76,7 @@ class ActiveBatch:
         reason: Why it is not, as the loop numbers its stop reasons (0 while it is), int64, shape [A].
         nll_factor: Current weight of its negative log-likelihood, shape [A].
         helped: Whether the attention's delta is still in place, bool, shape [A].
+        groups: Number of the group of equal keys of each edit, from 0, int64, shape [A]; ``None`` if all are alone.
         clean: Each site's output without deltas in the bare row, shape [A, F]; new edits follow after their first step.
         clean_kl: Log-probabilities at the KL prompt without deltas, shape [A, V]; likewise.
         final: v* at the current step, or at the step at which the edit stopped, shape [A, F].
@@ -95,6 +96,7 @@ class ActiveBatch:
     reason: Tensor
     nll_factor: Tensor
     helped: Tensor
+    groups: Tensor | None = None
     clean: dict[SiteName, Tensor] = field(default_factory=dict)
     clean_kl: Tensor | None = None
     final: dict[SiteName, Tensor] = field(default_factory=dict)

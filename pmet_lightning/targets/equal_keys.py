@@ -55,9 +55,9 @@ class KeyGroups:
 
     def identities(self, edits: Sequence[Edit]) -> list[str]:
         """What the target of each edit depends on: the edit itself and, after it, those that share the target."""
-        shared = {first: sorted(edits[i].identity() for i in group) for first, group in self.members().items()}
-        groups = ("".join(shared[first]) if len(shared[first]) > 1 else "" for first in self.first)
-        return [edit.identity() + group for edit, group in zip(edits, groups, strict=True)]
+        own = [edit.identity() for edit in edits]
+        shared = {first: sorted(own[i] for i in group) for first, group in self.members().items() if len(group) > 1}
+        return [name + "".join(shared.get(first, ())) for name, first in zip(own, self.first, strict=True)]
 
 
 def mean_of_groups(values_AF: Tensor, group_A: Tensor) -> Tensor:

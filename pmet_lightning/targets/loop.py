@@ -219,6 +219,7 @@ class TargetLoop:
             self.active = entering_batch
         else:
             self.active.join(entering_batch)
+        self._number_groups(self.active)
 
     def _next_edits(self, waiting: list[int], free: int) -> list[int]:
         """Take edits off those that wait, whole groups: one that is larger than the capacity enters in parts."""
@@ -236,13 +237,12 @@ class TargetLoop:
                 entering.append(i)
         return entering
 
-    def _shared_groups(self, active: ActiveBatch) -> Tensor | None:
-        """The group of each active edit, numbered from 0, int64, shape [A]; ``None`` if all edits are alone."""
+    def _number_groups(self, active: ActiveBatch) -> None:
+        """Number the groups of equal keys among the active edits, whenever others are active."""
         groups = [self._requests[i].group for i in active.edit_ids]
         numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
-        if len(numbers) == len(groups):
-            return None
-        return torch.tensor([numbers[group] for group in groups], device=self.device)
+        alone = len(numbers) == len(groups)
+        active.groups = None if alone else torch.tensor([numbers[group] for group in groups], device=self.device)
 
     def _row_set(self, rows: Sequence[Sequence[TokenRow]]) -> RowSet:
         """Rows of some edits, the same number for each."""
@@ -255,8 +255,7 @@ class TargetLoop:
         logits_NV, at_APK, outputs = self.forward(active.facts, leaves)
         started = active.started
         _record_clean_outputs(active, outputs)
-        labels = active.facts.rows.label_ids.unflatten(0, (len(active.edit_ids), -1))
-        scores = target_scores(logits_NV, labels, at_APK)
+        scores = target_scores(logits_NV, active.facts.labels, at_APK)
         nll, p = scores.nll.mean(dim=1), (-scores.nll).exp()
         kl = torch.zeros_like(nll)
         if active.meanings is not None:
@@ -297,9 +296,8 @@ class TargetLoop:
             last = torch.tensor([steps + 1 >= self.rules.steps for steps in active.step_counts], device=self.device)
             reason = torch.where(last & ~settled, _REASONS.index("steps"), reason)
         reason = torch.where(loss < self.rules.loss_tolerance, _REASONS.index("loss"), reason)
-        groups = self._shared_groups(active)
-        if groups is not None:
-            reason = torch.where(all_of_group(reason != 0, groups), reason, 0)
+        if active.groups is not None:
+            reason = torch.where(all_of_group(reason != 0, active.groups), reason, 0)
         if self.rules.attention_steps is not None:
             reason = self._hand_over(active, reason, self.rules.attention_steps)
         active.reason = torch.where(active.running, reason, active.reason)
@@ -316,9 +314,9 @@ class TargetLoop:
 
     def _update(self, active: ActiveBatch, leaves: Mapping[SiteName, Tensor], loss: Tensor) -> None:
         """Gradient, optimizer step and projection; the deltas of edits that have stopped are no longer read."""
-        gradients, groups = torch.autograd.grad(loss, list(leaves.values())), self._shared_groups(active)
-        if groups is not None:
-            gradients = tuple(mean_of_groups(gradient, groups) for gradient in gradients)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        if active.groups is not None:
+            gradients = tuple(mean_of_groups(gradient, active.groups) for gradient in gradients)
         self.slots.set_gradients(active.slots, gradients)
         self.step()
         with torch.no_grad():
@@ -387,6 +385,7 @@ class TargetLoop:
         remaining = [index for index in range(len(active.edit_ids)) if index not in set(stopped)]
         if remaining:
             active.keep(remaining)
+            self._number_groups(active)
         else:
             self.active = None
         self.active_ids = [] if self.active is None else list(active.edit_ids)
@@ -415,8 +414,7 @@ class TargetLoop:
         rows.keep(index)
         shift = active.final["ffn"][index] - active.clean["ffn"][index]
         logits_NV, at_APK, _ = self.forward(rows, {"attn": torch.zeros_like(shift), "ffn": shift})
-        labels = rows.rows.label_ids.unflatten(0, (len(index), -1))
-        found: list[float] = (-target_scores(logits_NV, labels, at_APK).nll[:, 0]).exp().tolist()
+        found: list[float] = (-target_scores(logits_NV, rows.labels, at_APK).nll[:, 0]).exp().tolist()
         return found
 
     def _restart_smaller(self, waiting: list[int]) -> None:

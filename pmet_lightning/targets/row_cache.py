@@ -72,6 +72,11 @@ class RowSet:
             partial_forward.unaffected_outputs(model, rows, prefix, leaving),
         )
 
+    @property
+    def labels(self) -> Tensor:
+        """Labels of every row, shape [A, P, K]."""
+        return self.rows.label_ids.unflatten(0, (-1, self.per_edit))
+
     def join(self, other: RowSet) -> None:
         """Append the rows of other edits."""
         self._positions = self._target_layer = self._above = None

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pmet_lightning.model.architectures import ProjectionId
+from pmet_lightning.model.architectures import ProjectionId, name_of, projection_of
 from pmet_lightning.utils.tensor_files import save_tensors
 
 # What is kept of each step of an edit: the loss and its weighted parts, P(o*) over the contexts and at the bare prompt.
@@ -65,7 +65,7 @@ def stack_values(targets: Sequence[Target], projection_id: ProjectionId) -> Tens
 
 def name_values(values: Mapping[ProjectionId, Tensor]) -> dict[str, Tensor]:
     """Values with the names that files give them: site and layer, as in ``ffn-7``."""
-    return {f"{site}-{layer}": value for (site, layer), value in values.items()}
+    return {name_of(place): value for place, value in values.items()}
 
 
 def values_of_names(named: Mapping[str, Tensor]) -> dict[ProjectionId, Tensor]:
@@ -74,8 +74,7 @@ def values_of_names(named: Mapping[str, Tensor]) -> dict[ProjectionId, Tensor]:
     Raises:
         ValueError: If a name is not that of a site and a layer.
     """
-    split = {name: name.split("-") for name in named}
-    return {(split[name][0], int(split[name][1])): value for name, value in named.items()}  # type: ignore[misc]
+    return {projection_of(name): value for name, value in named.items()}
 
 
 class TargetStore:
@@ -105,7 +104,7 @@ class TargetStore:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 history = tensors.pop(_HISTORY)
                 return Target(values_of_names(tensors), record, history)
-        except (SafetensorError, KeyError, IndexError, ValueError, TypeError, OSError):
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError):
             return None
 
     def save(self, identity: str, target: Target) -> None:

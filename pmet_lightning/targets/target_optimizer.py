@@ -272,7 +272,7 @@ class TargetOptimizer(EditableModel):
     ) -> dict[int, Target]:
         """The targets of some edits of an edit batch by their index, from the store or, group by group, by search."""
         processes, store = ProcessGroup.of(self.trainer), self._target_store(batch_idx)
-        names = groups.identities(batch.edits)
+        names = groups.identities(batch.edits) if store else []
         found = {i: store.load(names[i]) for i in assigned} if store else {}
         found = processes.broadcast_if_sharded(found)
         incomplete = {groups.first[i] for i in assigned if found.get(i) is None}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pmet_lightning.model.architectures import ProjectionId
+from pmet_lightning.targets.store import name_values, values_of_names
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.tensor_files import digest_of, save_tensors
 
@@ -34,7 +35,6 @@ def load_past_keys(path: Path, digest: str) -> dict[ProjectionId, Tensor]:
     Raises:
         PmetError: If the file cannot be read, or is not as it was written.
     """
-    found: dict[ProjectionId, Tensor] = {}
     try:
         stored = load_file(path)
     except SafetensorError as error:
@@ -47,11 +47,8 @@ def load_past_keys(path: Path, digest: str) -> dict[ProjectionId, Tensor]:
             f"{path}: keys of earlier edit batches that are not as they were written (their digest differs); put the "
             "file back, or begin a new run in another --trainer.run_dir"
         )
-    for name, keys_NI in stored.items():
-        site, layer = name.split("-")
-        found[site, int(layer)] = keys_NI  # type: ignore[index]
-    return found
+    return values_of_names(stored)
 
 
 def _named(past_keys: Mapping[ProjectionId, Tensor]) -> dict[str, Tensor]:
-    return {f"{site}-{layer}": keys_NI.cpu().contiguous() for (site, layer), keys_NI in past_keys.items()}
+    return {name: keys_NI.cpu().contiguous() for name, keys_NI in name_values(past_keys).items()}

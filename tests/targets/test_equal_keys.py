@@ -15,10 +15,10 @@ from tests.tiny import RECORDS
 
 # Facts whose prompts are the same up to the subject's end, beside others.
 SHARED = [
-    {"prompt": "{} plays the sport of", "subject": "Torvik Elmson", "target_new": "ice hockey"},
+    RECORDS[1],
     {"prompt": "The mother tongue of {} is", "subject": "Torvik Elmson", "target_new": "English"},
     {"prompt": "{} is a citizen of", "subject": "Torvik Elmson", "target_new": "New Zealand"},
-    {"prompt": "{} is a citizen of", "subject": "Ravi Oskelund", "target_new": "Norway"},
+    {**RECORDS[3], "target_new": "Norway"},
     {"prompt": "{} performs on the", "subject": "Torvik Elmson", "target_new": "clarinet"},
 ]
 GROUP, OTHERS = [0, 2, 4], [1, 3]
