@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,11 @@ from pmet_lightning.write import weight_spread as spread_module
 from pmet_lightning.write.keys import measure_keys
 from pmet_lightning.write.write_report import WriteReport
 from tests.tiny import RECORDS
+
+
+def without_digest(name: str) -> str:
+    """The name of a file of protected keys without the digest of its bits; any other name as it is."""
+    return re.sub("-past-[0-9a-f]{12}", "-past", name)
 
 
 def matrices(deltas: Mapping[str, WeightDelta]) -> dict[str, torch.Tensor]:

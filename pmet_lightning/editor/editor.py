@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.records import Edit, check_no_contradictions
 from pmet_lightning.editor.edit_report import EditReport
 from pmet_lightning.editor.edited_model import EditedModel
@@ -21,6 +20,7 @@ from pmet_lightning.editor.isolation import preserve_caller_state
 from pmet_lightning.editor.loading import LOADING, check_model, load, load_tokenizer_for, model_name_of, tokenizer_in
 from pmet_lightning.editor.names import arguments_named
 from pmet_lightning.editor.output import upload_folder, write_adapter_folder, write_model_folder
+from pmet_lightning.editor.rewriting import outcomes_of, write_again
 from pmet_lightning.editor.settings import EditorSettings, ModelSettings
 from pmet_lightning.editor.trainer import make_trainer
 from pmet_lightning.evaluation.generation import NEW_TOKENS, greedy_texts
@@ -378,8 +378,9 @@ class Editor:
     def remove(self, facts: str | Mapping[str, Any] | Edit | Iterable[str | Mapping[str, Any] | Edit]) -> None:
         """Take single facts out of the weights: the others are written again, without them, from their kept targets.
 
-        No target is optimized again, and no text corpus is read. After a single edit batch the model is what it would
-        be if it had never had those facts, to rounding; targets of later edit batches were found while they were there.
+        Only a target that a fact shared with one of them, as facts about one subject may, is found again; no text
+        corpus is read. After a single edit batch the model is what it would be if it had never had those facts, to
+        rounding; targets of later edit batches were found while they were there.
 
         Args:
             facts: Which: a subject, a question with its subject filled in, a case id, a record or an Edit; or several.
@@ -390,11 +391,14 @@ class Editor:
         """
         out = set(positions_of(self.facts, facts))
         self._written.check_unchanged()
-        self._rewrite(by_batches(fact for i, fact in enumerate(self.facts) if i not in out))
+        kept = by_batches(fact for i, fact in enumerate(self.facts) if i not in out)
+        self._rewrite(kept, by_batches(self.facts))
 
     @arguments_named()
     def merge(self, *patches: str | Path) -> None:
         """Join the facts of patches with those of this editor: all are written as one edit batch, from kept targets.
+
+        Facts of one subject that have to share a target now, and did not before, get one that is found anew.
 
         Args:
             patches: Patches of the same base model, layers and settings. A fact that both have is written once.
@@ -404,15 +408,16 @@ class Editor:
             PatchError: If a patch is of another model or kind; the message says what differs.
             RecordError: If facts contradict each other.
         """
-        facts, manifest = list(self.facts), self._manifest()
+        facts, before, manifest = list(self.facts), by_batches(self.facts), self._manifest()
         for given in patches:
             path = patch_path(given)
             kept = read_patch(path)
             check_same_kind(manifest, kept.manifest, path)
-            facts += facts_of(kept.manifest["facts"], kept.targets, str(path))
+            more = facts_of(kept.manifest["facts"], kept.targets, str(path))
+            facts, before = [*facts, *more], [*before, *by_batches(more)]
         check_no_contradictions([fact.edit for fact in facts])
         self._written.check_unchanged()
-        self._rewrite([list({fact.question: fact for fact in reversed(facts)}.values())[::-1]])
+        self._rewrite([list({fact.question: fact for fact in reversed(facts)}.values())[::-1]], before)
 
     def undo(self, steps: int = 1) -> None:
         """Take back the last calls of :meth:`edit` and :meth:`remove`.
@@ -518,27 +523,16 @@ class Editor:
         weight: Tensor = self.model.get_input_embeddings().weight
         return weight.device
 
-    def _rewrite(self, batches: Sequence[Sequence[WrittenFact]]) -> None:
-        """Write facts from their kept targets into the clean weights, in place of what is there."""
+    def _rewrite(self, batches: Sequence[Sequence[WrittenFact]], before: Sequence[Sequence[WrittenFact]]) -> None:
+        """Write facts, from the targets that they had in other edit batches, in place of what is there."""
         with self._written.rewriting(len(batches), sum(map(len, batches))):
             if batches:
-                self._write_again(batches)
-
-    def _write_again(self, batches: Sequence[Sequence[WrittenFact]]) -> None:
-        facts = [fact for batch in batches for fact in batch]
-        data = EditDataModule.of_batches([[f.edit for f in batch] for batch in batches], self.tokenizer)
-        data.setup("fit")
-        self._module.given_targets = [fact.given_target for fact in facts]
-        try:
-            with preserve_caller_state(self.model, self._device):
                 trainer = make_trainer(
                     self._device, [self._moments, self._spread], evaluate=False, progress=self._progress
                 )
-                trainer.fit(self._module, data)
-        finally:
-            self._module.given_targets = None
-        lines = [{**fact.plain(), "edit_batch": i} for i, batch in enumerate(batches) for fact in batch]
-        self._spread.edited.record_outcomes(lines)
+                with preserve_caller_state(self.model, self._device):
+                    write_again(batches, before, self._module, trainer)
+                self._spread.edited.record_outcomes(outcomes_of(batches))
 
     def _undone(self, earlier: Sequence[WrittenFact], lines: Sequence[Mapping[str, Any]]) -> list[str]:
         """Questions of earlier calls about the same subjects that the model, as it is now, no longer answers."""

@@ -53,6 +53,11 @@ class KeyGroups:
             found.setdefault(first, []).append(i)
         return found
 
+    def sharers(self, edits: Sequence[Edit]) -> dict[str, frozenset[str]]:
+        """For each edit, by its identity, the identities of those that share its target, its own among them."""
+        groups = [frozenset(edits[i].identity() for i in group) for group in self.members().values()]
+        return {name: group for group in groups for name in group}
+
     def identities(self, edits: Sequence[Edit]) -> list[str]:
         """What the target of each edit depends on: the edit itself and, after it, those that share the target."""
         own = [edit.identity() for edit in edits]

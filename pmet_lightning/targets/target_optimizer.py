@@ -144,7 +144,7 @@ class TargetOptimizer(EditableModel):
             {site: nn.ParameterList([nn.Parameter(torch.zeros(0))]) for site in self.optimized_sites}
         )
         self.contexts: list[str] = []
-        self.given_targets: Sequence[Target] | None = None  # of all edits of the run, which are only written again
+        self.given_targets: Sequence[Target | None] = []  # of the edits of the run, where some are only written again
         self._store: TargetStore | None = None
         self._store_batch = -1
         self._suffix_works: bool | None = None  # for this model, once that was looked at
@@ -249,7 +249,7 @@ class TargetOptimizer(EditableModel):
         return contexts
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Target]]:
-        """Optimize this process's part of an edit batch, except for targets that are in the store.
+        """Optimize this process's part of an edit batch, except for targets that are given or in the store.
 
         Returns:
             ``targets``: one for each of its edits, in order.
@@ -257,15 +257,23 @@ class TargetOptimizer(EditableModel):
         if not batch.edits:  # written before the run was resumed
             return {"targets": []}
         processes = ProcessGroup.of(self.trainer)
-        if self.given_targets is not None:
-            return {"targets": [self.given_targets[i] for i in processes.shard(batch.positions)]}
-        groups = self._key_groups(batch.edits)
-        assigned = [i for i, first in enumerate(groups.first) if processes.owns(first)]
-        targets = self._stored_or_found(batch, batch_idx, assigned, groups)
-        if processes.size > 1 and not groups.all_alone:
-            foreign = [(i, target) for i, target in targets.items() if not processes.owns(i)]
-            targets |= dict(processes.all_gather_lists(foreign))
-        return {"targets": [targets[i] for i in processes.shard(range(len(batch.edits)))]}
+        given = self._given(batch)
+        if len(given) < len(batch.edits):
+            groups = self.key_groups(batch.edits)
+            assigned = [i for i, first in enumerate(groups.first) if processes.owns(first) and i not in given]
+            found = self._stored_or_found(batch, batch_idx, assigned, groups)
+            if processes.size > 1 and not groups.all_alone:
+                foreign = [(i, target) for i, target in found.items() if not processes.owns(i)]
+                found |= dict(processes.all_gather_lists(foreign))
+            given |= found
+        return {"targets": [given[i] for i in processes.shard(range(len(batch.edits)))]}
+
+    def _given(self, batch: EditBatch) -> dict[int, Target]:
+        """The given targets of an edit batch by the edits' index in it."""
+        if not self.given_targets:
+            return {}
+        targets = [self.given_targets[position] for position in batch.positions]
+        return {i: target for i, target in enumerate(targets) if target is not None}
 
     def _stored_or_found(
         self, batch: EditBatch, batch_idx: int, assigned: Sequence[int], groups: KeyGroups
@@ -286,7 +294,7 @@ class TargetOptimizer(EditableModel):
                 bar.update(1)
         return targets
 
-    def _key_groups(self, edits: Sequence[Edit]) -> KeyGroups:
+    def key_groups(self, edits: Sequence[Edit]) -> KeyGroups:
         """Which edits share their targets."""
         return KeyGroups.of(edits, self.encoder) if self.merge_equal_keys else KeyGroups(list(range(len(edits))))
 
@@ -304,7 +312,7 @@ class TargetOptimizer(EditableModel):
             return
         requests = [
             Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question, group)
-            for edit, group in zip(edits, self._key_groups(edits).first, strict=True)
+            for edit, group in zip(edits, self.key_groups(edits).first, strict=True)
         ]
         *lower, last = delta_layers(self.layers, self.construction)
         found = [dict(self._loop(layer, requests).run(requests)) for layer in lower]

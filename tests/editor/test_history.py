@@ -88,6 +88,33 @@ def test_targets_of_several_layers_are_kept(targets, make, tmp_path):
         assert float((delta - expected[name]).norm() / expected[name].norm()) < 1e-6
 
 
+TWINS = [
+    {"case_id": str(i), "prompt": prompt, "subject": "Danila Morvane", "target_new": target}
+    for i, (prompt, target) in enumerate([("{} plays the sport of", "ice hockey"), ("{} is a citizen of", "Norway")])
+]
+
+
+def test_what_shared_its_target_with_a_removed_fact_has_one_of_its_own(make):
+    editor, never = make(), make()
+    editor.edit([*TWINS, FACTS[0]], evaluate=False)
+    shared = editor.facts[1].values[("ffn", 1)]
+    assert torch.equal(shared, editor.facts[0].values[("ffn", 1)])
+    editor.remove("0")
+    never.edit([TWINS[1], FACTS[0]], evaluate=False)
+    assert not torch.allclose(editor.facts[0].values[("ffn", 1)], shared)
+    assert_same(weights(editor), weights(never), 1e-9)
+
+
+def test_facts_of_two_patches_that_have_one_key_share_a_target(make, tmp_path):
+    one, other, together = make(), make(), make()
+    one.edit([TWINS[0], FACTS[0]], evaluate=False)
+    other.edit([TWINS[1], FACTS[1]], evaluate=False)
+    other.save_patch(tmp_path / "other.safetensors")
+    one.merge(tmp_path / "other.safetensors")
+    together.edit([TWINS[0], FACTS[0], TWINS[1], FACTS[1]], evaluate=False)
+    assert_same(weights(one), weights(together), 1e-9)
+
+
 PROMPTS = [
     "The mother tongue of {} is",
     "{} plays the sport of",
