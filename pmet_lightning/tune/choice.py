@@ -8,12 +8,11 @@ from typing import TypeVar
 
 from pmet_lightning.evaluation.scores import score_difference
 from pmet_lightning.tune.bench import Outcome
-from pmet_lightning.tune.space import LAM_STEPS, Direction, WriteSetting, write_neighbors
+from pmet_lightning.tune.space import DIRECTIONS, LAM_STEPS, Direction, WriteSetting, write_neighbors
 
 Choice = TypeVar("Choice")
 
 TIE = 0.5  # points of Score: a setting that is further below the best one is not its equal, however wide the interval
-DIRECTIONS: tuple[Direction, ...] = ("lam", "width", "rule")
 
 
 def search_writes(

@@ -16,12 +16,13 @@ Rows = Sequence[Mapping[str, Any]]
 STAGES = {"layers": GRID, "settings": MUTED, "finalists": BLUE}
 # Name of a setting: its title, and whether its axis is logarithmic.
 SETTINGS = {
-    "last": ("target layer", False),
+    "last": ("last layer edited", False),
     "width": ("layers edited", False),
     "optimize": ("delta on", False),
     "clamp": ("clamp", True),
     "lr": ("learning rate", True),
     "penalties": ("penalties", False),
+    "targets": ("targets", False),
     "rule": ("spread rule", False),
     "lam": ("λ", True),
 }
@@ -52,7 +53,7 @@ def with_layers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _against_settings(rows: Rows, chosen: Mapping[str, Any]) -> Figure:
-    figure, charts = panels(_WIDTH, 5.2, 2, 4, sharey=True)
+    figure, charts = panels(_WIDTH, 7.4, 3, 3, sharey=True)
     for axes, (name, (title, logarithmic)) in zip(charts, SETTINGS.items(), strict=True):
         places, labels = positions(rows, name)
         for stage, color in STAGES.items():
@@ -73,8 +74,8 @@ def _against_settings(rows: Rows, chosen: Mapping[str, Any]) -> Figure:
             axes.margins(x=0.2)
         elif logarithmic:
             _logarithmic(axes)
-    charts[0].set_ylabel("Score")
-    charts[4].set_ylabel("Score")
+    for axes in charts[::3]:
+        axes.set_ylabel("Score")
     figure.legend(*charts[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
 

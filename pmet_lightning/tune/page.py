@@ -45,7 +45,7 @@ def chosen_row(tuned: Tuned) -> dict[str, Any]:
         for row in tuned.rows
         if row["stage"] == "finalists"
         and row["layers"] == target["layers"]
-        and (row["optimize"], row["clamp"]) == (target["optimize"], target["clamp"])
+        and (row["optimize"], row["clamp"], row["targets"]) == (target["optimize"], target["clamp"], spread["targets"])
         and (row["lr"], row["lam"], row["rule"])
         == (target["optimizer"]["init_args"]["lr"], spread["lam"], spread["rule"])
     ]

@@ -15,8 +15,9 @@ from pmet_lightning.tune.search import Budget
 from pmet_lightning.tune.space import STEPS
 from pmet_lightning.tune.tuned import run_search
 
-# What is searched, and what belongs to a single run.
+# What is searched, and what belongs to a single run; of the section 'model' and of 'spread'.
 _NOT_SHARED = ("layers", "optimize", "optimizer", "clamp", "kl_factor", "norm_factor", "targets_folder", "patch")
+_NOT_SHARED_WRITES = ("lam", "rule", "targets")
 
 
 def tune_object(
@@ -57,6 +58,6 @@ def shared_sections(sections: Mapping[str, Mapping[str, Any]], facts: Facts) -> 
         "model": {"steps": STEPS, **model},
         "data": {},
         "moments": {"corpus": facts.world.corpus, "corpus_subset": None, **sections["moments"]},
-        "spread": {name: value for name, value in sections["spread"].items() if name not in ("lam", "rule")},
+        "spread": {name: value for name, value in sections["spread"].items() if name not in _NOT_SHARED_WRITES},
         "drift": {"text": facts.world.text, **sections["drift"]},
     }

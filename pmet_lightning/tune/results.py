@@ -19,7 +19,7 @@ CONFIG, PAGE, TABLE, RESULT = "tuned.yaml", "tuned.html", "trials.tsv", "tuned.j
 TUNING, REPORTING = "tuning.json", "reporting.json"
 _DIFFERENCE = ("difference", "difference_low", "difference_high")
 _COMMENTS = {
-    "layers": "edited layers; targets live in the last one",
+    "layers": "edited layers",
     "optimize": "where deltas are added: attn+ffn (PMET), ffn, hidden (MEMIT)",
     "steps": "maximum number of iterations for one edit (not searched)",
     "clamp": "maximum norm of a delta, in norms of the clean output it is added to",
@@ -30,6 +30,7 @@ _COMMENTS = {
     "dtype": "precision the model is loaded in",
     "lam": "weight of the second moments, in preserved keys",
     "rule": "share of the residual that a layer takes: sqrt (PMET) or even (MEMIT)",
+    "targets": "spread: found in the last layer, for all; replay: found in the first, one for each layer",
     "corpus": "text for the second moments, as in the search: those that it stored are found again",
     "text": "text on which the effect of the edits is measured",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,19 @@ from torch import Tensor
 
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.scores import CORE, NAMES
+from pmet_lightning.targets.construction import Construction
 from pmet_lightning.targets.target_optimizer import OptimizedSites
 from pmet_lightning.tune.bench import Bench, Outcome, with_few_neighbors
-from pmet_lightning.tune.choice import DIRECTIONS, best_of, choose, search_writes
+from pmet_lightning.tune.choice import best_of, choose, search_writes
 from pmet_lightning.tune.facts import Facts
 from pmet_lightning.tune.space import (
+    CONSTRUCTIONS,
+    DIRECTIONS,
     OPTIMIZED,
     Setting,
     TargetSetting,
     WriteSetting,
+    directions_of,
     edited_layers,
     target_layers,
     widths_at,
@@ -62,17 +66,20 @@ class Budget:
         trials: Trials of the second stage.
         edits: Edits in an edit batch; ``None`` takes as many as the records and the time allow.
         optimize: What may get a delta.
+        targets: Where the targets of the edited layers may come from.
     """
 
     seconds: float = 1800.0
     trials: int | None = None
     edits: int | None = None
     optimize: Sequence[OptimizedSites] = OPTIMIZED
+    targets: Sequence[Construction] = CONSTRUCTIONS
 
     @property
     def probes(self) -> list[TargetSetting]:
         """What layers are looked at with."""
-        return [one for one in PROBES if one.optimize in self.optimize] or [TargetSetting(0, self.optimize[0], 4.0)]
+        allowed = [one for one in PROBES if one.optimize in self.optimize] or [TargetSetting(0, self.optimize[0], 4.0)]
+        return [replace(one, targets=self.targets[0]) for one in allowed]
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,8 @@ class Search:
         alone: bool = True,
     ) -> None:
         self.bench, self.facts, self.budget = bench, facts, budget
-        self.scale = bench.prepare(edited_layers(bench.depth, bench.layers), facts.tuning_edits[:FEW])
+        self.editable = edited_layers(bench.depth, bench.layers)
+        self.scale = bench.prepare(self.editable, facts.tuning_edits[:FEW])
         self.few = [with_few_neighbors(edit) for edit in facts.tuning_edits]
         self.depths = target_layers(bench.depth, bench.layers)
         self.notices: list[str] = []
@@ -203,16 +211,16 @@ class Search:
     def _probe(self, trial: Trial) -> float:
         layer = trial.suggest_int("layer", 0, self.bench.depth - 1)
         probe = self.budget.probes[trial.suggest_int("probe", 0, len(PROBES) - 1)]
-        target = TargetSetting(**{**vars(probe), "layer": layer})
-        writes = [WriteSetting(width, lam_step=lam) for width in self._widths(layer) for lam in _PROBE_LAMS]
+        target = replace(probe, layer=layer)
+        writes = [WriteSetting(width, lam_step=lam) for width in self._widths(target) for lam in _PROBE_LAMS]
         batches = [self.few[: self._few_count]]
         seen = {write: self._measure(trial, target, write, batches) for write in writes}
         best = best_of(seen)
         trial.set_user_attr("setting", Setting(target, best).plain())
         return seen[best].score
 
-    def _widths(self, layer: int) -> list[int]:
-        return widths_at(layer, self.bench.layers)
+    def _widths(self, target: TargetSetting) -> list[int]:
+        return widths_at(target, self.editable)
 
     def _best_layers(self) -> list[int]:
         """The layers with the highest Scores."""
@@ -287,17 +295,20 @@ class Search:
             own = [trial for trial in trials if trial.params["layer"] == layer]
             if own:
                 return Setting.of(max(own, key=lambda trial: trial.value or 0.0).user_attrs["setting"])
-        return Setting(TargetSetting(layer), WriteSetting(self._widths(layer)[-1]))
+        target = TargetSetting(layer, targets=self.budget.targets[0])
+        return Setting(target, WriteSetting(self._widths(target)[-1]))
 
     def _try(self, trial: Trial) -> float:
         from optuna import TrialPruned
 
-        target = suggest(trial, self.layers, self.budget.optimize)
-        write, value = self._known(target.layer).write, 0.0
+        target = suggest(trial, self.layers, self.budget.optimize, self.budget.targets)
+        widths, value = self._widths(target), 0.0
+        known = self._known(target.layer).write
+        write = replace(known, width=min(widths, key=lambda width: abs(width - known.width)))
         for count in self.rungs:
             measure = partial(self._measure, trial, target, batches=[self.few[:count]])
-            directions = DIRECTIONS if count == self.rungs[-1] else DIRECTIONS[:1]
-            seen = search_writes(measure, write, self._widths(target.layer), directions)
+            directions = directions_of(target) if count == self.rungs[-1] else DIRECTIONS[:1]
+            seen = search_writes(measure, write, widths, directions)
             write = best_of(seen)
             value = seen[write].score
             trial.set_user_attr("setting", Setting(target, write).plain())
@@ -338,7 +349,7 @@ class Search:
         of = trial.suggest_int("of", 0, 1_000_000)
         setting = Setting.of(self.by_setting.study.trials[of].user_attrs["setting"])
         measure = partial(self._measure, trial, setting.target, batches=self._batches())
-        seen = search_writes(measure, setting.write, self._widths(setting.target.layer), DIRECTIONS[:1])
+        seen = search_writes(measure, setting.write, self._widths(setting.target), DIRECTIONS[:1])
         write, _ = choose(seen, lambda one: (-self.scale.lam(one),))
         trial.set_user_attr("setting", Setting(setting.target, write).plain())
         trial.set_user_attr("outcome", packed(seen[write]))

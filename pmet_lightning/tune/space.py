@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pmet_lightning.targets.construction import Construction
 from pmet_lightning.targets.target_optimizer import OptimizedSites
 from pmet_lightning.write.residual import SpreadRule
 
@@ -20,6 +21,7 @@ STEPS = 25  # iterations for one edit: not searched
 WIDTHS = (1, 3, 5)  # numbers of edited layers
 DEEPEST = 2 / 3  # of the depth: targets live below
 OPTIMIZED: tuple[OptimizedSites, ...] = ("ffn", "attn+ffn", "hidden")
+CONSTRUCTIONS: tuple[Construction, ...] = ("spread", "replay")
 CLAMPS = (0.4, 20.0)  # in norms of the clean output
 STRIDES = (0.02, 20.0)  # share of the radius of its ball that a delta can move in one step of Adam; above 1, across it
 PENALTIES: dict[Penalties, dict[str, float]] = {
@@ -29,6 +31,7 @@ PENALTIES: dict[Penalties, dict[str, float]] = {
 LAM_STEP = 3.0  # ratio of neighboring values of λ
 LAM_UNIT = 0.1  # λ / d_k in the middle of its values; published: 0.03 to 1
 LAM_STEPS = range(-4, 5)
+DIRECTIONS: tuple[Direction, ...] = ("lam", "width", "rule")
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,12 @@ class TargetSetting:
     """How targets are found.
 
     Attributes:
-        layer: L, where they live.
+        layer: The layer that gets a delta: with ``spread`` the last edited one, L, with ``replay`` the first.
         optimize: What gets a delta.
         clamp: Radius of its ball, in norms of the clean output.
         stride: Share of the radius that one step of Adam can move it.
         penalties: Whether the terms of the loss beside the likelihood are used, with their published weights.
+        targets: Where the targets of the edited layers come from.
     """
 
     layer: int
@@ -48,6 +52,7 @@ class TargetSetting:
     clamp: float = 2.0
     stride: float = 0.1
     penalties: Penalties = "none"
+    targets: Construction = "spread"
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class WriteSetting:
     """How targets are written.
 
     Attributes:
-        width: Number of edited layers; the last one is L.
-        rule: Share of the residual that a layer takes.
+        width: Number of edited layers.
+        rule: Share of the residual that a layer takes; not used where each layer has targets of its own.
         lam_step: λ, in steps from the middle of its values.
     """
 
@@ -89,7 +94,7 @@ class Setting:
     @property
     def layers(self) -> list[int]:
         """The edited layers."""
-        return list(range(self.target.layer - self.write.width + 1, self.target.layer + 1))
+        return layers_of(self.target, self.write.width)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,11 @@ class Scale:
                 "clamp": setting.target.clamp,
                 **PENALTIES[setting.target.penalties],
             },
-            "spread": {"lam": self.lam(setting.write), "rule": setting.write.rule},
+            "spread": {
+                "lam": self.lam(setting.write),
+                "rule": setting.write.rule,
+                "targets": setting.target.targets,
+            },
         }
 
 
@@ -160,14 +169,22 @@ def edited_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:
     return [layer for layer in with_ffn if layer <= deepest]
 
 
-def widths_at(layer: int, with_ffn: Sequence[int]) -> list[int]:
-    """The numbers of edited layers that are possible if targets live in a layer: all of them have an FFN."""
-    present = set(with_ffn)
-    possible = [w for w in WIDTHS if w <= layer + 1 and set(range(layer - w + 1, layer + 1)) <= present]
-    whole = layer + 1  # a short way up, all layers
-    return (
-        possible if whole >= WIDTHS[-1] or whole in possible or not set(range(whole)) <= present else [*possible, whole]
-    )
+def layers_of(target: TargetSetting, width: int) -> list[int]:
+    """So many edited layers: with ``replay`` from the layer of the delta upwards, else up to it."""
+    first = target.layer if target.targets == "replay" else target.layer - width + 1
+    return list(range(first, first + width))
+
+
+def widths_at(target: TargetSetting, editable: Sequence[int]) -> list[int]:
+    """The numbers of edited layers that are possible: all of them may be edited; near an end, all as far as that."""
+    present = set(editable)
+    possible = [width for width in range(1, WIDTHS[-1] + 1) if set(layers_of(target, width)) <= present]
+    return [width for width in possible if width in WIDTHS or width == possible[-1]]
+
+
+def directions_of(target: TargetSetting) -> tuple[Direction, ...]:
+    """What of a write may change: where each layer has targets of its own, nothing is shared by a rule."""
+    return DIRECTIONS if target.targets == "spread" else DIRECTIONS[:-1]
 
 
 def write_neighbors(write: WriteSetting, widths: Sequence[int], moved: Direction) -> list[WriteSetting]:

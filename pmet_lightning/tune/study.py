@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pmet_lightning.targets.construction import Construction
 from pmet_lightning.targets.target_optimizer import OptimizedSites
-from pmet_lightning.tune.space import CLAMPS, OPTIMIZED, PENALTIES, STRIDES, TargetSetting, rounded
+from pmet_lightning.tune.space import CLAMPS, CONSTRUCTIONS, OPTIMIZED, PENALTIES, STRIDES, TargetSetting, rounded
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -147,13 +148,19 @@ def halving(first: int) -> BasePruner:
     return SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
 
 
-def suggest(trial: Trial, layers: Sequence[int], optimize: Sequence[OptimizedSites] = OPTIMIZED) -> TargetSetting:
+def suggest(
+    trial: Trial,
+    layers: Sequence[int],
+    optimize: Sequence[OptimizedSites] = OPTIMIZED,
+    targets: Sequence[Construction] = CONSTRUCTIONS,
+) -> TargetSetting:
     """How a trial finds its targets.
 
     Args:
         trial: The trial.
-        layers: The layers that targets may live in.
-        optimize: What may get a delta.
+        layers: The layers that may get a delta.
+        optimize: What may get one.
+        targets: Where the targets of the edited layers may come from.
     """
     return TargetSetting(
         layer=trial.suggest_categorical("layer", list(layers)),
@@ -161,6 +168,7 @@ def suggest(trial: Trial, layers: Sequence[int], optimize: Sequence[OptimizedSit
         clamp=rounded(trial.suggest_float("clamp", *CLAMPS, log=True)),
         stride=rounded(trial.suggest_float("stride", *STRIDES, log=True)),
         penalties=trial.suggest_categorical("penalties", list(PENALTIES)),
+        targets=trial.suggest_categorical("targets", list(targets)),
     )
 
 

@@ -27,7 +27,7 @@ EFFICACY = 70.0
 UNTUNED = "your-model.yaml"
 _CHOSEN = {
     "model": ("layers", "optimize", "optimizer", "clamp", "kl_factor", "norm_factor", "steps"),
-    "spread": ("lam", "rule"),
+    "spread": ("lam", "rule", "targets"),
 }
 _NEAR = 1.1  # of a bound
 
@@ -159,7 +159,8 @@ def search_name(bench: Bench, facts: Facts, budget: Budget, seed: int) -> str:
     """Name of a search: the hash of what its answer depends on besides time or trials."""
     identities = [edit.identity() for edit in (*facts.tuning_edits, *facts.reporting_edits)]
     base = {**bench.base, "model": {**bench.base["model"], "targets_folder": None}}
-    depends = [fingerprint(bench.model), identities, base, budget.edits, list(budget.optimize), seed]
+    wanted = [budget.edits, list(budget.optimize), list(budget.targets), seed]
+    depends = [fingerprint(bench.model), identities, base, *wanted]
     described = json.dumps(depends, sort_keys=True, default=str)
     return f"tune {hashlib.sha256(described.encode()).hexdigest()[:12]}"
 

@@ -23,6 +23,7 @@ from pmet_lightning.tune.space import (
     Setting,
     TargetSetting,
     WriteSetting,
+    directions_of,
     target_layers,
     widths_at,
     write_neighbors,
@@ -60,11 +61,21 @@ def test_layers_are_looked_at_from_coarse_to_fine_up_to_two_thirds(depth):
 
 def test_layers_without_ffn_are_left_out():
     assert set(target_layers(12, [1, 3, 4, 5, 9])) == {1, 3, 4, 5}
-    assert widths_at(5, [1, 3, 4, 5, 9]) == [1, 3]
-    assert widths_at(1, [1, 3]) == [1]
-    assert widths_at(1, range(12)) == [1, 2]
-    assert widths_at(3, range(12)) == [1, 3, 4]
-    assert widths_at(9, range(12)) == [1, 3, 5]
+    assert widths_at(TargetSetting(5), [1, 3, 4, 5, 9]) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("layer", "below", "above"),
+    [(0, [1], [1, 3, 5]), (1, [1, 2], [1, 3, 5]), (3, [1, 3, 4], [1, 3, 5]), (9, [1, 3, 5], [1, 2])],
+)
+def test_layers_are_edited_down_from_a_delta_or_up_from_it(layer, below, above):
+    spread, replay = TargetSetting(layer), TargetSetting(layer, targets="replay")
+    assert widths_at(spread, range(11)) == below
+    assert widths_at(replay, range(11)) == above
+    assert Setting(spread, WriteSetting(below[-1])).layers == list(range(layer - below[-1] + 1, layer + 1))
+    assert Setting(replay, WriteSetting(above[-1])).layers == list(range(layer, layer + above[-1]))
+    assert directions_of(spread) == ("lam", "width", "rule")
+    assert directions_of(replay) == ("lam", "width"), "each layer has targets of its own: nothing is shared"
 
 
 def test_the_units_of_a_model_make_its_settings():
@@ -73,7 +84,7 @@ def test_the_units_of_a_model_make_its_settings():
     sections = scale.sections(setting)
     assert sections["model"]["layers"] == [0, 1, 2]
     assert sections["model"]["optimizer"]["init_args"]["lr"] == 0.15  # 0.1 · 3 · 0.5
-    assert sections["spread"] == {"lam": 90.0, "rule": "even"}  # 0.1 · 100 · 3²
+    assert sections["spread"] == {"lam": 90.0, "rule": "even", "targets": "spread"}  # 0.1 · 100 · 3²
     hidden = Setting(TargetSetting(2, "hidden", 3.0, 0.1), setting.write)
     assert scale.sections(hidden)["model"]["optimizer"]["init_args"]["lr"] == 1.5
     assert Setting.of(setting.plain()) == setting
@@ -107,6 +118,14 @@ def test_what_gets_a_delta_can_be_restricted():
     assert [probe.optimize for probe in Budget(optimize=["attn+ffn"]).probes] == ["attn+ffn"]
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     assert {suggest(study.ask(), [1], ["attn+ffn", "ffn"]).optimize for _ in range(20)} == {"attn+ffn", "ffn"}
+
+
+def test_where_targets_come_from_can_be_restricted():
+    assert {probe.targets for probe in Budget(targets=["replay"]).probes} == {"replay"}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    assert {suggest(study.ask(), [1]).targets for _ in range(20)} == {"spread", "replay"}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    assert {suggest(study.ask(), [1], targets=["replay"]).targets for _ in range(20)} == {"replay"}
 
 
 # ---- the facts ----------------------------------------------------------------------------------------------
