@@ -9,6 +9,7 @@ from pmet_lightning.data.encoder import PromptEncoder
 from pmet_lightning.evaluation import answer_scores as module
 from pmet_lightning.evaluation.answer_scores import score_answers
 from pmet_lightning.model import prefix_passes as prefix
+from tests.conftest import mostly_slow
 from tests.tiny import CONFIGS
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def compare(model, encoder, budget):
     assert len(scores) + len(said) == len(rows)
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("family", mostly_slow(sorted(CONFIGS), ["gpt2", "gptj", "llama", "gemma2", "falcon", "opt"]))
 def test_as_one_row_at_a_time(family, loaded, monkeypatch):
     """All in one batch; in batches of which a group shares one generation; and hardly two rows together."""
     for limit, budget in ((1024, 4096), (40, 4096), (40, 40)):

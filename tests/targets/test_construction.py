@@ -14,6 +14,7 @@ from pmet_lightning.model.loading import load_config, load_model
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.targets.construction import delta_layers, target_layers, written_layers
 from pmet_lightning.targets.replay import replayed_values
+from tests.conftest import mostly_slow
 from tests.harness import edit, matrices
 from tests.plain import locate, plain_record, plain_spread
 from tests.targets.test_target_optimizer import EXACT, folder_of, moments_for, tiny_module  # noqa: F401
@@ -108,7 +109,7 @@ def test_a_replay_of_both_deltas_is_a_plain_pass(family, padding_side, folder_of
 
 
 @pytest.mark.parametrize("targets", ["own", "replay"])
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])  # the last one with transposed weights
+@pytest.mark.parametrize("family", mostly_slow([*FAMILIES, "gpt2"], ["gptj", "gpt2"]))  # the last: transposed weights
 def test_every_layer_is_written_towards_its_own_target(family, targets, folder_of, tmp_path):  # noqa: F811
     """As one plain write of a single layer after the other, each of its own targets and of the whole residual."""
     folder = folder_of(family)
@@ -175,7 +176,7 @@ def test_p_of_the_written_value_is_that_of_a_plain_pass(family, folder_of, tmp_p
     assert max(gaps) > 1e-3, "the attention's delta has a share in P(o*)"
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("micro_batch", mostly_slow([1, 3], [3]))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_attention_helps_in_the_first_steps_only(family, micro_batch, folder_of, tmp_path):  # noqa: F811
     folder = folder_of(family)
