@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pmet_lightning.compare.layers import layer_means, layer_plot
 from pmet_lightning.compare.plan import Method, Run, read_report
 from pmet_lightning.evaluation.scores import METRICS, NAMES, SCALES, score_difference, table_of
 from pmet_lightning.report.html import GREEN, INK, MUTED, ORANGE, STYLE, panels, svg, write_page
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 RESULT, PAGE = "comparison.json", "comparison.html"
 UNEDITED = "unedited"
+_NESTED = ("score_by_seed", "layers")  # not in a table
 FAR = 20.0  # points below the highest Score: methods that far away are drawn on the edge
 
 
@@ -40,7 +42,7 @@ def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Pa
     """
     results = _collect(runs, folder)
     write_json(folder / RESULT, {"results": results, "methods": {name: vars(m) for name, m in methods.items()}})
-    rows = [{name: value for name, value in row.items() if name != "score_by_seed"} for row in results]
+    rows = [{name: value for name, value in row.items() if name not in _NESTED} for row in results]
     write_csv(folder / "comparison.csv", list(dict.fromkeys(name for row in rows for name in row)), rows)
     with atomic_path(folder / "comparison.md") as temporary:
         temporary.write_text("\n".join(markdown_lines(results)) + "\n", encoding="utf-8")
@@ -48,6 +50,11 @@ def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Pa
         "results": results,
         "plots": {
             count: svg(score_plot(own, limits_of(results)), f"scores{count}") for count, own in by_count(results)
+        },
+        "layers": {
+            count: svg(figure, f"layers{count}")
+            for count, own in by_count(results)
+            if (figure := layer_plot(own)) is not None
         },
         "findings": {count: finding(own) for count, own in by_count(results)},
         "methods": methods,
@@ -71,6 +78,7 @@ def _collect(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
             results.append(_result(UNEDITED, count, group, reports, edit_rows(reports, "before")))
         row = _result(method, count, group, reports, rows)
         row["seconds"] = sum(report["seconds"] for report in reports) / len(reports)
+        row["layers"] = layer_means(reports)
         row |= _floats(score_difference(rows, reference_rows[count]))
         results.append(row)
     return results

@@ -217,7 +217,7 @@ def test_no_table_of_the_page_is_cut_off(comparison):
     for table in tables:
         assert table.count("<td") == table.count("data-label=") > 0
     widths = re.findall(r'<svg[^>]* width="([\d.]+)pt"', text)
-    assert len(widths) == 2
+    assert len(widths) == 2 * 2, "the Scores and the layers"
     assert max(map(float, widths)) < 4.7 * 72
     assert text.count("<small>seeds ") == 2 * 4
     assert "Highest Score: " in text
@@ -277,6 +277,24 @@ def scored(method: str, edits: int, score: float, difference: float, width: floa
 
 METHODS = [("PMET", 93.4, 0.0), ("MEMIT", 93.9, 0.5), ("better", 96.0, 2.6), ("worse", 84.4, -9.0), ("far", 0.0, -93.4)]
 RESULTS = [scored(name, count, score, gap) for count in (100, 200) for name, score, gap in METHODS]
+
+
+def test_the_layers_are_those_of_all_runs(comparison):
+    """For each method that writes layer by layer, the means of what its runs report."""
+    out = comparison / "out"
+    results = json.loads((out / "comparison.json").read_text())["results"]
+    for row in results:
+        words = row["method"].replace(" ", "-")
+        reports = [json.loads((f / "report.json").read_text()) for f in out.glob(f"{words}-{row['edits']}-*")]
+        for one in row.get("layers", []):
+            own = [
+                r for report in reports for r in report["layers"] if (r["site"], r["layer"]) == ("ffn", one["layer"])
+            ]
+            assert len(own) == len(reports)
+            for name in ("residual_after", "growth"):
+                assert one[name] == pytest.approx(sum(r[name] for r in own) / len(own))
+    assert [len(row.get("layers", [])) for row in results if row["method"] == "PMET"] == [3, 3]
+    assert "residual left after the write of each layer" in (out / "comparison.html").read_text()
 
 
 def test_every_method_has_a_row_of_its_own_in_the_plot():
