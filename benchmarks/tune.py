@@ -45,7 +45,7 @@ def random_settings(bench: Bench, scale: Scale, seed: int) -> Iterator[Sections]
     while True:
         trial = study.ask()
         target = suggest(trial, layers)
-        widths = widths_at(target.layer, bench.layers)
+        widths = widths_at(target, edited_layers(bench.depth, bench.layers))
         width = widths[trial.suggest_int("width", 0, 3) % len(widths)]
         rule = trial.suggest_categorical("rule", ["sqrt", "even"])
         lam = trial.suggest_int("lam", LAM_STEPS[0], LAM_STEPS[-1])
