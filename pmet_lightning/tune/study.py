@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Objective = Callable[["Trial"], float]
 
 REDUCTION = 3  # one trial in so many goes on to so many times as many edits
+_ATTEMPTS = 4
 _HEARTBEAT, _GRACE = 60, 300  # seconds, of a storage that several machines share
 _STARTUP = 8  # trials before the sampler has enough to learn from
 
@@ -37,9 +39,18 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
         return RDBStorage(f"sqlite:///{folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 60}})
+    from sqlalchemy.exc import DatabaseError
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
-        return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+        for attempt in range(_ATTEMPTS):
+            try:
+                return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+            except DatabaseError:  # another process makes the tables of a new database at this moment
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(1 + attempt)
+    raise AssertionError
 
 
 class Stage:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from pmet_lightning.model.loading import load_model, set_plain_outputs
 from pmet_lightning.run.lightning_cli import run_fit
 from pmet_lightning.tune.bench import Bench
 from pmet_lightning.tune.space import Scale, Setting, TargetSetting, WriteSetting
-from tests.conftest import mostly_slow
+from tests.conftest import ROOT, mostly_slow
 from tests.tiny import save_tiny
 
 EDITS, TRIALS = 12, 2
@@ -218,3 +220,21 @@ def test_an_editor_finds_settings_that_an_editor_takes(folder):
     assert (folder / "editor" / "tuned.html").is_file()
     with pytest.raises(RuntimeError, match="4 edits are in the weights"):
         tuned.tune(records)
+
+
+@pytest.mark.slow
+def test_two_processes_search_together(folder):
+    """Each does a part of the trials, and both find the same settings."""
+    shared = {"storage": f"sqlite:///{folder / 'shared.db'}", "trials": 3}
+    names = ("here", "there")
+    started = [
+        subprocess.Popen([sys.executable, "-m", "pmet_lightning", *command(folder, name, **shared)], cwd=ROOT)
+        for name in names
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    here, there = (json.loads((folder / name / "tuned.json").read_text()) for name in names)
+    assert here["trials"]["settings"] in (3, 4), "the last two may begin at once"
+    settings = [yaml.safe_load((folder / name / "tuned.yaml").read_text()) for name in names]
+    assert settings[0]["spread"] == settings[1]["spread"]
+    assert {**settings[0]["model"], "targets_folder": ""} == {**settings[1]["model"], "targets_folder": ""}
+    assert here["reporting"]["score"] == pytest.approx(there["reporting"]["score"], abs=1e-6)
