@@ -392,7 +392,7 @@ class Editor:
         out = set(positions_of(self.facts, facts))
         self._written.check_unchanged()
         kept = by_batches(fact for i, fact in enumerate(self.facts) if i not in out)
-        self._rewrite(kept, by_batches(self.facts))
+        self._rewrite(kept, [by_batches(self.facts)])
 
     @arguments_named()
     def merge(self, *patches: str | Path) -> None:
@@ -408,13 +408,13 @@ class Editor:
             PatchError: If a patch is of another model or kind; the message says what differs.
             RecordError: If facts contradict each other.
         """
-        facts, before, manifest = list(self.facts), by_batches(self.facts), self._manifest()
+        facts, before, manifest = list(self.facts), [by_batches(self.facts)], self._manifest()
         for given in patches:
             path = patch_path(given)
             kept = read_patch(path)
             check_same_kind(manifest, kept.manifest, path)
             more = facts_of(kept.manifest["facts"], kept.targets, str(path))
-            facts, before = [*facts, *more], [*before, *by_batches(more)]
+            facts, before = [*facts, *more], [*before, by_batches(more)]
         check_no_contradictions([fact.edit for fact in facts])
         self._written.check_unchanged()
         self._rewrite([list({fact.question: fact for fact in reversed(facts)}.values())[::-1]], before)
@@ -523,7 +523,9 @@ class Editor:
         weight: Tensor = self.model.get_input_embeddings().weight
         return weight.device
 
-    def _rewrite(self, batches: Sequence[Sequence[WrittenFact]], before: Sequence[Sequence[WrittenFact]]) -> None:
+    def _rewrite(
+        self, batches: Sequence[Sequence[WrittenFact]], before: Sequence[Sequence[Sequence[WrittenFact]]]
+    ) -> None:
         """Write facts, from the targets that they had in other edit batches, in place of what is there."""
         with self._written.rewriting(len(batches), sum(map(len, batches))):
             if batches:

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from pmet_lightning.data.datamodule import EditDataModule
+from pmet_lightning.data.records import Edit
+from pmet_lightning.targets.equal_keys import companions
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.write.facts import WrittenFact
 
@@ -17,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def write_again(
     batches: Sequence[Sequence[WrittenFact]],
-    before: Sequence[Sequence[WrittenFact]],
+    before: Sequence[Sequence[Sequence[WrittenFact]]],
     module: TargetOptimizer,
     trainer: Trainer,
 ) -> None:
@@ -27,11 +29,15 @@ def write_again(
 
     Args:
         batches: The facts in the edit batches to write.
-        before: All facts in the edit batches that their targets were found in.
+        before: All facts in the edit batches that their targets were found in, for each model that they were written
+            into; of a fact that was written into several, its target is that of the first.
         module: The module with the model.
         trainer: A trainer with the callbacks that write.
     """
-    shared_before, shared = _sharers(before, module), _sharers(batches, module)
+    shared = _sharers(batches, module)
+    shared_before: dict[str, frozenset[str]] = {}
+    for written in before:
+        shared_before = _sharers(written, module) | shared_before
     facts = [(fact, fact.edit.identity()) for batch in batches for fact in batch]
     given = [fact.given_target if shared[name] == shared_before[name] else None for fact, name in facts]
     if None in given:
@@ -51,9 +57,13 @@ def outcomes_of(batches: Sequence[Sequence[WrittenFact]]) -> list[dict[str, Any]
 
 
 def _sharers(batches: Sequence[Sequence[WrittenFact]], module: TargetOptimizer) -> dict[str, frozenset[str]]:
-    """The facts that share the target of each, by their identity; of a fact in several batches, those in the first."""
+    """The facts that share the target of each, by their identity, with those of earlier edit batches."""
     found: dict[str, frozenset[str]] = {}
+    earlier: list[Edit] = []
     for batch in batches:
-        edits = [fact.edit for fact in batch]
-        found = module.key_groups(edits).sharers(edits) | found
+        own = [fact.edit for fact in batch]
+        edits = [*own, *(earlier[i] for i in companions(own, earlier, module.encoder))]
+        sharers = module.key_groups(edits).sharers(edits)
+        found |= {name: sharers[name] for edit in own if (name := edit.identity()) not in found}
+        earlier += own
     return found

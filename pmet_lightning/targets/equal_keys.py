@@ -1,7 +1,9 @@
-"""Edits of one edit batch whose keys are equal: one key can have only one value, so they share their target.
+"""Edits whose keys are equal: one key can have only one value, so they share their target.
 
 Facts about one subject in prompts that are the same up to its end ("{} was born in", "{} works as") have the same key
-in every layer. Targets found for each apart contradict each other, and the write takes their mean (MEMIT-Merge).
+in every layer. Targets found for each apart contradict each other, and the write takes their mean (MEMIT-Merge). One
+that is written later moves the value of those before it: their targets are found again together, and their key, as it
+has a new value, is not protected against this write.
 
 Legend: A = active edits, F = model width.
 """
@@ -38,7 +40,7 @@ class KeyGroups:
         found = []
         for i, edit in enumerate(edits):
             shared = counts[edit.subject] > 1
-            found.append(first.setdefault(tuple(key_row(edit, BARE, encoder).ids), i) if shared else i)
+            found.append(first.setdefault(_key(edit, encoder), i) if shared else i)
         return cls(found)
 
     @property
@@ -63,6 +65,23 @@ class KeyGroups:
         own = [edit.identity() for edit in edits]
         shared = {first: sorted(own[i] for i in group) for first, group in self.members().items() if len(group) > 1}
         return [name + "".join(shared.get(first, ())) for name, first in zip(own, self.first, strict=True)]
+
+
+def companions(edits: Sequence[Edit], written: Sequence[Edit], encoder: PromptEncoder) -> list[int]:
+    """Positions of edits written earlier that have the key of one of an edit batch, and that it does not correct."""
+    subjects = {edit.subject for edit in written} & {edit.subject for edit in edits}
+    asked = {(edit.prompt, edit.subject) for edit in edits}
+    keys = {_key(edit, encoder) for edit in edits if edit.subject in subjects}
+    return [
+        i
+        for i, edit in enumerate(written)
+        if edit.subject in subjects and (edit.prompt, edit.subject) not in asked and _key(edit, encoder) in keys
+    ]
+
+
+def _key(edit: Edit, encoder: PromptEncoder) -> tuple[int, ...]:
+    """What the key of an edit depends on: the tokens up to its subject's end."""
+    return tuple(key_row(edit, BARE, encoder).ids)
 
 
 def mean_of_groups(values_AF: Tensor, group_A: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from pmet_lightning.targets.active_batch import DeltaSlots
 from pmet_lightning.targets.batch_size import ModelSize
 from pmet_lightning.targets.construction import Construction, delta_layers, target_layers, written_layers
 from pmet_lightning.targets.contexts import ContextStore, check_contexts, sample_contexts
-from pmet_lightning.targets.equal_keys import KeyGroups
+from pmet_lightning.targets.equal_keys import KeyGroups, companions
 from pmet_lightning.targets.loop import Request, Rules, TargetLoop, choose_micro_batch
 from pmet_lightning.targets.store import Target, TargetStore, join_targets
 from pmet_lightning.targets.suffix_check import suffix_agrees
@@ -75,8 +75,9 @@ class TargetOptimizer(EditableModel):
         attention_steps: After so many steps, or when it would stop, an edit goes on without the attention's delta, from
             the FFN's output as it is then: the target is one that the FFN can hold alone. Null keeps both deltas to the
             end (PMET).
-        merge_equal_keys: Whether edits of one edit batch that have the same key, as facts about one subject may, share
-            one target that serves all of them; otherwise each finds its own, and the write takes their mean.
+        merge_equal_keys: Whether edits that have the same key, as facts about one subject may, share one target that
+            serves all of them, those of earlier edit batches too; otherwise each finds its own, and the write takes
+            their mean.
         contexts: Templates with one {} each; null samples them from the model.
         context_count: Number of contexts to sample.
         context_length: New tokens in each sampled context.
@@ -145,6 +146,7 @@ class TargetOptimizer(EditableModel):
         )
         self.contexts: list[str] = []
         self.given_targets: Sequence[Target | None] = []  # of the edits of the run, where some are only written again
+        self.written: Sequence[Edit] = ()  # the edits in the weights; set by what writes them
         self._store: TargetStore | None = None
         self._store_batch = -1
         self._suffix_works: bool | None = None  # for this model, once that was looked at
@@ -259,9 +261,10 @@ class TargetOptimizer(EditableModel):
         processes = ProcessGroup.of(self.trainer)
         given = self._given(batch)
         if len(given) < len(batch.edits):
-            groups = self.key_groups(batch.edits)
-            assigned = [i for i, first in enumerate(groups.first) if processes.owns(first) and i not in given]
-            found = self._stored_or_found(batch, batch_idx, assigned, groups)
+            edits = [*batch.edits, *(self.written[i] for i in self.companions(batch.edits))]
+            groups = self.key_groups(edits)
+            assigned = [i for i, first in enumerate(groups.first) if processes.owns(first) and first not in given]
+            found = self._stored_or_found(edits, batch_idx, assigned, groups)
             if processes.size > 1 and not groups.all_alone:
                 foreign = [(i, target) for i, target in found.items() if not processes.owns(i)]
                 found |= dict(processes.all_gather_lists(foreign))
@@ -276,23 +279,27 @@ class TargetOptimizer(EditableModel):
         return {i: target for i, target in enumerate(targets) if target is not None}
 
     def _stored_or_found(
-        self, batch: EditBatch, batch_idx: int, assigned: Sequence[int], groups: KeyGroups
+        self, edits: Sequence[Edit], batch_idx: int, assigned: Sequence[int], groups: KeyGroups
     ) -> dict[int, Target]:
-        """The targets of some edits of an edit batch by their index, from the store or, group by group, by search."""
+        """The targets of some of the edits by their index, from the store or, group by group, by search."""
         processes, store = ProcessGroup.of(self.trainer), self._target_store(batch_idx)
-        names = groups.identities(batch.edits) if store else []
+        names = groups.identities(edits) if store else []
         found = {i: store.load(names[i]) for i in assigned} if store else {}
         found = processes.broadcast_if_sharded(found)
         incomplete = {groups.first[i] for i in assigned if found.get(i) is None}
         missing = [i for i in assigned if groups.first[i] in incomplete]
         targets = {i: target for i, target in found.items() if target is not None}
         with counter(self.trainer, len(missing), numbered(self.trainer, "Targets", batch_idx), "edit") as bar:
-            for k, target in self.iter_targets([batch.edits[i] for i in missing]):
+            for k, target in self.iter_targets([edits[i] for i in missing]):
                 targets[missing[k]] = target
                 if store and processes.is_writer:
                     store.save(names[missing[k]], target)
                 bar.update(1)
         return targets
+
+    def companions(self, edits: Sequence[Edit]) -> list[int]:
+        """Positions of the written edits with which those of an edit batch share their targets."""
+        return companions(edits, self.written, self.encoder) if self.merge_equal_keys else []
 
     def key_groups(self, edits: Sequence[Edit]) -> KeyGroups:
         """Which edits share their targets."""

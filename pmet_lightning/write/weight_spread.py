@@ -58,6 +58,7 @@ class _WriteState:
         count: N, the edits of all processes.
         draft: What has been written of it.
         kept: Positions of the facts of earlier edit batches that this one does not correct.
+        protected: Those of them whose keys get no new value.
         goals: What each projection is written towards.
         last: For each written site, its target in layer L, which the residuals are compared with.
     """
@@ -68,6 +69,7 @@ class _WriteState:
     count: int
     draft: Draft
     kept: Sequence[int]
+    protected: Sequence[int]
     goals: Mapping[ProjectionId, SiteTarget]
     last: Mapping[SiteName, SiteTarget]
 
@@ -127,6 +129,13 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             )
         pl_module.construction = self.targets
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
+    ) -> None:
+        """Tell the module what is in the weights: an edit about the same subject may share its target."""
+        assert isinstance(pl_module, TargetOptimizer)
+        pl_module.written = [fact.edit for fact in self.edited.facts]
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
@@ -185,7 +194,11 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         with self.edited.transaction(list(projections.values())) as draft:
             replaced, earlier = set(replaced_by(self.edited.facts, edits)), self.edited.facts
             kept = [i for i in range(len(earlier)) if i not in replaced]
-            state = _WriteState(module, second_moments, processes, len(edits), draft, kept, goals, site_targets)
+            module.written = [fact.edit for fact in earlier]
+            protected = sorted(set(kept) - set(module.companions(edits)))
+            state = _WriteState(
+                module, second_moments, processes, len(edits), draft, kept, protected, goals, site_targets
+            )
             for projection_id in track(trainer, list(projections), "Layers"):
                 reports.append(self._measure_and_write(state, projection_id, tracker, rows))
             *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
@@ -289,14 +302,14 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         keys_NI = state.processes.all_gather(keys_nI, state.count)
         share_NO = state.processes.all_gather(share_nO, state.count)
         if self.protect_past and state.processes.is_rank_zero:
-            past = [past_NI] if (past_NI := self._past_keys(projection_id, state)) is not None else []
+            past = [past_NI] if (past_NI := self._past_keys(projection_id, state.kept)) is not None else []
             state.draft.past_keys[projection_id] = torch.cat([*past, keys_NI.cpu()])
         return partial(self._solution, share_NO, keys_NI, projection_id, state)
 
-    def _past_keys(self, projection_id: ProjectionId, state: _WriteState) -> Tensor | None:
-        """Keys of earlier edit batches, without those of facts that this one corrects; ``None`` if there are none."""
+    def _past_keys(self, projection_id: ProjectionId, facts: Sequence[int]) -> Tensor | None:
+        """Keys of some facts of earlier edit batches; ``None`` if there are none."""
         keys_NI = self.edited.past_keys.get(projection_id)
-        return keys_NI[state.kept] if keys_NI is not None and state.kept else None
+        return keys_NI[facts] if keys_NI is not None and facts else None
 
     def _solution(
         self, share_NO: Tensor, keys_NI: Tensor, projection_id: ProjectionId, state: _WriteState, lam: float
@@ -304,7 +317,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         if self.null_space is not None:
             space = state.second_moments.null_space(projection_id, self.null_space)
             return solve_in_null_space(share_NO, keys_NI, space, lam, self._past_II(projection_id, state))
-        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and self._past_keys(projection_id, state) is None:
+        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and self._past_keys(projection_id, state.protected) is None:
             try:
                 return solve_with_factor(share_NO, keys_NI, state.second_moments.factor(projection_id), lam)
             except FloatingPointError as error:
@@ -326,7 +339,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
 
     def _past_II(self, projection_id: ProjectionId, state: _WriteState) -> Tensor | None:
         """K_past K_pastᵀ, on the model's device, float64, shape [I, I]; ``None`` before the second edit batch."""
-        keys_NI = self._past_keys(projection_id, state)
+        keys_NI = self._past_keys(projection_id, state.protected)
         if keys_NI is None:
             return None
         keys_NI = keys_NI.to(state.module.device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pmet_lightning import Editor, PatchError, RecordError, load_patch, read_edits, save_patch
+from pmet_lightning import Edit, Editor, PatchError, RecordError, load_patch, read_edits, save_patch
 from pmet_lightning.model.patch import read_patch
 from tests.harness import matrices
 from tests.tiny import RECORDS, save_tiny
@@ -103,6 +103,35 @@ def test_what_shared_its_target_with_a_removed_fact_has_one_of_its_own(make):
     never.edit([TWINS[1], FACTS[0]], evaluate=False)
     assert not torch.allclose(editor.facts[0].values[("ffn", 1)], shared)
     assert_same(weights(editor), weights(never), 1e-9)
+
+
+@pytest.mark.parametrize("protect_past", [False, True])
+def test_a_later_fact_about_a_subject_does_not_push_out_the_first(make, protect_past):
+    """Their key is one: its new value says both, and the old value is not protected."""
+    editor, plain = (make(spread={"protect_past": protect_past}) for _ in range(2))
+    editor.edit([TWINS[0], FACTS[0]], evaluate=False)
+    editor.edit([TWINS[1]], evaluate=False)
+    assert [fact.edit.case_id for fact in editor.facts] == ["0", "fact-0", "1"]
+    plain.edit([TWINS[0], FACTS[0]], evaluate=False)
+    both = [Edit(t["case_id"], t["prompt"], t["subject"], t["target_new"]) for t in TWINS[::-1]]
+    (together, _) = plain._module.find_targets(both)
+    torch.testing.assert_close(editor.facts[2].values["ffn", 1], together.values["ffn", 1], rtol=0, atol=1e-9)
+    past = editor._spread.edited.past_keys
+    assert [len(keys) for keys in past.values()] == ([3, 3] if protect_past else []), "a row for each fact"
+
+
+@pytest.mark.parametrize("out", ["0", "1"])
+def test_a_fact_that_shared_its_target_with_an_earlier_one_is_removed(make, out):
+    editor, never = make(), make()
+    editor.edit([TWINS[0], FACTS[0]], evaluate=False)
+    editor.edit([TWINS[1], FACTS[1]], evaluate=False)
+    editor.remove(out)
+    never.edit([fact for fact in (TWINS[0], FACTS[0]) if fact["case_id"] != out], evaluate=False)
+    never.edit([fact for fact in (TWINS[1], FACTS[1]) if fact["case_id"] != out], evaluate=False)
+    kept = {fact.edit.case_id: fact for fact in never.facts}
+    for fact in editor.facts:
+        if fact.edit.case_id != "fact-1":  # found while the other one was there, as targets of later edit batches are
+            torch.testing.assert_close(fact.values["ffn", 1], kept[fact.edit.case_id].values["ffn", 1])
 
 
 def test_facts_of_two_patches_that_have_one_key_share_a_target(make, tmp_path):
