@@ -26,9 +26,12 @@ from tests.tiny import RECORDS, save_tiny
 def inputs(tmp_path_factory):
     """A tiny GPT-2, which computes in float64 throughout, records and a corpus."""
     base = tmp_path_factory.mktemp("inputs")
-    # The second and the third have equal keys, and are of two processes.
-    shared = {"prompt": "{} performs on the", "subject": RECORDS[1]["subject"], "target_new": "clarinet"}
-    (base / "records.json").write_text(json.dumps([*RECORDS[:2], shared, *RECORDS[3:]]))
+    # The second and the third have equal keys, and are of two processes; the fifth, of a later edit batch, has it too.
+    shared, later = (
+        {"prompt": prompt, "subject": RECORDS[1]["subject"], "target_new": target}
+        for prompt, target in (("{} performs on the", "clarinet"), ("{} is a citizen of", "Norway"))
+    )
+    (base / "records.json").write_text(json.dumps([*RECORDS[:2], shared, RECORDS[3], later, *RECORDS[5:]]))
     (base / "corpus.txt").write_text("\n".join(f"This is the text of number {i}, and it is short." for i in range(40)))
     return save_tiny("gpt2", base / "model"), base / "records.json", base / "corpus.txt"
 
@@ -68,7 +71,7 @@ def test_the_same_targets(shape, alone, together):
     """v* of every edit, and of every step its losses."""
     one, several = ({p.name: load_file(p) for p in (folder / f"targets-{shape}").glob("*.safetensors")}
                     for folder in (alone, together))  # fmt: skip
-    assert len(one) == SHAPES[shape][0]
+    assert len(one) >= SHAPES[shape][0], "those of earlier edit batches that share one are found again"
     first_batch = SHAPES[shape][1] or len(one)
     # What a later edit batch meets is known by the bits of the weights, which the order of a sum may change.
     assert len(set(one) & set(several)) >= first_batch
