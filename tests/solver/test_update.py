@@ -147,7 +147,7 @@ def test_the_callback_projects_past_keys_onto_the_null_space_of_c():
         return null_space(moment, share)
 
     now = SimpleNamespace(second_moments=SimpleNamespace(null_space=space),
-                          module=SimpleNamespace(device=torch.device("cpu")), kept=[0, 1, 2])  # fmt: skip
+                          module=SimpleNamespace(device=torch.device("cpu")), protected=[0, 1, 2])  # fmt: skip
     spread = WeightSpread(lam=2.0, null_space=0.3)
     spread.edited.past_keys["ffn", 0] = keys[:3]
     found = spread._solution(residual[3:], keys[3:], ("ffn", 0), now, 2.0)
@@ -271,7 +271,7 @@ def test_the_callback_takes_the_way_that_works(n, reached, monkeypatch, caplog):
     )
     moments = SimpleNamespace(moment=lambda _: moment, factor=lambda _: factorize(moment.clone))
     keys[:, :3] = torch.randn(n, 3, dtype=torch.float64)
-    now = SimpleNamespace(second_moments=moments, module=SimpleNamespace(device=torch.device("cpu")))
+    now = SimpleNamespace(second_moments=moments, module=SimpleNamespace(device=torch.device("cpu")), protected=[])
     found = WeightSpread(lam=60.0)._solution(residual, keys, ("ffn", 0), now, 60.0)
     assert len(calls) == (n > 12 or reached)
     assert ("solving without it" in caplog.text) == (n < 12 and reached)
