@@ -95,8 +95,7 @@ def tune(
         trials: Number of trials instead of a time: the same number and seed give the same answer.
         edits: Edits to be written in one edit batch later; null takes as many as records and time allow, up to 200.
         optimize: What may get a delta: attn+ffn and ffn (PMET and its ablation), hidden (MEMIT); null tries all.
-        targets: Where the targets of the edited layers may come from (--spread.targets): spread, replay, own; null
-            tries the first two.
+        targets: Where targets of layers may come from (--spread.targets); null tries spread and replay.
         seed: Seed of the search and of the division of one's own facts.
         storage: Address of a database of Optuna that several machines search in together, each by this command; null
             takes a file in the folder.
@@ -112,7 +111,6 @@ def tune(
     from pmet_lightning.tune.facts import choose_facts, read_items
     from pmet_lightning.tune.results import closing_lines, write_results
     from pmet_lightning.tune.search import Budget
-    from pmet_lightning.tune.space import CONSTRUCTIONS, OPTIMIZED
     from pmet_lightning.tune.tuned import run_search
     from pmet_lightning.utils.console import quieten, quietly
 
@@ -126,8 +124,7 @@ def tune(
     facts = choose_facts(lm, encoder, model.model_name, own, source, seed, model.tokens_per_batch)
     base = base_sections(model, moments, facts, seed)
     bench = Bench(lm, encoder.tokenizer, model.model_name, base, folder / "targets")
-    budget = Budget(60 * minutes, trials, edits, optimize or OPTIMIZED, targets or CONSTRUCTIONS)
-    tuned = run_search(bench, facts, budget, folder, seed, storage)
+    tuned = run_search(bench, facts, Budget.of(minutes, trials, edits, optimize, targets), folder, seed, storage)
     write_results(tuned, folder)
     log.info("%s", "\n".join(closing_lines(tuned, folder)))
 

@@ -75,6 +75,18 @@ class Budget:
     optimize: Sequence[OptimizedSites] = OPTIMIZED
     targets: Sequence[Construction] = CONSTRUCTIONS
 
+    @classmethod
+    def of(
+        cls,
+        minutes: float,
+        trials: int | None,
+        edits: int | None,
+        optimize: Sequence[OptimizedSites] | None,
+        targets: Sequence[Construction] | None,
+    ) -> Budget:
+        """The budget of a command, where ``None`` tries all."""
+        return cls(60 * minutes, trials, edits, optimize or OPTIMIZED, targets or CONSTRUCTIONS)
+
     @property
     def probes(self) -> list[TargetSetting]:
         """What layers are looked at with."""

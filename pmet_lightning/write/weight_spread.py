@@ -192,25 +192,27 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         )
         reports: list[LayerReport] = []
         with self.edited.transaction(list(projections.values())) as draft:
-            replaced, earlier = set(replaced_by(self.edited.facts, edits)), self.edited.facts
-            kept = [i for i in range(len(earlier)) if i not in replaced]
-            module.written = [fact.edit for fact in earlier]
-            protected = sorted(set(kept) - set(module.companions(edits)))
-            state = _WriteState(
-                module, second_moments, processes, len(edits), draft, kept, protected, goals, site_targets
-            )
+            earlier, staying = self.edited.facts, self._staying(module, edits)
+            state = _WriteState(module, second_moments, processes, len(edits), draft, *staying, goals, site_targets)
             for projection_id in track(trainer, list(projections), "Layers"):
                 reports.append(self._measure_and_write(state, projection_id, tracker, rows))
             *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
             left = {site: tracker.left(site, value) for site, value in zip(site_targets, values, strict=True)}
             tracker.record_overshoot(stream_nF)
             all_targets = processes.all_gather_objects(targets, len(edits))
-            draft.facts = (*(earlier[i] for i in kept), *written_facts(edits, all_targets, edit_batch))
+            draft.facts = (*(earlier[i] for i in state.kept), *written_facts(edits, all_targets, edit_batch))
         means = {site: float(values_N.nanmean()) for site, values_N in left.items()}
         layers = add_outcomes(reports, means, tracker.overshoots[1:])
         log_writes(layers, edit_batch)
-        residual_left = tuple(left["ffn"].nan_to_num(0.0).tolist())
-        return WriteReport(edit_batch, tuple(edits), tuple(all_targets), layers, residual_left)
+        residuals = tuple(left["ffn"].nan_to_num(0.0).tolist())
+        return WriteReport(edit_batch, tuple(edits), tuple(all_targets), layers, residuals)
+
+    def _staying(self, module: TargetOptimizer, edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
+        """Positions of the written facts that edits do not correct, and of those whose keys get no new value either."""
+        replaced = set(replaced_by(self.edited.facts, edits))
+        module.written = [fact.edit for fact in self.edited.facts]
+        kept = [i for i in range(len(module.written)) if i not in replaced]
+        return kept, sorted(set(kept) - set(module.companions(edits)))
 
     def _measure_and_write(
         self,
