@@ -26,7 +26,7 @@ from pmet_lightning.data.corpus import CorpusError, corpus_name, pack_rows
 from pmet_lightning.data.token_rows import TokenRow, by_token_budget
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.evaluation.sampled_corpus import general_texts
-from pmet_lightning.model.architectures import ProjectionId
+from pmet_lightning.model.architectures import ProjectionId, name_of
 from pmet_lightning.moments.store import MomentError, MomentKey, MomentStore
 from pmet_lightning.moments.sums import MomentSums
 from pmet_lightning.solver.packed import pack_lower, symmetrize, unpack_lower, unpack_symmetric
@@ -200,10 +200,11 @@ class Collection:
     def _save(self) -> None:
         """Save this process's sums; files of earlier saves are deleted once all processes have saved."""
         tensors = {}
-        for (site, layer), total in self.sums.lower.items():
-            tensors[f"sum-{site}-{layer}"] = pack_lower(total.cpu())
-            if (site, layer) in self.previous:
-                tensors[f"previous-{site}-{layer}"] = pack_lower(self.previous[site, layer].cpu())
+        for projection_id, total in self.sums.lower.items():
+            name = name_of(projection_id)
+            tensors[f"sum-{name}"] = pack_lower(total.cpu())
+            if projection_id in self.previous:
+                tensors[f"previous-{name}"] = pack_lower(self.previous[projection_id].cpu())
         if self.processes.is_writer:
             path = self._path(self.blocks_done, self.processes.rank)
             save_tensors(path, tensors, {"tokens": str(self.sums.tokens)})
@@ -221,11 +222,12 @@ class Collection:
         path = self._path(newest, self.processes.rank)
         try:
             with safe_open(path, framework="pt") as file:
-                for (site, layer), total in self.sums.lower.items():
-                    total.copy_(unpack_lower(file.get_tensor(f"sum-{site}-{layer}"), len(total)))
-                    if f"previous-{site}-{layer}" in file.keys():  # noqa: SIM118
-                        previous = file.get_tensor(f"previous-{site}-{layer}")
-                        self.previous[site, layer] = unpack_symmetric(previous.to(total.device), len(total))
+                for projection_id, total in self.sums.lower.items():
+                    name = name_of(projection_id)
+                    total.copy_(unpack_lower(file.get_tensor(f"sum-{name}"), len(total)))
+                    if f"previous-{name}" in file.keys():  # noqa: SIM118
+                        previous = file.get_tensor(f"previous-{name}")
+                        self.previous[projection_id] = unpack_symmetric(previous.to(total.device), len(total))
                 self.sums.tokens = int(file.metadata()["tokens"])
         except (SafetensorError, OSError, KeyError) as error:
             raise MomentError(f"{path}: unreadable unfinished sums ({error}); delete {self.unfinished}") from error

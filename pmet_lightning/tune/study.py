@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Objective = Callable[["Trial"], float]
 
 REDUCTION = 3  # one trial in so many goes on to so many times as many edits
-_ATTEMPTS = 4
+_WAITS = (1, 2, 3)  # seconds between attempts to open a database
 _HEARTBEAT, _GRACE = 60, 300  # seconds, of a storage that several machines share
 _STARTUP = 8  # trials before the sampler has enough to learn from
 
@@ -43,14 +43,12 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
-        for attempt in range(_ATTEMPTS):
+        for seconds in _WAITS:
             try:
                 return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
             except DatabaseError:  # another process makes the tables of a new database at this moment
-                if attempt == _ATTEMPTS - 1:
-                    raise
-                time.sleep(1 + attempt)
-    raise AssertionError
+                time.sleep(seconds)
+        return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
 
 
 class Stage:

@@ -210,8 +210,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
     def _staying(self, module: TargetOptimizer, edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
         """Positions of the written facts that edits do not correct, and of those whose keys get no new value either."""
         replaced = set(replaced_by(self.edited.facts, edits))
-        module.written = [fact.edit for fact in self.edited.facts]
-        kept = [i for i in range(len(module.written)) if i not in replaced]
+        kept = [i for i in range(len(self.edited.facts)) if i not in replaced]
         return kept, sorted(set(kept) - set(module.companions(edits)))
 
     def _measure_and_write(
