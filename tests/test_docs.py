@@ -31,7 +31,17 @@ from tests.tiny import RECORDS, save_tiny
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 TEXTS = PAGES | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
 # Configurations that are not for a model of its own.
-OTHERS = ("pmet", "stream", "multi-gpu", "compare", "compare-gemma", "compare-constructions", "finetune", "retrieve")
+OTHERS = (
+    "pmet",
+    "pmet-replay",
+    "stream",
+    "multi-gpu",
+    "compare",
+    "compare-gemma",
+    "compare-constructions",
+    "finetune",
+    "retrieve",
+)
 COMMANDS = (*TRAINER_COMMANDS, *FILE_COMMANDS)
 
 
