@@ -20,6 +20,7 @@ from pmet_lightning.analysis.measures import LEAST_FACTS, TOO_FEW, interval, res
 HALF = 0.5  # share of the effect at the peak that every layer of the range up to the peak has at least
 LEAST = 0.05  # the same for the FFNs above the peak
 NO_EVIDENCE = "no evidence: the effect at the peak does not differ from zero"
+SURE, LIKELY = "sure", "likely"
 _SURE, _LIKELY = 0.95, 0.5  # shares of resamples
 
 
@@ -57,8 +58,8 @@ class Proposal:
         if self.effect["low"] <= 0:
             return NO_EVIDENCE
         if self.same_layers >= _SURE:
-            return "sure"
-        return "likely" if self.same_layers >= _LIKELY else "unsure: other facts would give other layers"
+            return SURE
+        return LIKELY if self.same_layers >= _LIKELY else "unsure: other facts would give other layers"
 
     def to_dict(self) -> dict[str, Any]:
         """As written to analysis.json."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pmet_lightning.analysis.claims import Claim, conclusion
 from pmet_lightning.analysis.components import ANSWERS, COMPONENTS, LAST, SUBJECT
-from pmet_lightning.analysis.layer_choice import NO_EVIDENCE
+from pmet_lightning.analysis.layer_choice import LIKELY, NO_EVIDENCE, SURE
 from pmet_lightning.analysis.measures import LEAST_FACTS
 from pmet_lightning.analysis.study import Findings
 from pmet_lightning.analysis.tracing import LAST_TOKEN, SUBJECT_LAST
 from pmet_lightning.report.html import plain
 from pmet_lightning.utils.files import write_csv, write_json
+
+log = logging.getLogger(__name__)
 
 _NUMBERS = ("mean", "low", "high", "count")
 _LAYER_COLUMNS = ("phase", "measure", "token", "layer", "component", "answer", *_NUMBERS)
@@ -67,6 +71,31 @@ def write_results(
     if traced:
         write_csv(folder / "tracing.csv", _TRACING_COLUMNS, traced)
     write_csv(folder / "facts.csv", _FACT_COLUMNS, [row for f in phases for row in _fact_rows(f)])
+
+
+def proposed_layers(folder: Path) -> list[int]:
+    """The layers that an analysis has proposed for the unedited model, if it is sure of them or they are likely.
+
+    Args:
+        folder: The folder that :func:`write_results` has written to.
+
+    Raises:
+        FileNotFoundError: If it has no analysis.json.
+        ValueError: If that is not an analysis with causal tracing.
+    """
+    path = folder / "analysis.json"
+    try:
+        (proposal, *_) = json.loads(path.read_text(encoding="utf-8"))["proposals"].values()
+        layers, verdict = [int(layer) for layer in proposal["layers"]], proposal["verdict"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected the result of analyze with causal tracing (--tracing.draws 1 or more), whose proposal "
+            "names layers"
+        ) from error
+    if verdict not in (SURE, LIKELY):
+        log.info("%s proposes the layers %s, but: %s; they are not preferred", path, layers, verdict)
+        return []
+    return layers
 
 
 def summary(settings: Mapping[str, Any], phases: Sequence[Findings], claims: Sequence[Claim]) -> dict[str, Any]:

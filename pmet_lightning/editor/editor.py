@@ -340,6 +340,7 @@ class Editor:
         minutes: float = 30.0,
         trials: int | None = None,
         edits: int | None = None,
+        analysis: str | Path | None = None,
         seed: int = 0,
         folder: str | Path | None = None,
     ) -> dict[str, Any]:
@@ -351,6 +352,8 @@ class Editor:
             minutes: Time that the search may take.
             trials: Number of trials instead of a time: the same number and seed give the same answer.
             edits: Edits to be written in one edit batch later; by default as many as records and time allow.
+            analysis: Folder of an analysis of this model (the command ``analyze``): the layers that it proposes, if it
+                is sure of them or they are likely, are looked at before all others.
             seed: Seed of the search.
             folder: A folder for the configuration, the page and all that was measured; a search that was stopped goes
                 on there. ``None`` keeps nothing.
@@ -360,18 +363,21 @@ class Editor:
 
         Raises:
             RecordError: If a fact is invalid, or there are too few.
-            ValueError: If the model knows too few of the shipped facts.
+            FileNotFoundError: If there is no such analysis.
+            ValueError: If the model knows too few of the shipped facts, or the analysis is none.
             RuntimeError: If facts are written already.
         """
         if self.edits_written:
             raise RuntimeError(f"tune: {self.edits_written} edits are in the weights; take them back first (revert)")
+        from pmet_lightning.analysis.results import proposed_layers
         from pmet_lightning.tune.python import tune_object
         from pmet_lightning.tune.search import Budget
 
+        first = [] if analysis is None else proposed_layers(Path(analysis).expanduser())
         own = None if facts is None else read_facts(facts, self.tokenizer, self._data_settings).edits
         with preserve_caller_state(self.model, self._device), tempfile.TemporaryDirectory() as temporary:
             kept = Path(temporary if folder is None else folder).expanduser()
-            budget = Budget(60 * minutes, trials, edits)
+            budget = Budget(60 * minutes, trials, edits, first=first)
             return tune_object(self._module, self._name, self._sections, own, budget, kept, seed)
 
     @arguments_named()

@@ -16,7 +16,7 @@ from pmet_lightning.targets.target_optimizer import OptimizedSites
 from pmet_lightning.utils.types import NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
-    from pmet_lightning.tune.facts import Facts
+    from pmet_lightning.tune.facts import Facts, Item
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,17 @@ class OwnFacts:
     path: str | list[str] | None = None
     split: str = "train"
     zsre_target: ZsreTarget = "answers"
+
+    def items(self) -> list[Item] | None:
+        """The facts, if there are some."""
+        from pmet_lightning.tune.facts import read_items
+
+        return None if self.path is None else read_items(self.path, self.split, self.zsre_target)
+
+    @property
+    def source(self) -> str:
+        """Where they come from, in words."""
+        return self.path if isinstance(self.path, str) else ", ".join(self.path or [])
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,7 @@ def tune(
     edits: PositiveInt | None = None,
     optimize: list[OptimizedSites] | None = None,
     targets: list[Construction] | None = None,
+    analysis: str | None = None,
     seed: NonNegativeInt = 0,
     storage: str | None = None,
 ) -> None:
@@ -96,6 +108,7 @@ def tune(
         edits: Edits to be written in one edit batch later; null takes as many as records and time allow, up to 200.
         optimize: What may get a delta: attn+ffn and ffn (PMET and its ablation), hidden (MEMIT); null tries all.
         targets: Where targets of layers may come from (--spread.targets); null tries spread and replay.
+        analysis: Folder of an analysis of this model: layers that it proposes as sure or likely are looked at first.
         seed: Seed of the search and of the division of one's own facts.
         storage: Address of a database of Optuna that several machines search in together, each by this command; null
             takes a file in the folder.
@@ -104,27 +117,25 @@ def tune(
         FileNotFoundError: If there is no such model or file.
         FileExistsError: If the folder holds another search.
         RecordError: If a record is invalid, or there are too few.
-        ValueError: If the model knows too few of the shipped facts, or the device is unknown.
+        ValueError: If the model knows too few of the shipped facts, the device is unknown, or the analysis is none.
     """
     from pmet_lightning.model.loading import set_plain_outputs
     from pmet_lightning.tune.bench import Bench
-    from pmet_lightning.tune.facts import choose_facts, read_items
+    from pmet_lightning.tune.facts import choose_facts
     from pmet_lightning.tune.results import closing_lines, write_results
     from pmet_lightning.tune.search import Budget
     from pmet_lightning.tune.tuned import run_search
     from pmet_lightning.utils.console import quieten, quietly
 
-    folder = Path(out).expanduser()
+    folder, budget = Path(out).expanduser(), Budget.of(minutes, trials, edits, optimize, targets, analysis)
     quieten()
     with quietly():
         lm, encoder = load_with_encoder(model)
         set_plain_outputs(lm)
-    own = None if data.path is None else read_items(data.path, data.split, data.zsre_target)
-    source = data.path if isinstance(data.path, str) else ", ".join(data.path or [])
-    facts = choose_facts(lm, encoder, model.model_name, own, source, seed, model.tokens_per_batch)
+    facts = choose_facts(lm, encoder, model.model_name, data.items(), data.source, seed, model.tokens_per_batch)
     base = base_sections(model, moments, facts, seed)
     bench = Bench(lm, encoder.tokenizer, model.model_name, base, folder / "targets")
-    tuned = run_search(bench, facts, Budget.of(minutes, trials, edits, optimize, targets), folder, seed, storage)
+    tuned = run_search(bench, facts, budget, folder, seed, storage)
     write_results(tuned, folder)
     log.info("%s", "\n".join(closing_lines(tuned, folder)))
 

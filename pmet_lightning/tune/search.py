@@ -7,12 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pmet_lightning.analysis.results import proposed_layers
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.scores import CORE, NAMES
 from pmet_lightning.targets.construction import Construction
@@ -67,6 +69,7 @@ class Budget:
         edits: Edits in an edit batch; ``None`` takes as many as the records and the time allow.
         optimize: What may get a delta.
         targets: Where the targets of the edited layers may come from.
+        first: Layers that are looked at before all others.
     """
 
     seconds: float = 1800.0
@@ -74,6 +77,7 @@ class Budget:
     edits: int | None = None
     optimize: Sequence[OptimizedSites] = OPTIMIZED
     targets: Sequence[Construction] = CONSTRUCTIONS
+    first: Sequence[int] = ()
 
     @classmethod
     def of(
@@ -83,9 +87,11 @@ class Budget:
         edits: int | None,
         optimize: Sequence[OptimizedSites] | None,
         targets: Sequence[Construction] | None,
+        analysis: str | None,
     ) -> Budget:
-        """The budget of a command, where ``None`` tries all."""
-        return cls(60 * minutes, trials, edits, optimize or OPTIMIZED, targets or CONSTRUCTIONS)
+        """The budget of a command, where ``None`` tries all, with the layers that an analysis proposes first."""
+        first = [] if analysis is None else proposed_layers(Path(analysis).expanduser())
+        return cls(60 * minutes, trials, edits, optimize or OPTIMIZED, targets or CONSTRUCTIONS, first)
 
     @property
     def probes(self) -> list[TargetSetting]:
@@ -142,7 +148,7 @@ class Search:
         self.editable = edited_layers(bench.depth, bench.layers)
         self.scale = bench.prepare(self.editable, facts.tuning_edits[:FEW])
         self.few = [with_few_neighbors(edit) for edit in facts.tuning_edits]
-        self.depths = target_layers(bench.depth, bench.layers)
+        self.depths = target_layers(bench.depth, bench.layers, budget.first)
         self.notices: list[str] = []
         stage = partial(Stage, storage, alone=alone, seed=seed)
         self.by_layer = stage(name=f"{name}, layers")

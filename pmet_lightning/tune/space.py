@@ -144,7 +144,7 @@ def rounded(value: float, digits: int = 2) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def target_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:
+def target_layers(depth: int, with_ffn: Sequence[int], first: Sequence[int] = ()) -> list[int]:
     """The layers in which targets may live, from coarse to fine: a search that stops early has seen all depths.
 
     The first is a quarter of the way up, where published ranges end.
@@ -152,6 +152,7 @@ def target_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:
     Args:
         depth: Number of layers of the model.
         with_ffn: Those that have an FFN; a hybrid may have others.
+        first: Those that come before all others, if targets may live in them.
     """
     last = max(0, min(math.floor(DEEPEST * depth), depth - 2))
     layers = [layer for layer in with_ffn if layer <= last] or list(with_ffn[:1])
@@ -160,7 +161,7 @@ def target_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:
     while step:
         ordered += [layer for layer in layers[::-1][::step][::-1] if layer not in ordered]
         step //= 2
-    return ordered
+    return [layer for layer in first if layer in layers] + [layer for layer in ordered if layer not in first]
 
 
 def edited_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:

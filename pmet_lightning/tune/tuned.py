@@ -159,7 +159,7 @@ def search_name(bench: Bench, facts: Facts, budget: Budget, seed: int) -> str:
     """Name of a search: the hash of what its answer depends on besides time or trials."""
     identities = [edit.identity() for edit in (*facts.tuning_edits, *facts.reporting_edits)]
     base = {**bench.base, "model": {**bench.base["model"], "targets_folder": None}}
-    wanted = [budget.edits, list(budget.optimize), list(budget.targets), seed]
+    wanted = [budget.edits, list(budget.optimize), list(budget.targets), list(budget.first), seed]
     depends = [fingerprint(bench.model), identities, base, *wanted]
     described = json.dumps(depends, sort_keys=True, default=str)
     return f"tune {hashlib.sha256(described.encode()).hexdigest()[:12]}"

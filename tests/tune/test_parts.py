@@ -64,6 +64,14 @@ def test_layers_without_ffn_are_left_out():
     assert widths_at(TargetSetting(5), [1, 3, 4, 5, 9]) == [1, 3]
 
 
+def test_layers_for_which_there_is_evidence_come_first():
+    all_layers = target_layers(12, range(12))
+    assert target_layers(12, range(12), [2, 4]) == [2, 4, *(layer for layer in all_layers if layer not in (2, 4))]
+    assert target_layers(12, range(12), [4, 11]) == [4, *(layer for layer in all_layers if layer != 4)], (
+        "11 is too deep"
+    )
+
+
 @pytest.mark.parametrize(
     ("layer", "below", "above"),
     [(0, [1], [1, 3, 5]), (1, [1, 2], [1, 3, 5]), (3, [1, 3, 4], [1, 3, 5]), (9, [1, 3, 5], [1, 2])],

@@ -25,17 +25,21 @@ from tests.conftest import ROOT, mostly_slow
 from tests.tiny import save_tiny
 
 EDITS, TRIALS = 12, 2
+PROPOSED = 0  # the layer of the analysis; without one the first is a quarter of the way up
 FIXED = {"steps": 4, "context_count": 1, "context_length": 4, "free_tokens": 2}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with a tiny model, records, a text, and the moments of all searches."""
+    """A folder with a tiny model, records, a text, the moments of all searches, and an analysis."""
     folder = tmp_path_factory.mktemp("tune")
     save_tiny("gptj", folder / "model")
     records = [record for _, _, record in read_records("atlas-tuning", limit=40)]
     (folder / "facts.json").write_text(json.dumps(records))
     (folder / "text.txt").write_text("\n".join(edit.question for edit in read_edits("atlas-records", limit=60)))
+    (folder / "analysis").mkdir()
+    proposal = {"layers": [PROPOSED], "verdict": "likely"}
+    (folder / "analysis" / "analysis.json").write_text(json.dumps({"proposals": {"before": proposal}}))
     return folder
 
 
@@ -48,6 +52,7 @@ def command(folder: Path, out: str, **changes) -> list[str]:
         "moments.corpus": folder / "text.txt",
         "moments.samples": 40,
         "moments.folder": folder / "moments",
+        "analysis": folder / "analysis",
         "trials": TRIALS,
         "edits": EDITS,
         "out": folder / out,
@@ -107,6 +112,14 @@ def test_the_page_shows_all_that_was_tried(found):
     rows = measured(found)
     assert f"{len(rows) - 1} settings measured" in page
     assert {row[0] for row in rows[1:]} == {"layers", "settings", "finalists"}
+
+
+def test_the_layers_of_an_analysis_are_looked_at_first(found):
+    head, *rows = measured(found)
+    cells = [row[head.index("layers")] for row in rows if row[0] == "layers"]
+    looked_at = list(dict.fromkeys(int(re.findall(r"\d+", cell)[-1]) for cell in cells))
+    assert looked_at[0] == PROPOSED
+    assert len(looked_at) > 1, "it does not decide"
 
 
 def test_one_search_for_targets_serves_several_writes(found):
