@@ -27,17 +27,15 @@ from pmet_lightning.data.readers import read_edits
 from pmet_lightning.evaluation.bootstrap import confidence_interval, resample_means
 from pmet_lightning.evaluation.generation import says
 
-LAM = {"spread": 1000, "replay": 300}  # for many edit batches
-
 
 def editor(sequence: bool = False, targets: str = "replay") -> Editor:
-    """A new editor of the bundled model, with the settings for one edit batch or, as in stream.yaml, for many."""
-    changes: dict[str, Any] = {"spread": {"targets": targets, "protect_past": sequence}}
+    """A new editor of the bundled model, with the settings for one edit batch or for many."""
+    drift = {"text": None, "max_perplexity": None}
     if targets == "replay":
-        changes |= {"optimize": "ffn", "clamp": 1.0}
+        return Editor.from_config("stream.yaml" if sequence else "pmet-replay.yaml", drift=drift, device="cpu")
     if sequence:
-        changes["lam"] = LAM[targets]
-    return Editor.from_config("pmet.yaml", drift={"text": None}, device="cpu", **changes)
+        return Editor.from_config("pmet.yaml", lam=1000, spread={"protect_past": True}, drift=drift, device="cpu")
+    return Editor.from_config("pmet.yaml", drift=drift, device="cpu")
 
 
 def corrected(edits: list[Edit], draw: random.Random) -> list[Edit]:

@@ -54,10 +54,7 @@ def record(subject: Edit, fact: Edit) -> dict[str, Any]:
 
 def apart(records: list[dict[str, Any]], merged: bool) -> str:
     """How many of the first and of the second facts are said when both edit batches are written."""
-    spread = {"targets": "replay", "protect_past": True}
-    editor = Editor.from_config(
-        "pmet.yaml", optimize="ffn", clamp=1.0, lam=300, spread=spread, merge_equal_keys=merged, drift={"text": None}
-    )
+    editor = Editor.from_config("stream.yaml", merge_equal_keys=merged, drift={"text": None, "max_perplexity": None})
     parts = records[0::2], records[1::2]
     for part in parts:
         editor.edit(part, evaluate=False)

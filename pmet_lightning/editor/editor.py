@@ -123,8 +123,8 @@ class Editor:
     ) -> Editor:
         """An editor with the settings of a configuration.
 
-        The settings of the run (``trainer``, ``seed_everything``) and the records (``data.path``) are ignored, and if a
-        model object is given, so are those that say how to load one.
+        The settings of the run (``trainer``, ``seed_everything``) and where the records come from (``data.path``,
+        ``data.stream``) are ignored, and if a model object is given, so are those that say how to load one.
 
         Args:
             config: A path, or the name of a shipped configuration such as pmet.yaml.

@@ -39,7 +39,8 @@ def add_editing_sections(parser: LightningArgumentParser) -> None:
 
 SECTIONS = ("model", "data", "moments", "spread", "drift")
 _OTHERS = ("seed_everything", "trainer")  # sections of a configuration that only the command line has
-_NOT_TAKEN = {"data": ("path", "tokenizer", *_LINKED), "moments": ("write",)}  # passed to edit(), or linked to others
+# Passed to edit(), or linked to others.
+_NOT_TAKEN = {"data": ("path", "stream", "stream_wait", "tokenizer", *_LINKED), "moments": ("write",)}
 _PLACEHOLDER = "facts"
 
 

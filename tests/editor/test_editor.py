@@ -117,6 +117,14 @@ def test_a_configuration_may_leave_the_model_to_be_given(base):
         Editor.from_config("your-model.yaml")
 
 
+def test_settings_for_a_stream_of_edits_do_for_lists_of_them():
+    editor = Editor.from_config("stream.yaml", moments={"samples": 50}, device="cpu")
+    facts = read_edits("atlas-records", limit=2)
+    for fact in facts:
+        editor.edit([fact], evaluate=False)
+    assert editor.edits_written == 2
+
+
 def test_validate_is_evaluate(base, tmp_path, make, caplog):
     path = tmp_path / "facts.json"
     path.write_text(json.dumps(FACTS))
