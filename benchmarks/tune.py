@@ -27,10 +27,12 @@ from pmet_lightning.analysis.options import load_with_encoder
 from pmet_lightning.evaluation.scores import METRICS, score_difference
 from pmet_lightning.model.loading import set_plain_outputs
 from pmet_lightning.report.tables import score_cell
-from pmet_lightning.tune.bench import Bench, Outcome, with_few_neighbors
+from pmet_lightning.tune.bench import Bench, with_few_neighbors
+from pmet_lightning.tune.budget import Budget
 from pmet_lightning.tune.command import MomentOptions, TunedModel, base_sections
 from pmet_lightning.tune.facts import Facts, choose_facts
-from pmet_lightning.tune.search import FEW, Budget
+from pmet_lightning.tune.outcome import Outcome
+from pmet_lightning.tune.search import FEW
 from pmet_lightning.tune.space import LAM_STEPS, Scale, Setting, WriteSetting, edited_layers, target_layers, widths_at
 from pmet_lightning.tune.study import suggest
 from pmet_lightning.tune.tuned import run_search, untuned_sections

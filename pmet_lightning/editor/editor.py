@@ -370,8 +370,8 @@ class Editor:
         if self.edits_written:
             raise RuntimeError(f"tune: {self.edits_written} edits are in the weights; take them back first (revert)")
         from pmet_lightning.analysis.results import proposed_layers
+        from pmet_lightning.tune.budget import Budget
         from pmet_lightning.tune.python import tune_object
-        from pmet_lightning.tune.search import Budget
 
         first = [] if analysis is None else proposed_layers(Path(analysis).expanduser())
         own = None if facts is None else read_facts(facts, self.tokenizer, self._data_settings).edits

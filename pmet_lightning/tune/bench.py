@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.editable import EditableModel
-from pmet_lightning.evaluation.probes import ProbeResult, harmonic_mean, score_probes
-from pmet_lightning.evaluation.scores import CORE, table_of
+from pmet_lightning.evaluation.probes import ProbeResult, score_probes
 from pmet_lightning.model.architectures import ProjectionId, SiteName, architecture_of, written_sites
 from pmet_lightning.model.fsdp import local_rows
 from pmet_lightning.model.projections import Sites, in_features
 from pmet_lightning.run.settings import EditObjects, make_objects
 from pmet_lightning.run.timing import PhaseProfiler
 from pmet_lightning.run.trainer import EDIT_RUN, device_options, ignore_expected_warnings
+from pmet_lightning.tune.outcome import Outcome, join
 from pmet_lightning.tune.space import Scale
 from pmet_lightning.utils.console import quietly
 from pmet_lightning.write.keys import KeyRows, measure_values
@@ -37,37 +37,6 @@ Sections = Mapping[str, Mapping[str, Any]]
 FEW_NEIGHBORS = 4  # questions about neighbors that a trial asks for each edit; a finalist is asked all
 _NORMAL = 1.4826  # standard deviation of a normal distribution, in medians of absolute values
 _MEASURED: tuple[SiteName, ...] = ("ffn", "hidden")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one setting does.
-
-    Attributes:
-        rows: The score row of each edit, as :func:`~pmet_lightning.evaluation.scores.record_rows` makes them.
-        scores: Its scores: percentages with their 95 % intervals.
-        found: Mean P(o*) at the end of the search for targets: how far they are found at all.
-        growth: Largest ‖ΔW‖ / ‖W‖ of a layer.
-        seconds: Seconds for the ``targets``, the ``write`` and the ``questions``.
-        before: Scores of the unedited model, where they were measured anew.
-    """
-
-    rows: Tensor
-    scores: Mapping[str, float]
-    found: float
-    growth: float
-    seconds: Mapping[str, float]
-    before: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def score(self) -> float:
-        """The Score: the harmonic mean of efficacy, generalization and specificity, as far as they were asked."""
-        return float(harmonic_mean(torch.tensor([self.scores[kind] for kind in CORE if kind in self.scores])))
-
-    @property
-    def damage(self) -> float:
-        """KL divergence of the answers about neighbors from those of the unedited model; 0 without such questions."""
-        return self.scores.get("specificity_kl", 0.0)
 
 
 class Bench:
@@ -198,22 +167,6 @@ class _KeepReport(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep it."""
         self.report = outputs["written"]
-
-
-def join(outcomes: Sequence[Outcome]) -> Outcome:
-    """One outcome of several edit batches: their records together."""
-    if len(outcomes) == 1:
-        return outcomes[0]
-    rows = torch.cat([outcome.rows for outcome in outcomes])
-    rows[:, 0] = torch.arange(len(rows))
-    count = len(rows)
-    return Outcome(
-        rows,
-        {name: float(value) for name, value in table_of(rows).items()},
-        sum(outcome.found * len(outcome.rows) for outcome in outcomes) / count,
-        max(outcome.growth for outcome in outcomes),
-        {name: sum(outcome.seconds[name] for outcome in outcomes) for name in outcomes[0].seconds},
-    )
 
 
 def entry_size(values: Tensor) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from pmet_lightning.evaluation.scores import score_difference
-from pmet_lightning.tune.bench import Outcome
+from pmet_lightning.tune.outcome import Outcome
 from pmet_lightning.tune.space import DIRECTIONS, LAM_STEPS, Direction, WriteSetting, write_neighbors
 
 Choice = TypeVar("Choice")

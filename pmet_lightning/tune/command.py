@@ -121,9 +121,9 @@ def tune(
     """
     from pmet_lightning.model.loading import set_plain_outputs
     from pmet_lightning.tune.bench import Bench
+    from pmet_lightning.tune.budget import Budget
     from pmet_lightning.tune.facts import choose_facts
     from pmet_lightning.tune.results import closing_lines, write_results
-    from pmet_lightning.tune.search import Budget
     from pmet_lightning.tune.tuned import run_search
     from pmet_lightning.utils.console import quieten, quietly
 

@@ -9,9 +9,9 @@ from typing import Any
 from pmet_lightning.data.records import Edit
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.tune.bench import Bench
+from pmet_lightning.tune.budget import Budget
 from pmet_lightning.tune.facts import Facts, Item, choose_facts
 from pmet_lightning.tune.results import write_results
-from pmet_lightning.tune.search import Budget
 from pmet_lightning.tune.space import STEPS
 from pmet_lightning.tune.tuned import run_search
 

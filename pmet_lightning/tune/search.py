@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from pmet_lightning.analysis.results import proposed_layers
 from pmet_lightning.data.records import Edit
-from pmet_lightning.evaluation.scores import CORE, NAMES
-from pmet_lightning.targets.construction import Construction
-from pmet_lightning.targets.target_optimizer import OptimizedSites
-from pmet_lightning.tune.bench import Bench, Outcome, with_few_neighbors
+from pmet_lightning.evaluation.scores import CORE
+from pmet_lightning.tune.bench import Bench, with_few_neighbors
+from pmet_lightning.tune.budget import LARGE_RUNG, PROBES, Budget, rungs_of
 from pmet_lightning.tune.choice import best_of, choose, search_writes
 from pmet_lightning.tune.facts import Facts
+from pmet_lightning.tune.outcome import Outcome, packed, unpacked
 from pmet_lightning.tune.space import (
-    CONSTRUCTIONS,
     DIRECTIONS,
-    OPTIMIZED,
     Setting,
     TargetSetting,
     WriteSetting,
@@ -34,7 +27,7 @@ from pmet_lightning.tune.space import (
     target_layers,
     widths_at,
 )
-from pmet_lightning.tune.study import REDUCTION, Stage, halving, parameters_of, suggest
+from pmet_lightning.tune.study import Stage, halving, parameters_of, suggest
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -43,8 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FEW = 24  # edits that layers are looked at with
-LEAST_RUNG = 12
-LARGE_RUNG = 40  # edits from which on a third of all is enough to tell settings apart
 MOST_EDITS = 200  # in an edit batch, if the number is left to the search
 MOST_BATCHES = 2  # edit batches that a finalist writes
 KEPT_LAYERS = 4
@@ -52,52 +43,9 @@ FINALISTS = 4
 MOST_FINALISTS = 8
 LAYER_SHARE, FINAL_SHARE = 0.3, 0.3  # of the time: at most for the layers, and about that for the finalists
 WHOLE_SHARE = 0.2  # of the time: what a trial with all edits may take, estimated too high from few
-# What layers are looked at with: targets that live at the FFN's output, and at the layer's.
-PROBES = (TargetSetting(0, "ffn", 4.0), TargetSetting(0, "hidden", 1.0))
 _PROBE_LAMS = (0, 2)
 _PARTS = ("write", "questions")
 _NOT_FINITE = "no setting gives finite numbers; load the model in another precision (--model.dtype float32)"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a search may take.
-
-    Attributes:
-        seconds: Time in all; not looked at if ``trials`` is given.
-        trials: Trials of the second stage.
-        edits: Edits in an edit batch; ``None`` takes as many as the records and the time allow.
-        optimize: What may get a delta.
-        targets: Where the targets of the edited layers may come from.
-        first: Layers that are looked at before all others.
-    """
-
-    seconds: float = 1800.0
-    trials: int | None = None
-    edits: int | None = None
-    optimize: Sequence[OptimizedSites] = OPTIMIZED
-    targets: Sequence[Construction] = CONSTRUCTIONS
-    first: Sequence[int] = ()
-
-    @classmethod
-    def of(
-        cls,
-        minutes: float,
-        trials: int | None,
-        edits: int | None,
-        optimize: Sequence[OptimizedSites] | None,
-        targets: Sequence[Construction] | None,
-        analysis: str | None,
-    ) -> Budget:
-        """The budget of a command, where ``None`` tries all, with the layers that an analysis proposes first."""
-        first = [] if analysis is None else proposed_layers(Path(analysis).expanduser())
-        return cls(60 * minutes, trials, edits, optimize or OPTIMIZED, targets or CONSTRUCTIONS, first)
-
-    @property
-    def probes(self) -> list[TargetSetting]:
-        """What layers are looked at with."""
-        allowed = [one for one in PROBES if one.optimize in self.optimize] or [TargetSetting(0, self.optimize[0], 4.0)]
-        return [replace(one, targets=self.targets[0]) for one in allowed]
 
 
 @dataclass(frozen=True)
@@ -432,38 +380,3 @@ class Search:
             for trial in stage.finished()
             for row in trial.user_attrs.get("writes", [])
         ]
-
-
-def rungs_of(edits: int, whole: bool = True) -> list[int]:
-    """Numbers of edits of a trial, each three times the one before.
-
-    Args:
-        edits: Edits in an edit batch.
-        whole: Whether the last one is all of them; otherwise a third, if that is enough to tell settings apart.
-    """
-    rungs = [edits // REDUCTION**2, edits // REDUCTION, edits]
-    if not whole and edits // REDUCTION >= LARGE_RUNG:
-        rungs.pop()
-    return [rung for rung in rungs if rung >= min(LEAST_RUNG, edits)]
-
-
-def packed(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as JSON has it, with what its paired differences need of each record."""
-    columns = [1 + NAMES.index(name) for name in CORE]
-    rows = [[None if value != value else round(value, 4) for value in row] for row in outcome.rows[:, columns].tolist()]
-    return {
-        "rows": rows,
-        "scores": dict(outcome.scores),
-        "found": outcome.found,
-        "growth": outcome.growth,
-        "seconds": dict(outcome.seconds),
-    }
-
-
-def unpacked(plain: Mapping[str, Any]) -> Outcome:
-    """What :func:`packed` has made; what it left out is NaN."""
-    values = [[math.nan if value is None else value for value in row] for row in plain["rows"]]
-    rows: Tensor = torch.full((len(values), 1 + len(NAMES)), math.nan, dtype=torch.float64)
-    rows[:, 0] = torch.arange(len(values))
-    rows[:, [1 + NAMES.index(name) for name in CORE]] = torch.tensor(values, dtype=torch.float64)
-    return Outcome(rows, plain["scores"], plain["found"], plain["growth"], plain["seconds"])

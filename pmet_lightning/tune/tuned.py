@@ -12,10 +12,12 @@ from typing import Any
 
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.run.settings import read_sections
-from pmet_lightning.tune.bench import Bench, Outcome
+from pmet_lightning.tune.bench import Bench
+from pmet_lightning.tune.budget import Budget
 from pmet_lightning.tune.choice import at_the_edge
 from pmet_lightning.tune.facts import Facts
-from pmet_lightning.tune.search import Budget, Finalist, Search
+from pmet_lightning.tune.outcome import Outcome
+from pmet_lightning.tune.search import Finalist, Search
 from pmet_lightning.tune.space import CLAMPS, STRIDES, Setting
 from pmet_lightning.tune.study import open_storage
 from pmet_lightning.utils.files import write_json

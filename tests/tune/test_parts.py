@@ -12,11 +12,12 @@ from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_edits
 from pmet_lightning.data.records import Edit, Probe
 from pmet_lightning.evaluation.scores import CORE, NAMES, table_of
-from pmet_lightning.tune.bench import Outcome, entry_size, join, with_few_neighbors
+from pmet_lightning.tune.bench import entry_size, with_few_neighbors
+from pmet_lightning.tune.budget import LARGE_RUNG, PROBES, Budget, rungs_of
 from pmet_lightning.tune.choice import TIE, best_of, choose, is_tie, search_writes
 from pmet_lightning.tune.facts import LEAST, Item, asks_about_neighbors, own_facts, read_items, with_bystanders
 from pmet_lightning.tune.figures import frontier, positions
-from pmet_lightning.tune.search import LARGE_RUNG, PROBES, Budget, packed, rungs_of, unpacked
+from pmet_lightning.tune.outcome import Outcome, join, packed, unpacked
 from pmet_lightning.tune.space import (
     LAM_STEPS,
     Scale,
