@@ -1,23 +1,21 @@
-"""`tune` against random search and a grid with the same budget, and against settings that were never searched.
+"""`tune` against random search with the same budget, and against settings that were never searched.
 
     python benchmarks/tune.py [--model atlas] [--trials 30] [--edits 200] [--seed 0]
 
-All work on the same model in memory, on the same tuning records and the same second moments; targets are kept for each.
-`tune` makes so many trials, and the others get the CPU time that it took. Random search (Optuna's RandomSampler) draws
-from the space of `tune`, with all edits in every trial; the grid is that of the first release: clamp 3 and 5, kl_factor
-0 and 0.0625, λ 50, 200 and 400, the other settings and the layers as your-model.yaml has them. The table is made on the
-reporting records; the last column is the difference of the Scores to that of `tune`, by a paired bootstrap.
+Both work on the same model in memory, on the same tuning records and the same second moments; targets are kept for
+each. `tune` makes so many trials, and random search (Optuna's RandomSampler), which draws from the same space with all
+edits in every trial, gets the CPU time that it took. The table is made on the reporting records; the last column is the
+difference of the Scores to that of `tune`, by a paired bootstrap.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ from pmet_lightning.tune.outcome import Outcome
 from pmet_lightning.tune.search import FEW
 from pmet_lightning.tune.space import LAM_STEPS, Scale, Setting, WriteSetting, edited_layers, target_layers, widths_at
 from pmet_lightning.tune.study import suggest
-from pmet_lightning.tune.tuned import run_search, untuned_sections
+from pmet_lightning.tune.tuned import run_search
 
 Sections = dict[str, dict[str, Any]]
 
@@ -52,13 +50,6 @@ def random_settings(bench: Bench, scale: Scale, seed: int) -> Iterator[Sections]
         rule = trial.suggest_categorical("rule", ["sqrt", "even"])
         lam = trial.suggest_int("lam", LAM_STEPS[0], LAM_STEPS[-1])
         yield scale.sections(Setting(target, WriteSetting(width, rule, lam)))
-
-
-def grid_settings() -> Iterator[Sections]:
-    """The grid, whose other settings are those of your-model.yaml."""
-    for clamp, kl, lam in itertools.product((3.0, 5.0), (0.0, 0.0625), (50.0, 200.0, 400.0)):
-        base = untuned_sections()
-        yield {"model": base["model"] | {"clamp": clamp, "kl_factor": kl}, "spread": base["spread"] | {"lam": lam}}
 
 
 def best_within(bench: Bench, settings: Iterator[Sections], facts: Facts, edits: int, seconds: float) -> Sections:
@@ -97,10 +88,6 @@ def main() -> None:
     set_plain_outputs(lm)
     facts = choose_facts(lm, encoder, given.model, None, seed=given.seed)
     base = base_sections(options, MomentOptions(), facts, given.seed)
-    ways: dict[str, Callable[[Bench, Scale], Iterator[Sections]]] = {
-        "random search": lambda bench, scale: random_settings(bench, scale, given.seed),
-        "grid": lambda *_: grid_settings(),
-    }
     reporting = facts.reporting_edits[: given.edits]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(lm, encoder.tokenizer, given.model, base, Path(folder) / "tune" / "targets")
@@ -111,11 +98,10 @@ def main() -> None:
         sys.stdout.write(f"  {len(tuned.rows)} settings in {seconds:.0f} s\n")
         show("tune", tuned.reporting, tuned.reporting)
         show("your-model.yaml, layers auto", tuned.untuned, tuned.reporting)
-        for name, make in ways.items():
-            bench = Bench(lm, encoder.tokenizer, given.model, base, Path(folder) / name / "targets")
-            scale = bench.prepare(edited_layers(bench.depth, bench.layers), facts.tuning_edits[:FEW])
-            chosen = best_within(bench, make(bench, scale), facts, given.edits, seconds)
-            show(name, bench.measure(chosen, [reporting]), tuned.reporting)
+        bench = Bench(lm, encoder.tokenizer, given.model, base, Path(folder) / "random" / "targets")
+        scale = bench.prepare(edited_layers(bench.depth, bench.layers), facts.tuning_edits[:FEW])
+        chosen = best_within(bench, random_settings(bench, scale, given.seed), facts, given.edits, seconds)
+        show("random search", bench.measure(chosen, [reporting]), tuned.reporting)
 
 
 if __name__ == "__main__":
