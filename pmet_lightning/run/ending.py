@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 _CODE = 128  # plus the number of the signal: the exit code by convention
+_AGAIN = 0.1  # seconds
 
 
 class Terminated(KeyboardInterrupt):
@@ -22,6 +26,8 @@ class Terminated(KeyboardInterrupt):
 def ends_with(message: Callable[[], str]) -> Iterator[None]:
     """Have Ctrl-C and SIGTERM end the block at once, with a last line in the log and the conventional exit code.
 
+    Python drops what is raised in a callback of the garbage collector; there the signal is repeated a little later.
+
     Args:
         message: Gives the last line, once the block has ended.
 
@@ -30,6 +36,8 @@ def ends_with(message: Callable[[], str]) -> Iterator[None]:
     """
     in_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
     before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
+    hook = sys.unraisablehook
+    sys.unraisablehook = partial(_repeat, hook)
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
@@ -41,6 +49,7 @@ def ends_with(message: Callable[[], str]) -> Iterator[None]:
         number = signal.SIGTERM if isinstance(cause, Terminated) else signal.SIGINT
         raise SystemExit(_CODE + number) from error
     finally:
+        sys.unraisablehook = hook
         if in_main:
             signal.signal(signal.SIGTERM, before)
 
@@ -48,3 +57,15 @@ def ends_with(message: Callable[[], str]) -> Iterator[None]:
 def _terminate(number: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what ends the run must not be ended itself
     raise Terminated
+
+
+def _repeat(otherwise: Callable[[Any], None], dropped: Any) -> None:
+    error = dropped.exc_value
+    if not isinstance(error, KeyboardInterrupt):
+        otherwise(dropped)
+        return
+    number = signal.SIGINT
+    if isinstance(error, Terminated):
+        number = signal.SIGTERM
+        signal.signal(number, _terminate)
+    threading.Timer(_AGAIN, _thread.interrupt_main, [number]).start()

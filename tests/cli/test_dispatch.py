@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import signal
-import time
 
 import lightning as L
 import pytest
@@ -16,7 +13,6 @@ from pmet_lightning.cli.dispatch import FILE_COMMANDS, TRAINER_COMMANDS, main
 from pmet_lightning.cli.help import help_of
 from pmet_lightning.cli.make_options import make_options
 from pmet_lightning.editor.names import as_arguments
-from pmet_lightning.run.ending import ends_with
 from pmet_lightning.run.options import FILE, UsageError, options_of
 from pmet_lightning.run.trainer import EditTrainer
 from pmet_lightning.run.trainer_arguments import ARGUMENTS
@@ -105,25 +101,6 @@ def test_the_trainer_refuses_too(tmp_path):
 def test_the_editor_names_its_arguments():
     text = "set --model.keep_float32 true, --model.layers, --spread.lam, --data.path or --data.skip"
     assert as_arguments(text) == "set keep_float32=True, layers, lam, facts or data={'skip': …}"
-
-
-@ends_with(lambda: "nothing is lost")
-def wait_for(number: int) -> None:
-    """Send this process a signal, and wait."""
-    os.kill(os.getpid(), number)
-    time.sleep(30)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_block_at_once(number, code, caplog):
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
-    try:
-        with pytest.raises(SystemExit) as caught:
-            wait_for(number)
-    finally:
-        signal.signal(signal.SIGINT, inherited)
-    assert caught.value.code == code
-    assert "nothing is lost" in caplog.text
 
 
 def test_an_unreachable_hub_is_told_at_once(monkeypatch):
