@@ -2,6 +2,7 @@
 
 What a model writes without a prompt is distributed as the text that it was trained on, as far as it knows that text.
 Its keys are those that an edit should leave alone, so it serves where no corpus is at hand.
+Legend: R = rows, T = tokens, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from pmet_lightning.data.corpus import corpus_texts, prefix_of
 from pmet_lightning.evaluation.editable import EditableModel
@@ -44,6 +46,8 @@ def sampled_texts(module: EditableModel, seed: int) -> Iterator[str]:
         module: The language model.
         seed: The seed; the global random generators are left alone.
     """
+    from transformers import LogitsProcessorList
+
     tokenizer = module.tokenizer
     start = prefix_of(tokenizer) or tokenizer(_OPENING, add_special_tokens=False)["input_ids"]
     ids_RT = torch.tensor([start] * _TEXTS, device=module.device)
@@ -56,9 +60,27 @@ def sampled_texts(module: EditableModel, seed: int) -> Iterator[str]:
                 input_ids=ids_RT,
                 attention_mask=torch.ones_like(ids_RT),
                 max_new_tokens=length,
-                do_sample=True,
-                top_k=0,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([_only_the_drawn]),
                 pad_token_id=module.encoder.pad_id,
             )
         texts = (module.encoder.decode(row).strip() for row in output_RT.tolist())
         yield from filter(None, texts)
+
+
+def _only_the_drawn(_: Tensor, logits_RV: Tensor) -> Tensor:
+    """Logits that leave ``generate`` no choice: its own sampling takes half of the time of a small model on a CPU."""
+    return torch.full_like(logits_RV, -torch.inf).scatter_(1, draw(logits_RV), 0.0)
+
+
+def draw(logits_RV: Tensor) -> Tensor:
+    """A token for each row, drawn from the softmax of its logits by a single random number, shape [R, 1].
+
+    ``torch.multinomial`` draws one for each token of the vocabulary.
+
+    Args:
+        logits_RV: The logits, of which some may be -inf.
+    """
+    below_RV = logits_RV.float().softmax(dim=-1).cumsum(dim=-1)
+    sought_R1 = below_RV[:, -1:] * torch.rand(len(below_RV), 1, device=below_RV.device)
+    return torch.searchsorted(below_RV, sought_R1, right=True).clamp_(max=below_RV.shape[1] - 1)
