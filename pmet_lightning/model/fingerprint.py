@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pmet_lightning.model.fsdp import first_local_row, local_rows, sum_over_shards
 from pmet_lightning.model.quantized_base import dense_state
 
-_CHUNK = 1 << 22  # elements hashed at a time
+# Elements hashed at a time: few enough for a CPU's cache, and many for a GPU, where each call has its price.
+_CHUNK_CPU, _CHUNK = 1 << 16, 1 << 22
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -32,10 +33,12 @@ def checksum(tensor: Tensor) -> str:
     views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = local_rows(tensor).contiguous().flatten().view(views[tensor.element_size()])
     offset = first_local_row(tensor) * math.prod(tensor.shape[1:])
+    size = _CHUNK_CPU if bits.device.type == "cpu" else _CHUNK
+    weight = 2 * torch.arange(min(size, bits.numel()), device=bits.device) + 1
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)  # modulo 2^64
-    for start in range(0, bits.numel(), _CHUNK):
-        chunk = bits[start : start + _CHUNK].to(torch.int64)
-        position = torch.arange(offset + start, offset + start + chunk.numel(), device=chunk.device)
-        sums += torch.stack([chunk.sum(), (chunk * (2 * position + 1)).sum()])
+    for start in range(0, bits.numel(), size):
+        chunk = bits[start : start + size].to(torch.int64)
+        total = chunk.sum()
+        sums += torch.stack([total, (chunk * weight[: len(chunk)]).sum() + 2 * (offset + start) * total])
     plain, weighted = sum_over_shards(tensor, sums).tolist()
     return f"{plain % (1 << 64):x}:{weighted % (1 << 64):x}"
