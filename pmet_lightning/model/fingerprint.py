@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pmet_lightning.model.fsdp import first_local_row, local_rows, sum_over_shards
+from pmet_lightning.model.projections import held_precisions
 from pmet_lightning.model.quantized_base import dense_state
 
 # Elements hashed at a time: few enough for a CPU's cache, and many for a GPU, where each call has its price.
@@ -20,12 +21,23 @@ def fingerprint(model: nn.Module) -> str:
 
     Integer sums of the bits, weighted by position, are exact in any order, so they can be computed on
     the model's own device at memory speed; the sums are then hashed. A quantised weight counts as the one that its bits
-    stand for, so that the hash does not depend on which projections are held unquantised.
+    stand for, and one that is held in float32 and not edited as it was loaded, so that the hash does not depend on
+    which projections are held.
     """
-    digest = hashlib.sha256()
-    for name, tensor in dense_state(model):
+    digest, held = hashlib.sha256(), held_precisions(model)
+    for name, state in dense_state(model):
+        tensor = _as_loaded(state, held.get(name.rpartition(".")[0]))
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{checksum(tensor)}".encode())
     return digest.hexdigest()[:16]
+
+
+def _as_loaded(tensor: Tensor, loaded: torch.dtype | None) -> Tensor:
+    """A tensor in the precision that it was loaded in, if that loses nothing."""
+    if loaded is None:
+        return tensor
+    rounded = tensor.to(loaded)
+    lost = (local_rows(rounded).to(tensor.dtype) != local_rows(tensor)).sum()
+    return tensor if int(sum_over_shards(tensor, lost)) else rounded
 
 
 def checksum(tensor: Tensor) -> str:

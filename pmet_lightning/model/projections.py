@@ -224,11 +224,23 @@ def keep_in_float32(projection: nn.Module) -> None:
     Its inputs are converted on the way in and its outputs on the way out; the rest of the model is unchanged, and so is
     a projection of higher precision.
     """
-    if projection.weight.dtype in (torch.bfloat16, torch.float16):
+    assert isinstance(projection.weight, Tensor)
+    loaded = projection.weight.dtype
+    if loaded in (torch.bfloat16, torch.float16):
         projection.float()
-        projection.forward = partial(_forward_in_float32, projection)
+        projection.forward = partial(_forward_in_float32, projection, loaded)
 
 
-def _forward_in_float32(projection: nn.Module, inputs: Tensor) -> Tensor:
+def held_precisions(model: nn.Module) -> dict[str, torch.dtype]:
+    """The precision of each projection that is held in float32 before it was, by its path in the model."""
+    found = {}
+    for path, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is _forward_in_float32:
+            found[path] = forward.args[1]
+    return found
+
+
+def _forward_in_float32(projection: nn.Module, loaded: torch.dtype, inputs: Tensor) -> Tensor:
     output: Tensor = type(projection).forward(projection, inputs.float())
     return output.to(inputs.dtype)

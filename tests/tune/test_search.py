@@ -216,6 +216,18 @@ def test_a_trial_is_a_fit_and_leaves_the_model_as_it_was(folder, tmp_path, dtype
     assert torch.equal(again.rows.nan_to_num(), outcome.rows.nan_to_num())
 
 
+def test_in_half_precision_too_one_search_for_targets_serves_several_writes(folder, tmp_path):
+    bench = bench_of(str(folder / "model"), folder, "bfloat16", keep_float32=True)
+    bench.base["model"]["targets_folder"] = str(tmp_path)
+    target, edits, found = TargetSetting(2, "ffn", 4.0, 0.2), read_edits(folder / "facts.json", limit=4), []
+    scale = Scale({2: 0.2}, {2: 0.2}, 128)
+    for width in (1, 3):
+        bench.measure(scale.sections(Setting(target, WriteSetting(width))), [edits])
+        found.append({path.name for path in tmp_path.iterdir()})
+    assert len(found[0]) >= 4
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_an_editor_finds_settings_that_an_editor_takes(folder):
     lm, tokenizer = load_model(str(folder / "model"), "float32"), load_tokenizer(str(folder / "model"))
