@@ -13,7 +13,7 @@ from pmet_lightning.model.projections import held_precisions
 from pmet_lightning.model.quantized_base import dense_state
 
 # Elements hashed at a time: few enough for a CPU's cache, and many for a GPU, where each call has its price.
-_CHUNK_CPU, _CHUNK = 1 << 16, 1 << 22
+CPU_CHUNK, CHUNK = 1 << 16, 1 << 22
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -45,7 +45,7 @@ def checksum(tensor: Tensor) -> str:
     views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = local_rows(tensor).contiguous().flatten().view(views[tensor.element_size()])
     offset = first_local_row(tensor) * math.prod(tensor.shape[1:])
-    size = _CHUNK_CPU if bits.device.type == "cpu" else _CHUNK
+    size = CPU_CHUNK if bits.device.type == "cpu" else CHUNK
     weight = 2 * torch.arange(min(size, bits.numel()), device=bits.device) + 1
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)  # modulo 2^64
     for start in range(0, bits.numel(), size):

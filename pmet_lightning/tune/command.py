@@ -64,7 +64,8 @@ class MomentOptions:
     """Second moments of the keys, of all layers that may be edited; a later fit finds them.
 
     Attributes:
-        corpus: Text as for fit; null takes text that the model itself writes or, for the bundled world, its corpus.
+        corpus: Text as for fit; the effect of the edits is measured on it, too. Null takes text that the model itself
+            writes or, for the bundled world, its corpus.
         corpus_subset: Subset of a hub data set.
         samples: Number of texts; 'auto' adds texts until the moments no longer change.
         length: Tokens in a row that texts are packed into.
@@ -147,10 +148,13 @@ def base_sections(model: TunedModel, moments: MomentOptions, facts: Facts, seed:
 
     kept = {name: value for name, value in loaded.items() if value != getattr(TunedModel(), name)}
     given = {name: value for name, value in asdict(moments).items() if value is not None}
+    drift: dict[str, Any] = {"text": facts.world.text}
+    if moments.corpus is not None:  # shipped text may say nothing about what the user's model knows
+        drift = {"text": moments.corpus, "text_subset": moments.corpus_subset}
     return {
         "model": {"steps": STEPS, "keep_float32": True, **kept, "seed": seed},
         "data": {},
         "moments": {"corpus": facts.world.corpus, "corpus_subset": None, **given},
         "spread": {},
-        "drift": {"text": facts.world.text},
+        "drift": drift,
     }

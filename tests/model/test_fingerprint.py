@@ -18,7 +18,7 @@ BITS = {torch.uint8: torch.uint8, torch.bfloat16: torch.int16, torch.float32: to
 @pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("shape", [(0,), (1,), (5, 3), (6, 7)])
 def test_the_sums_are_those_of_one_element_after_the_other(shape, dtype, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_CPU", 7)
+    monkeypatch.setattr(module, "CPU_CHUNK", 7)
     tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 50).to(dtype)
     kept = tensor.clone()
     plain = weighted = 0

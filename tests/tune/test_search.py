@@ -94,6 +94,7 @@ def test_the_configuration_says_what_was_chosen_and_how_sure_that_is(found):
     settings = yaml.safe_load(text)
     assert settings["data"]["limit"] == EDITS
     assert settings["model"]["keep_float32"] is True
+    assert settings["drift"]["text"] == settings["moments"]["corpus"] == str(found.parent / "text.txt")
     chosen = [row for row in measured(found) if row[0] == "finalists"]
     assert str(settings["spread"]["lam"]).removesuffix(".0") in {cell for row in chosen for cell in row}
 
