@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmet_lightning.evaluation.verdict import damage_line, damage_of
 from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.run.settings import read_sections
 from pmet_lightning.tune.bench import Bench
@@ -111,19 +112,20 @@ def run_search(
     sections = {name: {**settings, **found.get(name, {})} for name, settings in shared.items()}
     log.info("the chosen settings on %d records of other subjects", search.edits)
     reporting = [facts.reporting_edits[: search.edits]]
+    reported = bench.measure(found, reporting, full=True)
     return Tuned(
         bench.name,
         chosen.setting,
         sections,
         search.edits,
         chosen.outcome,
-        bench.measure(found, reporting, full=True),
+        reported,
         bench.measure(untuned_sections(), reporting),
         finalists,
         equal,
         search.rows(),
         facts,
-        [*search.notices, *_notices(search, chosen)],
+        [*search.notices, *_notices(search, chosen), *damage_notices(reported)],
         search.spent,
         seed,
         search.counts,
@@ -155,6 +157,12 @@ def _notices(search: Search, chosen: Finalist) -> list[str]:
     if at_the_edge(chosen.setting.write):
         notices.append("λ is at the end of what was searched; a value beyond may be better")
     return notices
+
+
+def damage_notices(reported: Outcome) -> list[str]:
+    """What unrelated text warns of: no trial looks at it, and so a search can choose settings that ruin the model."""
+    damage = damage_of({"before": reported.before, "after": reported.scores})
+    return [] if damage.level in ("none", "not measured") else [damage_line(damage)]
 
 
 def search_name(bench: Bench, facts: Facts, budget: Budget, seed: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -30,6 +31,7 @@ from pmet_lightning.tune.space import (
     write_neighbors,
 )
 from pmet_lightning.tune.study import Stage, halving, open_storage, parameters_of, suggest
+from pmet_lightning.tune.tuned import damage_notices
 
 
 def outcome(efficacy: float, specificity: float = 0.9, kl: float = 0.1, count: int = 50, seed: int = 0) -> Outcome:
@@ -43,6 +45,20 @@ def outcome(efficacy: float, specificity: float = 0.9, kl: float = 0.1, count: i
     rows[:, 1 + NAMES.index("specificity_kl")] = kl
     table = {name: float(value) for name, value in table_of(rows).items()}
     return Outcome(rows, table, 0.9, 0.1, {"targets": 1.0, "write": 1.0, "questions": 1.0})
+
+
+def test_settings_that_ruin_the_model_are_told_of():
+    """No trial looks at unrelated text; a search that wants efficacy at any price may find such settings."""
+    found = outcome(0.9)
+    for factor, said in (
+        (1.2, ""),
+        (2.0, "WARNING: the edits have changed"),
+        (2000.0, "DAMAGED: the model is no longer"),
+    ):
+        reported = replace(found, scores={**found.scores, "perplexity": 10 * factor}, before={"perplexity": 10.0})
+        assert "".join(damage_notices(reported)).startswith(said)
+        assert bool(damage_notices(reported)) == bool(said)
+    assert damage_notices(found) == [], "it was not measured"
 
 
 # ---- the space ----------------------------------------------------------------------------------------------
