@@ -23,12 +23,14 @@ from pmet_lightning.run.lightning_cli import run_fit
 
 BATCH = {"data.edit_batch": 50}
 PROTECT, PROJECT = {"spread.protect_past": True}, {"spread.null_space": 0.03}
+REPLAY = {"spread.targets": "replay", "model.optimize": "ffn", "model.clamp": 1.0}
 WAYS: dict[str, dict[str, Any]] = {
     "one edit batch": {},
     "20 edit batches": BATCH,
     "past keys protected": BATCH | PROTECT,
     "null space": BATCH | PROJECT,
     "both": BATCH | PROTECT | PROJECT,
+    "replay, past keys protected": BATCH | PROTECT | REPLAY,
 }
 
 

@@ -21,7 +21,7 @@ HALF = 0.5  # share of the effect at the peak that every layer of the range up t
 LEAST = 0.05  # the same for the FFNs above the peak
 NO_EVIDENCE = "no evidence: the effect at the peak does not differ from zero"
 SURE, LIKELY = "sure", "likely"
-_SURE, _LIKELY = 0.95, 0.5  # shares of resamples
+_SURE_FROM, _LIKELY_FROM = 0.95, 0.5  # shares of resamples
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Proposal:
             return TOO_FEW
         if self.effect["low"] <= 0:
             return NO_EVIDENCE
-        if self.same_layers >= _SURE:
+        if self.same_layers >= _SURE_FROM:
             return SURE
-        return LIKELY if self.same_layers >= _LIKELY else "unsure: other facts would give other layers"
+        return LIKELY if self.same_layers >= _LIKELY_FROM else "unsure: other facts would give other layers"
 
     def to_dict(self) -> dict[str, Any]:
         """As written to analysis.json."""

@@ -369,15 +369,13 @@ class Editor:
         """
         if self.edits_written:
             raise RuntimeError(f"tune: {self.edits_written} edits are in the weights; take them back first (revert)")
-        from pmet_lightning.analysis.results import proposed_layers
         from pmet_lightning.tune.budget import Budget
         from pmet_lightning.tune.python import tune_object
 
-        first = [] if analysis is None else proposed_layers(Path(analysis).expanduser())
+        budget = Budget.of(minutes, trials, edits, analysis=analysis)
         own = None if facts is None else read_facts(facts, self.tokenizer, self._data_settings).edits
         with preserve_caller_state(self.model, self._device), tempfile.TemporaryDirectory() as temporary:
             kept = Path(temporary if folder is None else folder).expanduser()
-            budget = Budget(60 * minutes, trials, edits, first=first)
             return tune_object(self._module, self._name, self._sections, own, budget, kept, seed)
 
     @arguments_named()

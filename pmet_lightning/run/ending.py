@@ -60,6 +60,7 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def _repeat(otherwise: Callable[[Any], None], dropped: Any) -> None:
+    """Send a signal again whose exception was dropped; not at once, as this would be dropped like it."""
     error = dropped.exc_value
     if not isinstance(error, KeyboardInterrupt):
         otherwise(dropped)

@@ -42,11 +42,11 @@ class Budget:
     def of(
         cls,
         minutes: float,
-        trials: int | None,
-        edits: int | None,
-        optimize: Sequence[OptimizedSites] | None,
-        targets: Sequence[Construction] | None,
-        analysis: str | None,
+        trials: int | None = None,
+        edits: int | None = None,
+        optimize: Sequence[OptimizedSites] | None = None,
+        targets: Sequence[Construction] | None = None,
+        analysis: str | Path | None = None,
     ) -> Budget:
         """The budget of a command, where ``None`` tries all, with the layers that an analysis proposes first."""
         first = [] if analysis is None else proposed_layers(Path(analysis).expanduser())

@@ -148,13 +148,10 @@ def base_sections(model: TunedModel, moments: MomentOptions, facts: Facts, seed:
 
     kept = {name: value for name, value in loaded.items() if value != getattr(TunedModel(), name)}
     given = {name: value for name, value in asdict(moments).items() if value is not None}
-    drift: dict[str, Any] = {"text": facts.world.text}
-    if moments.corpus is not None:  # shipped text may say nothing about what the user's model knows
-        drift = {"text": moments.corpus, "text_subset": moments.corpus_subset}
     return {
         "model": {"steps": STEPS, "keep_float32": True, **kept, "seed": seed},
         "data": {},
         "moments": {"corpus": facts.world.corpus, "corpus_subset": None, **given},
         "spread": {},
-        "drift": drift,
+        "drift": facts.world.drift(moments.corpus, moments.corpus_subset),
     }

@@ -40,6 +40,15 @@ class World:
     corpus: str
     text: str
 
+    def drift(self, corpus: str | None, subset: str | None) -> dict[str, Any]:
+        """The text on which drift is measured: the user's own corpus, as shipped text may say nothing to their model.
+
+        Args:
+            corpus: That for the second moments, if it is given.
+            subset: Its subset.
+        """
+        return {"text": self.text} if corpus is None else {"text": corpus, "text_subset": subset}
+
 
 WORLDS = (
     World("earth-tuning", "earth-records", "sampled-corpus", "earth-corpus"),

@@ -54,10 +54,12 @@ def tune_object(
 def shared_sections(sections: Mapping[str, Mapping[str, Any]], facts: Facts) -> dict[str, dict[str, Any]]:
     """The settings that all trials share: those of an editor, and texts of the facts' world where it has none."""
     model = {name: value for name, value in sections["model"].items() if name not in _NOT_SHARED}
+    moments = sections["moments"]
+    drift = facts.world.drift(moments.get("corpus"), moments.get("corpus_subset"))
     return {
         "model": {"steps": STEPS, **model},
         "data": {},
-        "moments": {"corpus": facts.world.corpus, "corpus_subset": None, **sections["moments"]},
+        "moments": {"corpus": facts.world.corpus, "corpus_subset": None, **moments},
         "spread": {name: value for name, value in sections["spread"].items() if name not in _NOT_SHARED_WRITES},
-        "drift": {"text": facts.world.text, **sections["drift"]},
+        "drift": drift | dict(sections["drift"]),
     }

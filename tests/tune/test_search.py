@@ -239,6 +239,8 @@ def test_an_editor_finds_settings_that_an_editor_takes(folder):
     settings = editor.tune(records, trials=1, edits=8, folder=folder / "editor")
     assert fingerprint(lm) == before
     assert settings["steps"] == 4, "what is not searched is the editor's own"
+    written = yaml.safe_load((folder / "editor" / "tuned.yaml").read_text())
+    assert written["drift"]["text"] == str(folder / "text.txt"), "the user's own text"
     tuned = Editor(lm, tokenizer, **settings)
     assert tuned.layers == settings["layers"]
     report = tuned.edit(records[:4], evaluate=False)
