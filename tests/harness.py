@@ -222,6 +222,7 @@ def tiny_settings(folder: Path, model: str) -> dict[str, Any]:
         "trainer.run_dir": str(folder / "run"),
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": False,
+        "trainer.logger": False,
         "model.model_name": model,
         "model.steps": 4,
         "data.path": str(records),

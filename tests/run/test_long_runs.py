@@ -42,10 +42,10 @@ def fit(inputs, folder: Path, *arguments: str, records: Path | None = None) -> P
     model, base = inputs
     main([
         "fit", "--config", "pmet.yaml", "--trainer.run_dir", str(folder), "--trainer.accelerator", "cpu",
-        "--trainer.enable_progress_bar", "false", "--model.model_name", model, "--model.layers", "[1, 2]",
-        "--model.dtype", "float64", "--model.steps", "4", "--data.path", str(records or base / "records.jsonl"),
-        "--data.edit_batch", "3", "--moments.corpus", str(base / "corpus.txt"), "--moments.folder",
-        str(base / "moments"), "--spread.lam", "2", "--drift.text", "null", *arguments,
+        "--trainer.enable_progress_bar", "false", "--trainer.logger", "false", "--model.model_name", model,
+        "--model.layers", "[1, 2]", "--model.dtype", "float64", "--model.steps", "4", "--data.path",
+        str(records or base / "records.jsonl"), "--data.edit_batch", "3", "--moments.corpus", str(base / "corpus.txt"),
+        "--moments.folder", str(base / "moments"), "--spread.lam", "2", "--drift.text", "null", *arguments,
     ])  # fmt: skip
     return folder
 
@@ -84,7 +84,7 @@ def whole(inputs, tmp_path_factory):
 
 
 def test_a_stopped_run_goes_on_and_ends_alike(inputs, whole, tmp_path, monkeypatch):
-    arguments = ("--spread.protect_past", "true", "--trainer.resume", "true")
+    arguments = ("--spread.protect_past", "true", "--trainer.resume", "true", "--trainer.logger", "true")
     with monkeypatch.context() as patched:
         stop_after(patched, 5)  # two layers a batch: in the third
         with pytest.raises((KeyboardInterrupt, SystemExit)):

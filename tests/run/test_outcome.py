@@ -30,18 +30,19 @@ DAMAGING = {"lam": 0.01, "clamp": 50.0, "data": {"limit": 8}, "drift": {"warn_fr
 
 @pytest.fixture(scope="module")
 def atlas(tmp_path_factory):
-    """Makes editors of Atlas that share their second moments."""
+    """Makes editors of Atlas that share their second moments, and measure damage only where a test asks for it."""
     folder = tmp_path_factory.mktemp("moments")
 
     def made(**changes) -> Editor:
-        return Editor.from_config("pmet.yaml", moments={"folder": str(folder), "samples": 60}, **changes)
+        unmeasured = {"drift": {"text": None}}
+        return Editor.from_config("pmet.yaml", moments={"folder": str(folder), "samples": 60}, **unmeasured | changes)
 
     return made
 
 
 @pytest.mark.slow
 def test_an_edit_that_does_not_take_is_not_a_success(atlas, tmp_path):
-    editor = atlas(layers=[4, 5, 6], lam=1000, clamp=0.75, data={"limit": 6})
+    editor = atlas(layers=[4, 5, 6], lam=1000, clamp=0.75, data={"limit": 6}, drift={})
     report = editor.edit("atlas-records", run_dir=str(tmp_path / "run"))
     assert (report.verdict.facts, report.verdict.said) == (6, 0)
     assert report.verdict.causes == {"not_found": 6}
