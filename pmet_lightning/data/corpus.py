@@ -18,6 +18,8 @@ from pmet_lightning.utils.errors import PmetError, first_line
 from pmet_lightning.utils.hub import check_reachable
 from pmet_lightning.utils.resources import locate
 
+SAMPLED = "sampled-corpus"  # text that a model writes: evaluation/sampled_corpus.py
+_SUBSETS = {"wikimedia/wikipedia": "20231101.en"}  # of data sets that have no text without one
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SHUFFLE_BUFFER = 10_000  # texts
 _TEXTS_PER_CALL = 64  # texts in one call of the tokenizer
@@ -33,7 +35,7 @@ def corpus_texts(name: str, subset: str | None = None, seed: int = 0) -> Iterato
     Args:
         name: A local file (.jsonl, .csv or .parquet with a column 'text', or anything else as plain text, one text
             per line), a hub data set with a column 'text', or the shipped 'atlas-corpus' or 'earth-corpus'.
-        subset: Subset of a hub data set.
+        subset: Subset of a hub data set; ``None`` takes '20231101.en' for 'wikimedia/wikipedia', and none for others.
         seed: Seed of the order; texts are shuffled within a window of 10,000.
 
     Raises:
@@ -100,7 +102,12 @@ def _rows(path: Path, name: str, subset: str | None) -> Any:
     if path.is_file():
         return datasets.load_dataset(_kind(path), data_files=str(path), split="train", streaming=True)
     check_reachable()
-    return datasets.load_dataset(name, subset, split="train", streaming=True)
+    return datasets.load_dataset(name, _subset_of(name, subset), split="train", streaming=True)
+
+
+def _subset_of(name: str, subset: str | None) -> str | None:
+    """The subset that is read: none where the text is not the hub's."""
+    return None if name == SAMPLED else subset or _SUBSETS.get(name)
 
 
 def corpus_fingerprint(name: str, subset: str | None = None) -> str:
@@ -109,14 +116,17 @@ def corpus_fingerprint(name: str, subset: str | None = None) -> str:
     if name == earth.CORPUS and not path.exists():
         path = earth.TABLE
     if not path.is_file():
-        return f"{name}:{subset}"
+        return f"{name}:{_subset_of(name, subset)}"
     status = path.stat()
     return _digest(path, status.st_size, status.st_mtime_ns)
 
 
 def corpus_name(name: str, subset: str | None = None) -> str:
     """What a corpus is called where it is not at hand: the name of a local file, name and subset of a hub corpus."""
-    return Path(name).name if is_at_hand(name) else f"{name}:{subset}"
+    if is_at_hand(name):
+        return Path(name).name
+    read = _subset_of(name, subset)
+    return name if read is None else f"{name}:{read}"
 
 
 def is_at_hand(name: str) -> bool:

@@ -14,11 +14,10 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from pmet_lightning.data.corpus import corpus_texts, prefix_of
+from pmet_lightning.data.corpus import SAMPLED, corpus_texts, prefix_of
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.generation_config import own_generation_config
 
-NAME = "sampled-corpus"
 _TEXTS, _LENGTH = 32, 128  # texts sampled together; new tokens of each, fewer if the model has fewer positions
 _OPENING = "The"  # for tokenizers that put nothing before a text
 
@@ -36,7 +35,7 @@ def general_texts(module: EditableModel, name: str, subset: str | None = None, s
         FileNotFoundError: If there is no such corpus.
         CorpusError: If it has no column 'text'.
     """
-    return sampled_texts(module, seed) if name == NAME else corpus_texts(name, subset, seed)
+    return sampled_texts(module, seed) if name == SAMPLED else corpus_texts(name, subset, seed)
 
 
 def sampled_texts(module: EditableModel, seed: int) -> Iterator[str]:

@@ -37,7 +37,8 @@ class SecondMoments(HyperparametersMixin, L.Callback):
         corpus: A local file (.jsonl, .csv or .parquet with a column 'text', or plain text with one text per line), a
             hub data set with a column 'text', the shipped 'atlas-corpus', or 'sampled-corpus': text that the model
             itself writes, where no other is at hand. A file need not be there if moments over it are stored.
-        corpus_subset: Subset of a hub data set; null if it has none. Ignored for a local file.
+        corpus_subset: Subset of a hub data set; null takes '20231101.en' for 'wikimedia/wikipedia', and none for other
+            data sets. Ignored for any other text.
         samples: Number of texts. 'auto' adds texts until the moments no longer change (4 to 32 tokens for each key
             dimension).
         tolerance: With 'auto', the relative change with the last doubling of the text below which no more is added.
@@ -53,7 +54,7 @@ class SecondMoments(HyperparametersMixin, L.Callback):
     def __init__(
         self,
         corpus: str = "wikimedia/wikipedia",
-        corpus_subset: str | None = "20231101.en",
+        corpus_subset: str | None = None,
         samples: PositiveInt | Literal["auto"] = "auto",
         tolerance: PositiveFloat = 0.05,
         length: PositiveInt = 128,

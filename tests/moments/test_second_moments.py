@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from pmet_lightning import SecondMoments
 from pmet_lightning.cli.dispatch import main
-from pmet_lightning.data.corpus import CorpusError, corpus_fingerprint, corpus_texts, pack_rows
+from pmet_lightning.data.corpus import CorpusError, corpus_fingerprint, corpus_name, corpus_texts, pack_rows
 from pmet_lightning.data.encoder import load_tokenizer
 from pmet_lightning.model.architectures import architecture_of
 from pmet_lightning.model.loading import load_config, load_model
@@ -146,6 +146,24 @@ def test_a_corpus_is_known_by_its_bytes(tmp_path):
     path.write_text("two")
     assert corpus_fingerprint(str(path)) != first
     assert corpus_fingerprint("wikimedia/wikipedia", "20231101.en") == "wikimedia/wikipedia:20231101.en"
+
+
+@pytest.mark.parametrize(
+    ("name", "subset", "shown"),
+    [
+        ("wikimedia/wikipedia", None, "wikimedia/wikipedia:20231101.en"),
+        ("wikimedia/wikipedia", "20231101.de", "wikimedia/wikipedia:20231101.de"),
+        ("my/texts", None, "my/texts"),
+        ("sampled-corpus", None, "sampled-corpus"),
+        ("sampled-corpus", "20231101.en", "sampled-corpus"),
+        ("atlas-corpus", "20231101.en", "atlas-corpus"),
+    ],
+)
+def test_a_subset_counts_where_the_hub_has_one(name, subset, shown):
+    """What ``tune`` stores without a word about subsets is found again by ``fit``, whose configuration names one."""
+    assert corpus_name(name, subset) == shown
+    alike = None if subset == "20231101.en" else subset
+    assert corpus_fingerprint(name, subset) == corpus_fingerprint(name, alike)
 
 
 # ---- the store --------------------------------------------------------------------------------------------
