@@ -131,9 +131,9 @@ class Stage:
             objective: Returns the value of a trial.
             parameters: Its parameters, where they are not left to the sampler.
         """
-        self.study.sampler = self._sampler(self.seed * 100_003 + self.count)
-        if parameters is not None:
-            self.study.enqueue_trial(dict(parameters))
+        sampler = self._sampler(self.seed * 100_003 + self.count)
+        # Not Optuna's queue: of two processes on one SQLite file, both may take the same trial from it.
+        self.study.sampler = sampler if parameters is None else fixed(parameters, sampler)
         numbers: list[int] = []
         self.study.optimize(objective, n_trials=1, callbacks=[lambda _, trial: numbers.append(trial.number)])
         return self.study.trials[numbers[0]]
@@ -144,6 +144,16 @@ def tpe(seed: int) -> BaseSampler:
     from optuna.samplers import TPESampler
 
     return TPESampler(n_startup_trials=_STARTUP, multivariate=True, constant_liar=True, seed=seed)
+
+
+def fixed(parameters: Mapping[str, Any], sampler: BaseSampler) -> BaseSampler:
+    """A sampler that gives parameters as they are, and leaves others to another sampler."""
+    from optuna.exceptions import ExperimentalWarning
+    from optuna.samplers import PartialFixedSampler
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return PartialFixedSampler(dict(parameters), sampler)
 
 
 def halving(first: int) -> BasePruner:

@@ -331,3 +331,19 @@ def test_the_frontier_is_what_nothing_exceeds():
 def test_words_have_places_on_an_axis():
     assert positions([{"rule": "sqrt"}, {"rule": "even"}], "rule") == ([1.0, 0.0], ["even", "sqrt"])
     assert positions([{"lam": 3.0}], "lam") == ([3.0], [])
+
+
+def test_a_process_runs_the_trials_that_it_wants_and_not_those_of_another(tmp_path, monkeypatch):
+    """With a queue of trials, a process on the same database took what another one had just put there."""
+    storage = open_storage(None, tmp_path)
+    here, there = (Stage(storage, "one", alone=False) for _ in range(2))
+    optimize, found = optuna.Study.optimize, []
+
+    def late(study, *args, **kwargs):
+        if study is here.study and not found:
+            found.append(there.run(lambda trial: trial.suggest_int("layer", 0, 5), {"layer": 4}))
+        optimize(study, *args, **kwargs)
+
+    monkeypatch.setattr(optuna.Study, "optimize", late)
+    found.append(here.run(lambda trial: trial.suggest_int("layer", 0, 5), {"layer": 1}))
+    assert [trial.params for trial in found] == [{"layer": 4}, {"layer": 1}]
