@@ -227,7 +227,6 @@ def tiny_settings(folder: Path, model: str) -> dict[str, Any]:
         "model.steps": 4,
         "data.path": str(records),
         "moments.corpus": str(corpus),
-        "moments.corpus_subset": None,
         "moments.folder": str(folder / "moments"),
     }
 

@@ -151,7 +151,7 @@ def base_sections(model: TunedModel, moments: MomentOptions, facts: Facts, seed:
     return {
         "model": {"steps": STEPS, "keep_float32": True, **kept, "seed": seed},
         "data": {},
-        "moments": {"corpus": facts.world.corpus, "corpus_subset": None, **given},
+        "moments": {"corpus": facts.world.corpus, **given},
         "spread": {},
         "drift": facts.world.drift(moments.corpus, moments.corpus_subset),
     }

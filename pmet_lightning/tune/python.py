@@ -59,7 +59,7 @@ def shared_sections(sections: Mapping[str, Mapping[str, Any]], facts: Facts) -> 
     return {
         "model": {"steps": STEPS, **model},
         "data": {},
-        "moments": {"corpus": facts.world.corpus, "corpus_subset": None, **moments},
+        "moments": {"corpus": facts.world.corpus, **moments},
         "spread": {name: value for name, value in sections["spread"].items() if name not in _NOT_SHARED_WRITES},
         "drift": drift | dict(sections["drift"]),
     }

@@ -89,7 +89,7 @@ class Stage:
     def _fail_killed(self) -> None:
         from optuna.trial import TrialState
 
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)
 
     def finished(self, pruned: bool = True) -> list[FrozenTrial]:
