@@ -98,9 +98,10 @@ def svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # browsers have the fonts that matplotlib misses
-        # Fix the layout, so that later drawings, for TensorBoard too, need not compute it again.
+        # Fix the layout, so that later drawings, for TensorBoard too, need not compute it again. With "none" matplotlib
+        # would keep an empty engine, and draw once more for it.
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
