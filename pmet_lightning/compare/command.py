@@ -12,7 +12,7 @@ from typing import Any
 
 from pmet_lightning.compare.estimate import longest_first, plan_line, run_line, time_line
 from pmet_lightning.compare.plan import Method, Run, Setting, plan_runs, quiet, read_report
-from pmet_lightning.utils.console import quieten, quietly
+from pmet_lightning.utils.console import quieten, quietly, warned_once
 from pmet_lightning.utils.files import write_json
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
 
@@ -52,11 +52,12 @@ def compare(
     from pmet_lightning.run import lightning_cli  # noqa: F401  # seconds of imports, which --help does not wait for
 
     quieten()  # Lightning, once it is imported
-    with quietly():
-        for name, method in methods.items():
-            largest = max((run for run in runs if run.method == name), key=lambda run: run.skip + run.edits)
-            _check(largest, method, common, folder)
-    _run_all(runs, taken, methods, common, folder)
+    with warned_once():
+        with quietly():
+            for name, method in methods.items():
+                largest = max((run for run in runs if run.method == name), key=lambda run: run.skip + run.edits)
+                _check(largest, method, common, folder)
+        _run_all(runs, taken, methods, common, folder)
     from pmet_lightning.compare.results import write_results  # seconds of imports
 
     write_results(methods, runs, folder)

@@ -61,3 +61,30 @@ def quietly() -> Iterator[None]:
     finally:
         enable_progress_bar()
         ours.setLevel(level)
+
+
+@contextmanager
+def warned_once() -> Iterator[None]:
+    """Show each warning once, where several runs read the same records."""
+    handlers = [(handler, _Once()) for handler in logging.getLogger().handlers]
+    for handler, once in handlers:
+        handler.addFilter(once)
+    try:
+        yield
+    finally:
+        for handler, once in handlers:
+            handler.removeFilter(once)
+
+
+class _Once(logging.Filter):
+    """Holds back a warning that it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        is_new = record.levelno < logging.WARNING or text not in self._seen
+        self._seen.add(text)
+        return is_new

@@ -358,8 +358,12 @@ def test_a_comparison_says_first_what_it_is_going_to_do():
 
 @pytest.mark.slow
 def test_the_log_of_a_comparison_is_its_own(comparison, tmp_path, caplog):
-    """A line before each run with the time that is left, not the lines of the runs; the table at the end."""
+    """A line before each run with the time that is left, not the lines of the runs; what is odd once; the table."""
     settings = json.loads((comparison / "small.yaml").read_text()) | {"out": str(tmp_path / "out"), "seeds": [0]}
+    records = json.loads(Path(locate("atlas-records")).read_text())[:2]
+    records[0]["rephrase"] = "a field of zsRE's"
+    (tmp_path / "odd.json").write_text(json.dumps(records))
+    settings["options"] |= {"data.path": str(tmp_path / "odd.json")}
     settings["methods"] = {name: settings["methods"][name] for name in ("fine-tuning", "retrieval")}
     (tmp_path / "quiet.yaml").write_text(json.dumps(settings))
     with caplog.at_level("INFO"):
@@ -371,6 +375,7 @@ def test_the_log_of_a_comparison_is_its_own(comparison, tmp_path, caplog):
     assert all("left" in line for line in lines[2:7])
     assert "Highest Score" in lines[7]
     assert len(lines) == 8
+    assert len([record for record in caplog.records if "'rephrase'" in record.getMessage()]) == 1
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert table.startswith("| edits | method | efficacy |")
     assert len(table.splitlines()) == 2 + 2 * 3
