@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
+
+import torch
 
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.moments import second_moments as stats
@@ -71,7 +74,15 @@ def collect(folder: Path, model: str, corpus: Path, processes: int) -> None:
     ])  # fmt: skip
 
 
+def check_group_is_left() -> None:
+    """A group that is still there while Python ends may abort the process; not every time, so that it is looked for."""
+    if torch.distributed.is_initialized():
+        sys.stderr.write("the process group was not left\n")
+        os._exit(7)
+
+
 if __name__ == "__main__":
+    atexit.register(check_group_is_left)  # the first to register is called last
     what, here, name, records_path, corpus_path = sys.argv[1:]
     paths = Path(here), name, Path(records_path), Path(corpus_path)
     if what == "stats":

@@ -27,6 +27,7 @@ from pmet_lightning.run.tensorboard import TensorBoardCallback
 from pmet_lightning.run.timing import PhaseProfiler
 from pmet_lightning.run.trainer_arguments import check_arguments
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
+from pmet_lightning.utils.distributed import leave_process_group_at_exit
 from pmet_lightning.utils.files import NO_ROOM, name_in_errors
 from pmet_lightning.utils.progress import EditProgressBar
 
@@ -99,6 +100,8 @@ class EditTrainer(L.Trainer):
         except MisconfigurationException as error:  # such as a GPU that is not there
             raise ValueError(_not_there(kwargs, error)) from error
         prepare_strategy(self.strategy, self.num_devices * self.num_nodes)
+        if self.world_size > 1:
+            leave_process_group_at_exit()
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Edit: optimize targets, write the weights after each edit batch, evaluate before and after."""
