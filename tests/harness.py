@@ -92,16 +92,17 @@ def edit(
     rule: str = "sqrt",
     write: str = "ffn",
     targets: str = "spread",
+    also: Mapping[str, Any] | None = None,
     keep: KeepReports | None = None,
     **data: Any,
 ) -> tuple[WeightSpread, list[WriteReport]]:
-    """Edit records through module, data module and callback in a Lightning trainer."""
+    """Edit records through module, data module and callback (``also``: options of it) in a Lightning trainer."""
     keep = KeepReports() if keep is None else keep
     path = folder / "records.json"
     path.write_text(json.dumps(records))
     reference = load_model(module.model_name, module.dtype_name, module.attn_implementation)
     given = store_moments(folder / "moments", moments, fingerprint(reference))
-    spread = WeightSpread(lam=lam, rule=rule, write=write, targets=targets)
+    spread = WeightSpread(lam=lam, rule=rule, write=write, targets=targets, **(also or {}))
     trainer = quiet_trainer([SecondMoments("", given=given, write=write), spread, keep], folder)
     trainer.fit(module, EditDataModule(str(path), tokenizer=module.model_name, **data))
     return spread, keep.reports

@@ -19,8 +19,8 @@ from pmet_lightning.write.keys import measure_keys
 # In "sums" K Kᵀ and E Kᵀ travel, as if edits were more than key dimensions.
 SHAPES = {"whole": (7, None), "batches": (7, 3), "one": (1, None), "both": (5, None), "sums": (7, 4)}
 EXTRA = {
-    "both": ["--spread.write", "attn+ffn", "--model.micro_batch", "2"],
-    "sums": ["--spread.protect_past", "true"],
+    "both": ["--spread.write", "attn+ffn", "--model.micro_batch", "2", "--spread.preserve_prompts", "0.5"],
+    "sums": ["--spread.protect_past", "true", "--spread.preserve_prompts", "0.5"],
 }
 
 

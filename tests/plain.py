@@ -33,6 +33,17 @@ def plain_record(model, tokenizer, module, edit, context, *, output: bool):
     return seen[0]
 
 
+def plain_rest(model, tokenizer, module, edit):
+    """The sum of k kᵀ over a module's inputs at the tokens after the subject, up to the target's last but one."""
+    head, text = edit.prompt.split("{}")[0] + edit.subject, edit.prompt.replace("{}", edit.subject)
+    index, ids, seen = locate(tokenizer, text, len(head)), tokenizer(f"{text} {edit.target}")["input_ids"], []
+    handle = module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].reshape(len(ids) - 1, -1)))
+    with torch.no_grad():
+        model(torch.tensor([ids[:-1]]))
+    handle.remove()
+    return sum(torch.outer(k, k) for k in seen[0][index + 1 :].double())
+
+
 def turned(norm, p, change):
     """What to add to p, which keeps its length, so that norm(p) comes as near to norm(p) + change as it can.
 
@@ -50,10 +61,11 @@ def turned(norm, p, change):
     return direction * (p.double().norm() / direction.norm()) - p.double()
 
 
-def plain_spread(model, tokenizer, projections, edits, targets, contexts, moments, lam, norms=None):
+def plain_spread(model, tokenizer, projections, edits, targets, contexts, moments, lam, norms=None, mu=0.0, past=()):
     """Write the edits into the model; returns ΔW [out, in] of each layer, lowest first.
 
     ``norms``: what is between each projection and the residual stream, in families that have it.
+    ``mu``: weight of the tokens after the subject, in these edits and in those of ``past``.
     """
     updates = []
     for i, projection in enumerate(projections):
@@ -71,7 +83,8 @@ def plain_spread(model, tokenizer, projections, edits, targets, contexts, moment
             share = torch.stack([turned(norms[i], p, w) for p, w in zip(here, wanted, strict=True)], dim=1)
         else:
             share = (goal - value).T.double() / (len(projections) - i) ** 0.5
-        update = share @ k.T @ torch.inverse(lam * moments[i].double() + k @ k.T)
+        rest = sum(plain_rest(model, tokenizer, projection, edit) for edit in [*edits, *past]) if mu else 0.0
+        update = share @ k.T @ torch.inverse(lam * moments[i].double() + mu * rest + k @ k.T)
         weight = projection.weight
         transposed = type(projection).__name__ == "Conv1D"
         with torch.no_grad():

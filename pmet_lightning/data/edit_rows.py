@@ -24,10 +24,13 @@ def target_rows(edit: Edit, contexts: Sequence[str], encoder: PromptEncoder) -> 
         The bare prompt and each context, followed by the target; then the KL prompt, cut after the subject, so that
         its last position is the one whose distribution is preserved.
     """
-    rows = [
-        encoder.encode(edit.prompt, edit.subject, context=context, target=edit.target) for context in (BARE, *contexts)
-    ]
+    rows = [whole_row(edit, context, encoder) for context in (BARE, *contexts)]
     return [*rows, encoder.encode(KL_PROMPT, edit.subject, stop_at_subject=True)]
+
+
+def whole_row(edit: Edit, context: str, encoder: PromptEncoder) -> TokenRow:
+    """The prompt in a context, followed by the target."""
+    return encoder.encode(edit.prompt, edit.subject, context=context, target=edit.target)
 
 
 def key_row(edit: Edit, context: str, encoder: PromptEncoder) -> TokenRow:

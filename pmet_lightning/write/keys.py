@@ -1,7 +1,8 @@
 """Keys and current values of an edit batch (docs/method.md, 'Keys').
 
 One pass over the bare prompts gives the keys of a layer and the values at the target layer; one pass for each context
-gives the keys in that context. Tokens that all rows of a context begin with are run once.
+gives the keys in that context. Tokens that all rows of a context begin with are run once. Another pass gives the keys
+of the tokens that follow the subject.
 Legend: N = edits, I = in-features (d_k), F = width of a site's output.
 """
 
@@ -21,9 +22,10 @@ from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import RowBatch, TokenRow, by_token_budget, pad_rows
 from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.forward import run_to
-from pmet_lightning.model.hooks import record_and_add, record_input, stop_after
+from pmet_lightning.model.hooks import record_and_add, record_input, record_whole, stop_after
 from pmet_lightning.model.prefix_passes import compute_prefix
 from pmet_lightning.model.projections import Sites, in_features
+from pmet_lightning.solver.update import multiply_transposed
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,36 @@ def measure_keys(
 def measure_values(model: nn.Module, sites: Sites, values_at: Sequence[ProjectionId], over: KeyRows) -> list[Tensor]:
     """The outputs of sites, the uppermost last, at the subject's last token of each bare prompt, shape [N, F] each."""
     return _record(model, over.bare, [_value_point(sites, where) for where in values_at], over)
+
+
+def measure_rest(
+    model: nn.Module, sites: Sites, projection_id: ProjectionId, rows: Sequence[TokenRow], over: KeyRows
+) -> Tensor:
+    """R Rᵀ of a projection, where R are the keys of all tokens that follow the subject's last one.
+
+    Args:
+        model: The language model, as edited so far.
+        sites: Its modules.
+        projection_id: The projection.
+        rows: Prompts with their targets (:func:`~pmet_lightning.data.edit_rows.whole_row`).
+        over: How they are run.
+
+    Returns:
+        The sum over tokens, float64, shape [I, I], on the model's device; zeros where no token follows a subject.
+    """
+    projection = sites.module(*projection_id)
+    width = in_features(projection)
+    products_II = torch.zeros(width, width, dtype=torch.float64, device=over.device)
+    longer = [row for row in rows if len(row.ids) > row.subject + 1]
+    for indices in by_token_budget([len(row.ids) for row in longer], over.tokens_per_batch):
+        batch = pad_rows([longer[i] for i in indices], over.pad_id).to(over.device)
+        columns = torch.arange(batch.input_ids.shape[1], device=over.device)
+        follows = batch.attention_mask.bool() & (columns > batch.subject.unsqueeze(1))
+        with torch.no_grad(), record_whole(projection, len(batch), output=False) as recording, stop_after(projection):
+            run_to(model, batch)
+        keys_NI = recording.take().to(over.device)[follows]
+        products_II += multiply_transposed(keys_NI, keys_NI)
+    return products_II
 
 
 def _value_point(sites: Sites, where: ProjectionId) -> _Point:

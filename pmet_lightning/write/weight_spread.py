@@ -18,7 +18,9 @@ from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor, nn
 
 from pmet_lightning.data.datamodule import EditBatch
+from pmet_lightning.data.edit_rows import BARE, whole_row
 from pmet_lightning.data.records import Edit
+from pmet_lightning.data.token_rows import TokenRow
 from pmet_lightning.model.architectures import ProjectionId, SiteName, WriteChoice, written_sites
 from pmet_lightning.model.fsdp import unshard, weight_norm, whole_weight
 from pmet_lightning.model.output_norms import pull_back
@@ -37,7 +39,7 @@ from pmet_lightning.utils.progress import track
 from pmet_lightning.utils.types import PositiveFloat
 from pmet_lightning.write.edited_weights import Draft, EditedWeights
 from pmet_lightning.write.facts import replaced_by, written_facts
-from pmet_lightning.write.keys import KeyRows, measure_keys, measure_values
+from pmet_lightning.write.keys import KeyRows, measure_keys, measure_rest, measure_values
 from pmet_lightning.write.residual import ResidualTracker, SiteTarget, SpreadRule, residual_share
 from pmet_lightning.write.write_report import LayerReport, WriteReport, add_outcomes, log_writes
 
@@ -61,6 +63,7 @@ class _WriteState:
         protected: Those of them whose keys get no new value.
         goals: What each projection is written towards.
         last: For each written site, its target in layer L, which the residuals are compared with.
+        prompts: Rows of this process whose tokens after the subject are preserved.
     """
 
     module: TargetOptimizer
@@ -72,6 +75,7 @@ class _WriteState:
     protected: Sequence[int]
     goals: Mapping[ProjectionId, SiteTarget]
     last: Mapping[SiteName, SiteTarget]
+    prompts: Sequence[TokenRow]
 
 
 class WeightSpread(HyperparametersMixin, L.Callback):
@@ -92,6 +96,9 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             projection; for example 0.01); null writes to all directions.
         protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC + KKᵀ,
             inside the null space too, which stays that of C).
+        preserve_prompts: μ, weight relative to a new key with which the tokens after the subject in the edit prompts
+            and their targets are preserved (μRRᵀ of their keys R is added likewise; with protect_past also those of
+            earlier edit batches); null preserves general text alone.
 
     Attributes:
         edited: What it has written, with rollback.
@@ -106,11 +113,13 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         max_change: PositiveFloat | None = None,
         null_space: PositiveFloat | None = None,
         protect_past: bool = False,
+        preserve_prompts: PositiveFloat | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.lam, self.rule, self.targets = float(lam), rule, targets
         self.max_change, self.null_space, self.protect_past = max_change, null_space, protect_past
+        self.preserve_prompts = preserve_prompts
         self.sites = written_sites(write)
         self.edited = EditedWeights(self.sites)
 
@@ -181,20 +190,21 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         )
         _warn_if_overloaded(module, len(edits))
         written = module.sites.written(self.sites, module.written_layers)
-        layer_of = {p: module.target_layer if self.targets == "spread" else p[1] for p in written}
-        goals = {p: self._site_target(module, targets, (p[0], layer)) for p, layer in layer_of.items()}
+        goals = self._goals(module, targets, written)
         site_targets = {site: goals[site, layer] for site, layer in written}
-        projections = {projection_id: module.sites.module(*projection_id) for projection_id in written}
         value_sites = [*(target.projection_id for target in site_targets.values()), ("hidden", module.target_layer)]
         *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
         tracker = ResidualTracker(
             {site: target.residual for site, target in site_targets.items()}, values, stream_nF, processes, len(edits)
         )
         reports: list[LayerReport] = []
-        with self.edited.transaction(list(projections.values())) as draft:
+        with self.edited.transaction([module.sites.module(*p) for p in written]) as draft:
             earlier, staying = self.edited.facts, self._staying(module, edits)
-            state = _WriteState(module, second_moments, processes, len(edits), draft, *staying, goals, site_targets)
-            for projection_id in track(trainer, list(projections), "Layers"):
+            prompts = self._prompts(module, processes, edits, staying[0])
+            state = _WriteState(
+                module, second_moments, processes, len(edits), draft, *staying, goals, site_targets, prompts
+            )
+            for projection_id in track(trainer, written, "Layers"):
                 reports.append(self._measure_and_write(state, projection_id, tracker, rows))
             *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
             left = {site: tracker.left(site, value) for site, value in zip(site_targets, values, strict=True)}
@@ -204,14 +214,23 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         means = {site: float(values_N.nanmean()) for site, values_N in left.items()}
         layers = add_outcomes(reports, means, tracker.overshoots[1:])
         log_writes(layers, edit_batch)
-        residuals = tuple(left["ffn"].nan_to_num(0.0).tolist())
-        return WriteReport(edit_batch, tuple(edits), tuple(all_targets), layers, residuals)
+        residual_left = tuple(left["ffn"].nan_to_num(0.0).tolist())
+        return WriteReport(edit_batch, tuple(edits), tuple(all_targets), layers, residual_left)
 
     def _staying(self, module: TargetOptimizer, edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
         """Positions of the written facts that edits do not correct, and of those whose keys get no new value either."""
         replaced = set(replaced_by(self.edited.facts, edits))
         kept = [i for i in range(len(self.edited.facts)) if i not in replaced]
         return kept, sorted(set(kept) - set(module.companions(edits)))
+
+    def _prompts(
+        self, module: TargetOptimizer, processes: ProcessGroup, edits: Sequence[Edit], kept: Sequence[int]
+    ) -> list[TokenRow]:
+        """This process's rows whose tokens after the subject are preserved."""
+        if self.preserve_prompts is None:
+            return []
+        past = [self.edited.facts[i].edit for i in kept] if self.protect_past else []
+        return [whole_row(edit, BARE, module.encoder) for edit in processes.shard([*past, *edits])]
 
     def _measure_and_write(
         self,
@@ -237,24 +256,26 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         if norm is not None:
             share_nO = pull_back(unshard(norm, output_nO.device), output_nO, share_nO)
         residual = float(tracker.left(site, value_of[last.projection_id]).nanmean())
-        return self._write(state, projection_id, module.sites.module(site, layer), keys_nI, share_nO, residual)
+        rest_II = None
+        if self.preserve_prompts is not None:
+            own_II = measure_rest(module.model, module.sites, projection_id, state.prompts, rows)
+            rest_II = state.processes.all_reduce_sum(own_II).mul_(self.preserve_prompts)
+        solve = self._build_solve(state, projection_id, keys_nI, share_nO, rest_II)
+        return self._write(state, projection_id, module.sites.module(site, layer), solve, residual)
 
     def _write(
         self,
         state: _WriteState,
         projection_id: ProjectionId,
         projection: nn.Module,
-        keys_nI: Tensor,
-        share_nO: Tensor,
+        solve_with: Callable[[float], Solution],
         residual: float,
     ) -> LayerReport:
-        """Write one weight, the same on each process, from what each process has measured for its own edits."""
+        """Write one weight, the same on each process, with what solves for ΔW on the first, given λ."""
         weight = projection.weight
         assert isinstance(weight, Tensor)
         dtype, device = state.module.delta_dtype, state.module.device
-        solve = self._bounded(
-            self._build_solve(state, projection_id, keys_nI, share_nO), state, projection_id, projection
-        )
+        solve = self._bounded(solve_with, state, projection_id, projection)
         tensors, (solution, lam) = state.processes.compute_on_rank_zero(partial(_split_solution, solve, dtype), device)
         delta = WeightDelta.of(tensors)
         norm_before = weight_norm(weight, dtype)
@@ -292,20 +313,28 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         return solve_within
 
     def _build_solve(
-        self, state: _WriteState, projection_id: ProjectionId, keys_nI: Tensor, share_nO: Tensor
+        self,
+        state: _WriteState,
+        projection_id: ProjectionId,
+        keys_nI: Tensor,
+        share_nO: Tensor,
+        rest_II: Tensor | None,
     ) -> Callable[[float], Solution]:
-        """A function of λ that solves for ΔW from all processes' keys and residuals or, if smaller, their products."""
+        """A function of λ that solves for ΔW from all processes' keys and residuals or, if smaller, their products.
+
+        ``rest_II``: μRRᵀ of all processes.
+        """
         whole = self.protect_past or self.null_space is not None or state.processes.size == 1
         if not whole and sums_are_less(state.count, keys_nI, share_nO):
             products_II = state.processes.all_reduce_sum(multiply_transposed(keys_nI, keys_nI))
             right_OI = state.processes.all_reduce_sum(multiply_transposed(share_nO, keys_nI))
-            return partial(self._solution_of_sums, right_OI, products_II, projection_id, state)
+            return partial(self._solution_of_sums, right_OI, products_II, projection_id, state, rest_II)
         keys_NI = state.processes.all_gather(keys_nI, state.count)
         share_NO = state.processes.all_gather(share_nO, state.count)
         if self.protect_past and state.processes.is_rank_zero:
             past = [past_NI] if (past_NI := self._past_keys(projection_id, state.kept)) is not None else []
             state.draft.past_keys[projection_id] = torch.cat([*past, keys_NI.cpu()])
-        return partial(self._solution, share_NO, keys_NI, projection_id, state)
+        return partial(self._solution, share_NO, keys_NI, projection_id, state, rest_II)
 
     def _past_keys(self, projection_id: ProjectionId, facts: Sequence[int]) -> Tensor | None:
         """Keys of some facts of earlier edit batches; ``None`` if there are none."""
@@ -313,42 +342,63 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         return keys_NI[facts] if keys_NI is not None and facts else None
 
     def _solution(
-        self, share_NO: Tensor, keys_NI: Tensor, projection_id: ProjectionId, state: _WriteState, lam: float
+        self,
+        share_NO: Tensor,
+        keys_NI: Tensor,
+        projection_id: ProjectionId,
+        state: _WriteState,
+        rest_II: Tensor | None,
+        lam: float,
     ) -> Solution:
+        besides_II = self._besides(projection_id, state, rest_II)
         if self.null_space is not None:
             space = state.second_moments.null_space(projection_id, self.null_space)
-            return solve_in_null_space(share_NO, keys_NI, space, lam, self._past_II(projection_id, state))
-        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and self._past_keys(projection_id, state.protected) is None:
+            return solve_in_null_space(share_NO, keys_NI, space, lam, besides_II)
+        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and besides_II is None:
             try:
                 return solve_with_factor(share_NO, keys_NI, state.second_moments.factor(projection_id), lam)
             except FloatingPointError as error:
                 log.info("%s: %s; solving without it", projection_id, error)
-        return solve_update(share_NO, keys_NI, self._protected(projection_id, state, lam), lam)
+        return solve_update(share_NO, keys_NI, self._preserved(projection_id, state, besides_II, lam), lam)
 
     def _solution_of_sums(
-        self, right_OI: Tensor, products_II: Tensor, projection_id: ProjectionId, state: _WriteState, lam: float
+        self,
+        right_OI: Tensor,
+        products_II: Tensor,
+        projection_id: ProjectionId,
+        state: _WriteState,
+        rest_II: Tensor | None,
+        lam: float,
     ) -> Solution:
-        return solve_sums(right_OI, products_II, self._protected(projection_id, state, lam), lam)
+        besides_II = self._besides(projection_id, state, rest_II)
+        return solve_sums(right_OI, products_II, self._preserved(projection_id, state, besides_II, lam), lam)
 
-    def _protected(self, projection_id: ProjectionId, state: _WriteState, lam: float) -> Tensor:
-        """C plus, in its units, the products of earlier edit batches' keys, which count as much as the new keys."""
-        moment_II, past_II = (
-            state.second_moments.moment(projection_id).to(state.module.device),
-            self._past_II(projection_id, state),
-        )
-        return moment_II if past_II is None else past_II.div_(lam).add_(moment_II)
+    def _preserved(
+        self, projection_id: ProjectionId, state: _WriteState, besides_II: Tensor | None, lam: float
+    ) -> Tensor:
+        """C plus, in its units, what is preserved besides general text."""
+        moment_II = state.second_moments.moment(projection_id).to(state.module.device)
+        return moment_II if besides_II is None else besides_II.div_(lam).add_(moment_II)
 
-    def _past_II(self, projection_id: ProjectionId, state: _WriteState) -> Tensor | None:
-        """K_past K_pastᵀ, on the model's device, float64, shape [I, I]; ``None`` before the second edit batch."""
+    def _besides(self, projection_id: ProjectionId, state: _WriteState, rest_II: Tensor | None) -> Tensor | None:
+        """K_past K_pastᵀ + μRRᵀ, on the model's device, float64, shape [I, I], new; ``None`` if there is neither."""
         keys_NI = self._past_keys(projection_id, state.protected)
         if keys_NI is None:
-            return None
+            return None if rest_II is None else rest_II.clone()  # another λ may follow
         keys_NI = keys_NI.to(state.module.device)
-        return multiply_transposed(keys_NI, keys_NI)
+        past_II = multiply_transposed(keys_NI, keys_NI)
+        return past_II if rest_II is None else past_II.add_(rest_II)
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """The site whose values give a written site's target and residual (MEMIT: the layer's output)."""
         return site if site in module.optimized_sites else "hidden"
+
+    def _goals(
+        self, module: TargetOptimizer, targets: Sequence[Target], written: Sequence[ProjectionId]
+    ) -> dict[ProjectionId, SiteTarget]:
+        """What each projection is written towards: the target in layer L that is spread, or one of its own layer."""
+        layer_of = {p: module.target_layer if self.targets == "spread" else p[1] for p in written}
+        return {p: self._site_target(module, targets, (p[0], layer)) for p, layer in layer_of.items()}
 
     def _site_target(
         self, module: TargetOptimizer, targets: Sequence[Target], projection_id: ProjectionId
