@@ -53,7 +53,7 @@ def null_space(moment_II: Tensor, share: float) -> NullSpace:
 
 
 def solve_in_null_space(
-    residual_NO: Tensor, keys_NI: Tensor, space: NullSpace, lam: float, past_II: Tensor | None = None
+    residual_NO: Tensor, keys_NI: Tensor, space: NullSpace, lam: float, besides_II: Tensor | None = None
 ) -> Solution:
     """ΔW that acts only in the null space of preserved keys (AlphaEdit): ΔW = E Kᵀ P (K_p K_pᵀ P + K Kᵀ P + λ c)⁻¹.
 
@@ -66,14 +66,14 @@ def solve_in_null_space(
         keys_NI: Keys, shape [N, I].
         space: Null space of C, on the device of the keys.
         lam: λ, in units of preserved keys.
-        past_II: K_p K_pᵀ, float64, shape [I, I]; ``None`` without earlier edit batches.
+        besides_II: K_p K_pᵀ, and what else is preserved besides C, float64, shape [I, I]; ``None`` if nothing is.
 
     Raises:
         FloatingPointError: As :func:`solve_update`.
     """
     basis_IR, mean = space
     inside_RR = torch.eye(basis_IR.shape[1], dtype=torch.float64, device=basis_IR.device) * mean
-    if past_II is not None:
-        inside_RR += basis_IR.T @ (past_II @ basis_IR) / lam  # in the units of C
+    if besides_II is not None:
+        inside_RR += basis_IR.T @ (besides_II @ basis_IR) / lam  # in the units of C
     solution = solve_update(residual_NO, keys_NI.to(torch.float64) @ basis_IR, inside_RR, lam)
     return replace(solution, delta=replace(solution.delta, right=solution.delta.right @ basis_IR.T))

@@ -272,7 +272,7 @@ def test_the_callback_takes_the_way_that_works(n, reached, monkeypatch, caplog):
     moments = SimpleNamespace(moment=lambda _: moment, factor=lambda _: factorize(moment.clone))
     keys[:, :3] = torch.randn(n, 3, dtype=torch.float64)
     now = SimpleNamespace(second_moments=moments, module=SimpleNamespace(device=torch.device("cpu")), protected=[])
-    found = WeightSpread(lam=60.0)._solution(residual, keys, ("ffn", 0), now, 60.0)
+    found = WeightSpread(lam=60.0)._solution(residual, keys, ("ffn", 0), now, None, 60.0)
     assert len(calls) == (n > 12 or reached)
     assert ("solving without it" in caplog.text) == (n < 12 and reached)
     torch.testing.assert_close(found.delta_OI, exact(residual, keys, moment, 60.0), rtol=1e-8, atol=1e-10)
