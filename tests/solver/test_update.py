@@ -150,7 +150,7 @@ def test_the_callback_projects_past_keys_onto_the_null_space_of_c():
                           module=SimpleNamespace(device=torch.device("cpu")), protected=[0, 1, 2])  # fmt: skip
     spread = WeightSpread(lam=2.0, null_space=0.3)
     spread.edited.past_keys["ffn", 0] = keys[:3]
-    found = spread._solution(residual[3:], keys[3:], ("ffn", 0), now, 2.0)
+    found = spread._solution(residual[3:], keys[3:], ("ffn", 0), now, None, 2.0)
     expected = solve_in_null_space(residual[3:], keys[3:], null_space(moment, 0.3), 2.0, keys[:3].T @ keys[:3])
     torch.testing.assert_close(found.delta_OI, expected.delta_OI, rtol=1e-9, atol=1e-11)
     assert seen == [(("ffn", 0), 0.3)]
