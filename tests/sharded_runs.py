@@ -83,7 +83,8 @@ def fit(folder: Path, base: Path, family: str, processes: int, config: str = "pm
         "--model.steps", "5", "--model.micro_batch", "3", "--model.targets_folder", str(folder / "targets"),
         "--data.path", str(base / "records.json"), "--data.edit_batch", "4", "--data.evaluation_batch", "2",
         "--moments.corpus", str(base / "corpus.txt"), "--moments.folder", str(folder / "moments"),
-        "--spread.lam", "2", "--drift.text", str(base / "corpus.txt"), "--drift.rows", "4",
+        "--spread.lam", "2", "--spread.preserve_prompts", "0.5", "--drift.text", str(base / "corpus.txt"),
+        "--drift.rows", "4",
     ])  # fmt: skip
 
 
