@@ -61,11 +61,11 @@ def turned(norm, p, change):
     return direction * (p.double().norm() / direction.norm()) - p.double()
 
 
-def plain_spread(model, tokenizer, projections, edits, targets, contexts, moments, lam, norms=None, mu=0.0, past=()):
+def plain_spread(model, tokenizer, projections, edits, targets, contexts, moments, lam, norms=None, mu=0.0):
     """Write the edits into the model; returns ΔW [out, in] of each layer, lowest first.
 
     ``norms``: what is between each projection and the residual stream, in families that have it.
-    ``mu``: weight of the tokens after the subject, in these edits and in those of ``past``.
+    ``mu``: weight of the tokens after the subject, in these edits.
     """
     updates = []
     for i, projection in enumerate(projections):
@@ -83,7 +83,7 @@ def plain_spread(model, tokenizer, projections, edits, targets, contexts, moment
             share = torch.stack([turned(norms[i], p, w) for p, w in zip(here, wanted, strict=True)], dim=1)
         else:
             share = (goal - value).T.double() / (len(projections) - i) ** 0.5
-        rest = sum(plain_rest(model, tokenizer, projection, edit) for edit in [*edits, *past]) if mu else 0.0
+        rest = sum(plain_rest(model, tokenizer, projection, edit) for edit in edits) if mu else 0.0
         update = share @ k.T @ torch.inverse(lam * moments[i].double() + mu * rest + k @ k.T)
         weight = projection.weight
         transposed = type(projection).__name__ == "Conv1D"

@@ -96,6 +96,11 @@ class RowBatch:
         starts = torch.arange(len(self), device=self.label_columns.device).unsqueeze(1) * self.input_ids.shape[1]
         return starts + self.label_columns
 
+    def after_subject(self) -> Tensor:
+        """Which columns are tokens after the subject, or any tokens of a text that has none; bool, shape [R, T]."""
+        columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return self.attention_mask.bool() & (columns > self.subject.unsqueeze(1))
+
     def real_positions(self) -> Tensor:
         """Positions of the real tokens, counted over all columns of all rows."""
         return self.attention_mask.flatten().nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Running sums of k kᵀ over general text, in one pass for many layers.
+"""Running sums of k kᵀ over general text, or over the tokens after subjects, in one pass for many layers.
 
 Legend: R = rows, T = tokens, I = in-features (d_k).
 """
@@ -47,9 +47,9 @@ class MomentSums:
 
     @torch.no_grad()
     def add(self, rows: Sequence[TokenRow]) -> None:
-        """Add every token of some rows, in one pass that ends after the last of the layers."""
+        """Add every token of some texts, or those after the subject, in one pass that ends after the last layer."""
         batch: RowBatch = pad_rows(rows, self.pad_id).to(self.device)
-        mask_RT = batch.attention_mask.bool()
+        mask_RT = batch.after_subject()
         self.tokens += int(mask_RT.sum())
         with ExitStack() as stack:
             for projection_id, module in self.modules.items():

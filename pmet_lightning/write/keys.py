@@ -22,10 +22,11 @@ from pmet_lightning.data.records import Edit
 from pmet_lightning.data.token_rows import RowBatch, TokenRow, by_token_budget, pad_rows
 from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.forward import run_to
-from pmet_lightning.model.hooks import record_and_add, record_input, record_whole, stop_after
+from pmet_lightning.model.hooks import record_and_add, record_input, stop_after
 from pmet_lightning.model.prefix_passes import compute_prefix
 from pmet_lightning.model.projections import Sites, in_features
-from pmet_lightning.solver.update import multiply_transposed
+from pmet_lightning.moments.sums import MomentSums
+from pmet_lightning.solver.packed import symmetrize
 
 
 @dataclass(frozen=True)
@@ -142,19 +143,11 @@ def measure_rest(
     Returns:
         The sum over tokens, float64, shape [I, I], on the model's device; zeros where no token follows a subject.
     """
-    projection = sites.module(*projection_id)
-    width = in_features(projection)
-    products_II = torch.zeros(width, width, dtype=torch.float64, device=over.device)
+    sums = MomentSums(model, sites, [projection_id], over.pad_id, over.device)
     longer = [row for row in rows if len(row.ids) > row.subject + 1]
     for indices in by_token_budget([len(row.ids) for row in longer], over.tokens_per_batch):
-        batch = pad_rows([longer[i] for i in indices], over.pad_id).to(over.device)
-        columns = torch.arange(batch.input_ids.shape[1], device=over.device)
-        follows = batch.attention_mask.bool() & (columns > batch.subject.unsqueeze(1))
-        with torch.no_grad(), record_whole(projection, len(batch), output=False) as recording, stop_after(projection):
-            run_to(model, batch)
-        keys_NI = recording.take().to(over.device)[follows]
-        products_II += multiply_transposed(keys_NI, keys_NI)
-    return products_II
+        sums.add([longer[i] for i in indices])
+    return symmetrize(sums.lower[projection_id])
 
 
 def _value_point(sites: Sites, where: ProjectionId) -> _Point:

@@ -17,9 +17,9 @@ from tests.tiny import CONTEXTS, RECORDS
 LAYERS, MU = (1, 2), 0.7
 
 
-def written(folder, tmp_path, mu, records=RECORDS, **changed):
+def written(folder, tmp_path, mu, records=RECORDS):
     dtype = "float32" if "gemma3" in folder else "float64"
-    module = tiny_module(folder, layers=list(LAYERS), dtype=dtype, **changed)
+    module = tiny_module(folder, layers=list(LAYERS), dtype=dtype)
     spread, reports = edit(
         module, records, moments_for(folder, LAYERS), tmp_path, lam=2.0, also={"preserve_prompts": mu}
     )
