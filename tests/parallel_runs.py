@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -17,10 +18,11 @@ from pmet_lightning.write.keys import measure_keys
 
 # Edits, and edits of an edit batch: 7 edits on 2 or 3 processes are uneven, one edit leaves a process without any.
 # In "sums" K Kᵀ and E Kᵀ travel, as if edits were more than key dimensions.
-SHAPES = {"whole": (7, None), "batches": (7, 3), "one": (1, None), "both": (5, None), "sums": (7, 4)}
+SHAPES = {"whole": (7, None), "batches": (7, 3), "one": (1, None), "both": (5, None), "past": (7, 4), "sums": (7, 4)}
 EXTRA = {
     "both": ["--spread.write", "attn+ffn", "--model.micro_batch", "2", "--spread.preserve_prompts", "0.5"],
-    "sums": ["--spread.protect_past", "true", "--spread.preserve_prompts", "0.5"],
+    "past": ["--spread.protect_past", "true", "--spread.preserve_prompts", "0.5"],
+    "sums": ["--spread.preserve_prompts", "0.5"],
 }
 
 
@@ -40,11 +42,13 @@ def fit(folder: Path, model: str, records: Path, corpus: Path, processes: int, *
 def fit_all(folder: Path, model: str, records: Path, corpus: Path, processes: int) -> None:
     """A run in ``folder`` for each shape."""
     for name, (limit, edit_batch) in SHAPES.items():
-        spread.sums_are_less = (lambda *_: True) if name == "sums" else sums_are_less
+        travelled = count()
+        spread.sums_are_less = sums_are_less if name != "sums" else lambda *_, times=travelled: bool(next(times) + 1)
         fit(
             folder / name, model, records, corpus, processes, "--data.limit", str(limit), "--data.edit_batch",
             str(edit_batch or "null"), "--model.targets_folder", str(folder / f"targets-{name}"), *EXTRA.get(name, []),
         )  # fmt: skip
+        assert (next(travelled) > 0) == (name == "sums" and processes > 1)
 
 
 def fit_until_one_dies(rank: str, folder: Path, model: str, records: Path, corpus: Path) -> None:

@@ -144,7 +144,7 @@ def tune(
 def base_sections(model: TunedModel, moments: MomentOptions, facts: Facts, seed: int) -> dict[str, dict[str, Any]]:
     """The settings that all trials share, by section."""
     loaded = {name: value for name, value in vars(model).items() if name not in ("model_name", "device")}
-    from pmet_lightning.tune.space import STEPS
+    from pmet_lightning.tune.space import PRESERVE_PROMPTS, STEPS
 
     kept = {name: value for name, value in loaded.items() if value != getattr(TunedModel(), name)}
     given = {name: value for name, value in asdict(moments).items() if value is not None}
@@ -152,6 +152,6 @@ def base_sections(model: TunedModel, moments: MomentOptions, facts: Facts, seed:
         "model": {"steps": STEPS, "keep_float32": True, **kept, "seed": seed},
         "data": {},
         "moments": {"corpus": facts.world.corpus, **given},
-        "spread": {},
+        "spread": {"preserve_prompts": PRESERVE_PROMPTS},
         "drift": facts.world.drift(moments.corpus, moments.corpus_subset),
     }

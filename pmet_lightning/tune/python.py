@@ -12,7 +12,7 @@ from pmet_lightning.tune.bench import Bench
 from pmet_lightning.tune.budget import Budget
 from pmet_lightning.tune.facts import Facts, Item, choose_facts
 from pmet_lightning.tune.results import write_results
-from pmet_lightning.tune.space import STEPS
+from pmet_lightning.tune.space import PRESERVE_PROMPTS, STEPS
 from pmet_lightning.tune.tuned import run_search
 
 # What is searched, and what belongs to a single run; of the section 'model' and of 'spread'.
@@ -54,12 +54,13 @@ def tune_object(
 def shared_sections(sections: Mapping[str, Mapping[str, Any]], facts: Facts) -> dict[str, dict[str, Any]]:
     """The settings that all trials share: those of an editor, and texts of the facts' world where it has none."""
     model = {name: value for name, value in sections["model"].items() if name not in _NOT_SHARED}
+    spread = {name: value for name, value in sections["spread"].items() if name not in _NOT_SHARED_WRITES}
     moments = sections["moments"]
     drift = facts.world.drift(moments.get("corpus"), moments.get("corpus_subset"))
     return {
         "model": {"steps": STEPS, **model},
         "data": {},
         "moments": {"corpus": facts.world.corpus, **moments},
-        "spread": {name: value for name, value in sections["spread"].items() if name not in _NOT_SHARED_WRITES},
+        "spread": {"preserve_prompts": PRESERVE_PROMPTS, **spread},
         "drift": drift | dict(sections["drift"]),
     }

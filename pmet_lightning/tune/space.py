@@ -18,6 +18,7 @@ Penalties = Literal["none", "published"]
 Direction = Literal["lam", "width", "rule"]
 
 STEPS = 25  # iterations for one edit: not searched
+PRESERVE_PROMPTS = 0.3  # μ: not searched, as it hardly matters between 0.1 and 1
 WIDTHS = (1, 3, 5)  # numbers of edited layers
 DEEPEST = 2 / 3  # of the depth: targets live below
 OPTIMIZED: tuple[OptimizedSites, ...] = ("ffn", "attn+ffn", "hidden")

@@ -27,8 +27,7 @@ from pmet_lightning.model.output_norms import pull_back
 from pmet_lightning.model.projections import add_to_weight, in_features, is_transposed
 from pmet_lightning.moments.second_moments import SecondMoments
 from pmet_lightning.solver.bounded import mean_square, solve_bounded
-from pmet_lightning.solver.null_space import solve_in_null_space
-from pmet_lightning.solver.update import Solution, multiply_transposed, solve_sums, solve_update, solve_with_factor
+from pmet_lightning.solver.update import Solution, multiply_transposed
 from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.targets.construction import Construction
 from pmet_lightning.targets.store import Target, stack_values
@@ -40,12 +39,12 @@ from pmet_lightning.utils.types import PositiveFloat
 from pmet_lightning.write.edited_weights import Draft, EditedWeights
 from pmet_lightning.write.facts import replaced_by, written_facts
 from pmet_lightning.write.keys import KeyRows, measure_keys, measure_rest, measure_values
+from pmet_lightning.write.preserved import Preserved
 from pmet_lightning.write.residual import ResidualTracker, SiteTarget, SpreadRule, residual_share
 from pmet_lightning.write.write_report import LayerReport, WriteReport, add_outcomes, log_writes
 
 log = logging.getLogger(__name__)
 
-FEW_EDITS = 0.5  # of the key dimensions: up to here the solve with a stored factor is faster (benchmarks/solve.py)
 PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
 
 
@@ -324,70 +323,25 @@ class WeightSpread(HyperparametersMixin, L.Callback):
 
         ``rest_II``: μRRᵀ of all processes.
         """
+        past_NI = self._past_keys(projection_id, state.protected)
+        device = state.module.device
+        preserved = Preserved(projection_id, state.second_moments, device, self.null_space, past_NI, rest_II)
         whole = self.protect_past or self.null_space is not None or state.processes.size == 1
         if not whole and sums_are_less(state.count, keys_nI, share_nO):
             products_II = state.processes.all_reduce_sum(multiply_transposed(keys_nI, keys_nI))
             right_OI = state.processes.all_reduce_sum(multiply_transposed(share_nO, keys_nI))
-            return partial(self._solution_of_sums, right_OI, products_II, projection_id, state, rest_II)
+            return partial(preserved.update_from_sums, right_OI, products_II)
         keys_NI = state.processes.all_gather(keys_nI, state.count)
         share_NO = state.processes.all_gather(share_nO, state.count)
         if self.protect_past and state.processes.is_rank_zero:
-            past = [past_NI] if (past_NI := self._past_keys(projection_id, state.kept)) is not None else []
-            state.draft.past_keys[projection_id] = torch.cat([*past, keys_NI.cpu()])
-        return partial(self._solution, share_NO, keys_NI, projection_id, state, rest_II)
+            kept_NI = self._past_keys(projection_id, state.kept)
+            state.draft.past_keys[projection_id] = torch.cat([*([] if kept_NI is None else [kept_NI]), keys_NI.cpu()])
+        return partial(preserved.update, share_NO, keys_NI)
 
     def _past_keys(self, projection_id: ProjectionId, facts: Sequence[int]) -> Tensor | None:
         """Keys of some facts of earlier edit batches; ``None`` if there are none."""
         keys_NI = self.edited.past_keys.get(projection_id)
         return keys_NI[facts] if keys_NI is not None and facts else None
-
-    def _solution(
-        self,
-        share_NO: Tensor,
-        keys_NI: Tensor,
-        projection_id: ProjectionId,
-        state: _WriteState,
-        rest_II: Tensor | None,
-        lam: float,
-    ) -> Solution:
-        besides_II = self._besides(projection_id, state, rest_II)
-        if self.null_space is not None:
-            space = state.second_moments.null_space(projection_id, self.null_space)
-            return solve_in_null_space(share_NO, keys_NI, space, lam, besides_II)
-        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and besides_II is None:
-            try:
-                return solve_with_factor(share_NO, keys_NI, state.second_moments.factor(projection_id), lam)
-            except FloatingPointError as error:
-                log.info("%s: %s; solving without it", projection_id, error)
-        return solve_update(share_NO, keys_NI, self._preserved(projection_id, state, besides_II, lam), lam)
-
-    def _solution_of_sums(
-        self,
-        right_OI: Tensor,
-        products_II: Tensor,
-        projection_id: ProjectionId,
-        state: _WriteState,
-        rest_II: Tensor | None,
-        lam: float,
-    ) -> Solution:
-        besides_II = self._besides(projection_id, state, rest_II)
-        return solve_sums(right_OI, products_II, self._preserved(projection_id, state, besides_II, lam), lam)
-
-    def _preserved(
-        self, projection_id: ProjectionId, state: _WriteState, besides_II: Tensor | None, lam: float
-    ) -> Tensor:
-        """C plus, in its units, what is preserved besides general text."""
-        moment_II = state.second_moments.moment(projection_id).to(state.module.device)
-        return moment_II if besides_II is None else besides_II.div_(lam).add_(moment_II)
-
-    def _besides(self, projection_id: ProjectionId, state: _WriteState, rest_II: Tensor | None) -> Tensor | None:
-        """K_past K_pastᵀ + μRRᵀ, on the model's device, float64, shape [I, I], new; ``None`` if there is neither."""
-        keys_NI = self._past_keys(projection_id, state.protected)
-        if keys_NI is None:
-            return None if rest_II is None else rest_II.clone()  # another λ may follow
-        keys_NI = keys_NI.to(state.module.device)
-        past_II = multiply_transposed(keys_NI, keys_NI)
-        return past_II if rest_II is None else past_II.add_(rest_II)
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """The site whose values give a written site's target and residual (MEMIT: the layer's output)."""

@@ -340,8 +340,8 @@ def test_past_keys_are_protected_as_the_formula_says(inputs, tmp_path, monkeypat
         return solution
 
     monkeypatch.setattr(spread_module, "measure_keys", recording)
-    monkeypatch.setattr(spread_module, "solve_update", plainly)
-    monkeypatch.setattr(spread_module, "FEW_EDITS", 0.0)  # so that every solve goes through it
+    monkeypatch.setattr("pmet_lightning.write.preserved.solve_update", plainly)
+    monkeypatch.setattr("pmet_lightning.write.preserved.FEW_EDITS", 0.0)  # so that every solve goes through it
     fit(inputs, tmp_path / "run", "--spread.protect_past", "true")
     (store,) = {path.parent for path in (inputs[1] / "moments").glob("*/ffn-1.safetensors")}
     past: dict = {}

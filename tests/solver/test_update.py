@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from pmet_lightning.solver.null_space import null_space, solve_in_null_space
 from pmet_lightning.solver.update import multiply_transposed, solve_sums, solve_update, solve_with_factor
 from pmet_lightning.targets.loss import norm_penalty, project_to_ball
 from pmet_lightning.write.residual import residual_share
-from pmet_lightning.write.weight_spread import WeightSpread
 from tests.conftest import ROOT
 
 
@@ -137,25 +135,6 @@ def test_past_keys_join_the_system_in_the_null_space(n, past):
         torch.testing.assert_close(found.delta_OI, before, rtol=1e-10, atol=1e-12)
 
 
-def test_the_callback_projects_past_keys_onto_the_null_space_of_c():
-    """What it protects does not move the null space, and one decomposition serves all edit batches."""
-    residual, keys, moment = problem(6, 16, 4)
-    seen = []
-
-    def space(place, share):
-        seen.append((place, share))
-        return null_space(moment, share)
-
-    now = SimpleNamespace(second_moments=SimpleNamespace(null_space=space),
-                          module=SimpleNamespace(device=torch.device("cpu")), protected=[0, 1, 2])  # fmt: skip
-    spread = WeightSpread(lam=2.0, null_space=0.3)
-    spread.edited.past_keys["ffn", 0] = keys[:3]
-    found = spread._solution(residual[3:], keys[3:], ("ffn", 0), now, None, 2.0)
-    expected = solve_in_null_space(residual[3:], keys[3:], null_space(moment, 0.3), 2.0, keys[:3].T @ keys[:3])
-    torch.testing.assert_close(found.delta_OI, expected.delta_OI, rtol=1e-9, atol=1e-11)
-    assert seen == [(("ffn", 0), 0.3)]
-
-
 def test_minimises_what_it_should():
     """ΔW minimises Σ‖ΔW k − e‖² + λ tr(ΔW C ΔWᵀ): no small step in any direction is better."""
     residual, keys, moment = problem(5, 8, 4)
@@ -255,27 +234,6 @@ def test_dead_dimensions_with_a_factor(reached, caplog):
         assert not found.delta_OI[:, :3].any()
         expected = inverse(residual, keys[:, 3:], moment[3:, 3:], 60.0)
         torch.testing.assert_close(found.delta_OI[:, 3:], expected, rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("n", [5, 20])
-@pytest.mark.parametrize("reached", [False, True])
-def test_the_callback_takes_the_way_that_works(n, reached, monkeypatch, caplog):
-    """The factor for few edits, the direct solve for many and where the factor does not serve."""
-    caplog.set_level("INFO")
-    residual, keys, moment = conditioned(n, 24, 1e4)
-    if reached:
-        moment[:3] = moment[:, :3] = 0
-    calls = []
-    monkeypatch.setattr(
-        "pmet_lightning.write.weight_spread.solve_update", lambda *given: calls.append(1) or solve_update(*given)
-    )
-    moments = SimpleNamespace(moment=lambda _: moment, factor=lambda _: factorize(moment.clone))
-    keys[:, :3] = torch.randn(n, 3, dtype=torch.float64)
-    now = SimpleNamespace(second_moments=moments, module=SimpleNamespace(device=torch.device("cpu")), protected=[])
-    found = WeightSpread(lam=60.0)._solution(residual, keys, ("ffn", 0), now, None, 60.0)
-    assert len(calls) == (n > 12 or reached)
-    assert ("solving without it" in caplog.text) == (n < 12 and reached)
-    torch.testing.assert_close(found.delta_OI, exact(residual, keys, moment, 60.0), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc")

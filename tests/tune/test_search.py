@@ -20,7 +20,7 @@ from pmet_lightning.model.fingerprint import fingerprint
 from pmet_lightning.model.loading import load_model, set_plain_outputs
 from pmet_lightning.run.lightning_cli import run_fit
 from pmet_lightning.tune.bench import Bench
-from pmet_lightning.tune.space import Scale, Setting, TargetSetting, WriteSetting
+from pmet_lightning.tune.space import PRESERVE_PROMPTS, Scale, Setting, TargetSetting, WriteSetting
 from tests.conftest import ROOT, mostly_slow
 from tests.tiny import save_tiny
 
@@ -94,6 +94,7 @@ def test_the_configuration_says_what_was_chosen_and_how_sure_that_is(found):
     settings = yaml.safe_load(text)
     assert settings["data"]["limit"] == EDITS
     assert settings["model"]["keep_float32"] is True
+    assert settings["spread"]["preserve_prompts"] == PRESERVE_PROMPTS
     assert settings["drift"]["text"] == settings["moments"]["corpus"] == str(found.parent / "text.txt")
     chosen = [row for row in measured(found) if row[0] == "finalists"]
     assert str(settings["spread"]["lam"]).removesuffix(".0") in {cell for row in chosen for cell in row}
@@ -190,6 +191,7 @@ def bench_of(name: str, folder: Path, dtype: str, **model) -> Bench:
     base = {
         "model": {"dtype": dtype, **FIXED, **model},
         "moments": {"corpus": str(folder / "text.txt"), "samples": 40, "folder": str(folder / "moments")},
+        "spread": {"preserve_prompts": PRESERVE_PROMPTS},
     }
     return Bench(lm, load_tokenizer(name), name, base, folder / "targets")
 
@@ -233,12 +235,13 @@ def test_in_half_precision_too_one_search_for_targets_serves_several_writes(fold
 def test_an_editor_finds_settings_that_an_editor_takes(folder):
     lm, tokenizer = load_model(str(folder / "model"), "float32"), load_tokenizer(str(folder / "model"))
     moments = {"corpus": str(folder / "text.txt"), "samples": 40, "folder": str(folder / "moments")}
-    editor = Editor(lm, tokenizer, steps=4, moments=moments)
+    editor = Editor(lm, tokenizer, steps=4, moments=moments, spread={"preserve_prompts": None})
     before = fingerprint(lm)
     records = json.loads((folder / "facts.json").read_text())
     settings = editor.tune(records, trials=1, edits=8, folder=folder / "editor")
     assert fingerprint(lm) == before
-    assert settings["steps"] == 4, "what is not searched is the editor's own"
+    kept = settings["steps"], settings["spread"]["preserve_prompts"]
+    assert kept == (4, None), "what is not searched is the editor's own"
     written = yaml.safe_load((folder / "editor" / "tuned.yaml").read_text())
     assert written["drift"]["text"] == str(folder / "text.txt"), "the user's own text"
     tuned = Editor(lm, tokenizer, **settings)

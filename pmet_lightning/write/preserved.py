@@ -1,0 +1,91 @@
+"""What the write of one weight preserves, and the update that preserves it, for any λ.
+
+Legend: N = edits of the edit batch, P = facts written before, O = out-features, I = in-features.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pmet_lightning.model.architectures import ProjectionId
+from pmet_lightning.moments.second_moments import SecondMoments
+from pmet_lightning.solver.null_space import solve_in_null_space
+from pmet_lightning.solver.update import Solution, multiply_transposed, solve_sums, solve_update, solve_with_factor
+
+log = logging.getLogger(__name__)
+
+FEW_EDITS = 0.5  # of the key dimensions: up to here the solve with a stored factor is faster (benchmarks/solve.py)
+
+
+@dataclass(frozen=True)
+class Preserved:
+    """General text, earlier edits and prompts: what one weight should do as before.
+
+    Attributes:
+        projection_id: The weight.
+        second_moments: Where C comes from.
+        device: The model's, on which the equation is solved.
+        null_space: Share of C that the directions written to may hold; ``None`` writes to all.
+        past_PI: Keys of facts written before, on any device; ``None`` protects none.
+        rest_II: μRRᵀ of the tokens after the subject, float64, on the model's device; ``None`` preserves none.
+    """
+
+    projection_id: ProjectionId
+    second_moments: SecondMoments
+    device: torch.device
+    null_space: float | None = None
+    past_PI: Tensor | None = None
+    rest_II: Tensor | None = None
+
+    @cached_property
+    def besides_II(self) -> Tensor | None:
+        """K_past K_pastᵀ + μRRᵀ, on the model's device, float64; ``None`` if general text is all."""
+        if self.past_PI is None:
+            return self.rest_II
+        past_PI = self.past_PI.to(self.device)
+        past_II = multiply_transposed(past_PI, past_PI)
+        return past_II if self.rest_II is None else past_II.add_(self.rest_II)
+
+    def total(self, lam: float) -> Tensor:
+        """C plus, in its units, what is preserved besides general text: not to be changed in place."""
+        moment_II = self.second_moments.moment(self.projection_id).to(self.device)
+        return moment_II if self.besides_II is None else moment_II.add(self.besides_II, alpha=1 / lam)
+
+    def update(self, share_NO: Tensor, keys_NI: Tensor, lam: float) -> Solution:
+        """ΔW that moves the values of keys by their shares of the residuals.
+
+        Args:
+            share_NO: This layer's share of the residuals, shape [N, O].
+            keys_NI: Keys, shape [N, I].
+            lam: λ, in preserved keys.
+
+        Raises:
+            FloatingPointError: If anything is not finite.
+        """
+        if self.null_space is not None:
+            space = self.second_moments.null_space(self.projection_id, self.null_space)
+            return solve_in_null_space(share_NO, keys_NI, space, lam, self.besides_II)
+        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and self.besides_II is None:
+            try:
+                return solve_with_factor(share_NO, keys_NI, self.second_moments.factor(self.projection_id), lam)
+            except FloatingPointError as error:
+                log.info("%s: %s; solving without it", self.projection_id, error)
+        return solve_update(share_NO, keys_NI, self.total(lam), lam)
+
+    def update_from_sums(self, right_OI: Tensor, products_II: Tensor, lam: float) -> Solution:
+        """The same from E Kᵀ and K Kᵀ, which several processes can add; not with a null space.
+
+        Args:
+            right_OI: E Kᵀ, float64, shape [O, I].
+            products_II: K Kᵀ, float64, shape [I, I].
+            lam: λ, in preserved keys.
+
+        Raises:
+            FloatingPointError: If anything is not finite.
+        """
+        return solve_sums(right_OI, products_II, self.total(lam), lam)
