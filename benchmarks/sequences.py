@@ -21,7 +21,7 @@ from pmet_lightning.evaluation.scores import METRICS
 from pmet_lightning.report.tables import score_cell
 from pmet_lightning.run.lightning_cli import run_fit
 
-BATCH = {"data.edit_batch": 50}
+BATCH = {"data.edit_batch": 50, "spread.protect_past": False}
 PROTECT, PROJECT = {"spread.protect_past": True}, {"spread.null_space": 0.03}
 REPLAY = {"spread.targets": "replay", "model.optimize": "ffn", "model.clamp": 1.0}
 WAYS: dict[str, dict[str, Any]] = {

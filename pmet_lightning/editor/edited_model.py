@@ -12,7 +12,7 @@ from pmet_lightning.editor.history import History
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.model.fingerprint import checksum
 from pmet_lightning.model.patch import Patch, apply_read_patch
-from pmet_lightning.run.patch_file import past_keys_of
+from pmet_lightning.run.patch_file import known_past_keys
 from pmet_lightning.write.edited_weights import Snapshot
 from pmet_lightning.write.facts import facts_of
 from pmet_lightning.write.weight_spread import WeightSpread
@@ -109,7 +109,7 @@ class EditedModel:
             PatchError: If it was made for other weights.
         """
         manifest, module = patch.manifest, self._module
-        past_keys = past_keys_of(path, patch) if self._spread.protect_past else {}
+        past_keys = known_past_keys(path, patch, self._spread.protect_past)
         clean = self._edited.snapshot(module)
         self._edited.record_base_norms(module)
         apply_read_patch(module.model, module.sites, patch, path, module.base_fingerprint)

@@ -105,6 +105,7 @@ class Editor:
         self.tokenizer: Any = tokenizer_in(self._processor)
         self._name, self._sections = name, sections
         self._module, self._moments, self._spread = parts.module, parts.moments, parts.spread
+        self._spread.keeps_keys = self._spread.protect_past is not False  # another call may follow
         self._drift, self._data_settings, self._progress = parts.drift, parts.data, progress
         self._module.attach(self.model, self.tokenizer)
         self._module.setup("fit")
@@ -490,7 +491,7 @@ class Editor:
         """
         if not self._spread.edited.deltas:
             raise ValueError("Editor.save_patch: nothing has been edited, so there is no patch")
-        save_edits(path, self._spread.edited, self._manifest(), self._spread.protect_past)
+        save_edits(path, self._spread.edited, self._manifest(), self._spread.stores_keys)
 
     @arguments_named()
     def save_adapter(self, folder: str | Path) -> int:

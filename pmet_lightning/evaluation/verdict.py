@@ -37,7 +37,7 @@ CAUSES: dict[Cause, tuple[str, str]] = {
     ),
     "overwritten": (
         "said right after its edit batch, undone by a later edit",
-        "--spread.protect_past true, larger edit batches; of two facts about one subject the later one wins",
+        "larger edit batches, and no --spread.protect_past false; of two facts about one subject the later one wins",
     ),
     "other_words": (
         "the new object is likely, but the model begins with other words",

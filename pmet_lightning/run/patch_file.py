@@ -41,6 +41,24 @@ def past_keys_of(path: Path, patch: Patch) -> dict[ProjectionId, Tensor]:
     return load_past_keys(_past_path(path, digest), digest)
 
 
+def known_past_keys(path: Path, patch: Patch, protect_past: bool | None) -> dict[ProjectionId, Tensor]:
+    """The protected keys beside a patch; empty where they may be measured again, and there is no file.
+
+    Args:
+        path: The patch.
+        patch: What it holds.
+        protect_past: As for :class:`~pmet_lightning.WeightSpread`.
+
+    Raises:
+        FileNotFoundError: If the file is missing, and it has to be there.
+        PmetError: If it is not as it was written.
+    """
+    digest = patch.manifest.get(_PAST)
+    if protect_past is False or (protect_past is None and (digest is None or not _past_path(path, digest).is_file())):
+        return {}
+    return past_keys_of(path, patch)
+
+
 def check_past_keys(path: Path, patch: Patch) -> None:
     """Check that the protected keys that belong to a patch are there.
 
@@ -62,7 +80,7 @@ def check_past_keys(path: Path, patch: Patch) -> None:
         )
 
 
-def save_edits(path: str | Path, edited: EditedWeights, manifest: Mapping[str, Any], protect_past: bool) -> None:
+def save_edits(path: str | Path, edited: EditedWeights, manifest: Mapping[str, Any], with_keys: bool) -> None:
     """Write what was edited as a patch, with its facts and their targets, and the protected keys beside it.
 
     The keys are written before the patch, under a name of their own, and those of the patch that it replaces are
@@ -72,10 +90,10 @@ def save_edits(path: str | Path, edited: EditedWeights, manifest: Mapping[str, A
         path: The .safetensors file.
         edited: What was written.
         manifest: The description of the patch, without its facts.
-        protect_past: Whether the keys of earlier edit batches are protected.
+        with_keys: Whether the keys that are protected are stored.
     """
     path = Path(path).expanduser()
-    digest = past_keys_digest(edited.past_keys) if protect_past else None
+    digest = past_keys_digest(edited.past_keys) if with_keys else None
     if digest is not None:
         save_past_keys(_past_path(path, digest), edited.past_keys)
     facts = [fact.plain() for fact in edited.facts]

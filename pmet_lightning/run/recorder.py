@@ -129,7 +129,7 @@ class RunRecorder(L.Callback):
             self.journal.add(outputs["ledger"], _journal_entry(outputs), outputs.get("answers", ()))
             edits = pl_module.edits_done + self.written
             manifest = manifest_of(pl_module, spread, self._moments, batches, edits)
-            save_edits(self.patch, spread.edited, manifest, spread.protect_past)
+            save_edits(self.patch, spread.edited, manifest, spread.stores_keys)
         self._save_state(trainer, edit_batches_written=batches, edits_written=self.written)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -71,6 +71,10 @@ class WeightDelta:
         identity = torch.eye(min(self.shape), dtype=self.dtype, device=self.right.device)
         return (identity, self.right) if out_features <= in_features else (self.right.T.contiguous(), identity)
 
+    def from_row(self, start: int) -> WeightDelta:
+        """Without the first rows of its factors, which are zero in the left one; a matrix as it is."""
+        return self if self.left is None else WeightDelta(self.right[start:].clone(), self.left[start:].clone())
+
     def to(self, device_or_dtype: torch.device | torch.dtype) -> WeightDelta:
         """The same on a device or in a dtype."""
         return WeightDelta.of([tensor.to(device_or_dtype) for tensor in self.tensors])

@@ -6,7 +6,7 @@ Legend: N = edits of the edit batch, P = facts written before, O = out-features,
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -70,12 +70,23 @@ class Preserved:
         if self.null_space is not None:
             space = self.second_moments.null_space(self.projection_id, self.null_space)
             return solve_in_null_space(share_NO, keys_NI, space, lam, self.besides_II)
-        if len(keys_NI) <= FEW_EDITS * keys_NI.shape[1] and self.besides_II is None:
+        count = len(keys_NI) + (0 if self.past_PI is None else len(self.past_PI))
+        if count <= FEW_EDITS * keys_NI.shape[1] and self.rest_II is None:
             try:
-                return solve_with_factor(share_NO, keys_NI, self.second_moments.factor(self.projection_id), lam)
+                return self._update_with_factor(share_NO, keys_NI, lam)
             except FloatingPointError as error:
                 log.info("%s: %s; solving without it", self.projection_id, error)
         return solve_update(share_NO, keys_NI, self.total(lam), lam)
+
+    def _update_with_factor(self, share_NO: Tensor, keys_NI: Tensor, lam: float) -> Solution:
+        """Earlier facts are edits that have nothing left to move: K_past joins K, with zeros as residuals."""
+        factor = self.second_moments.factor(self.projection_id)
+        if self.past_PI is None:
+            return solve_with_factor(share_NO, keys_NI, factor, lam)
+        past_PI = self.past_PI.to(keys_NI)
+        zeros_PO = share_NO.new_zeros(len(past_PI), share_NO.shape[1])
+        solution = solve_with_factor(torch.cat([zeros_PO, share_NO]), torch.cat([past_PI, keys_NI]), factor, lam)
+        return replace(solution, delta=solution.delta.from_row(len(past_PI)))
 
     def update_from_sums(self, right_OI: Tensor, products_II: Tensor, lam: float) -> Solution:
         """The same from E Kᵀ and K Kᵀ, which several processes can add; not with a null space.

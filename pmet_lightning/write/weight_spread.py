@@ -60,6 +60,7 @@ class _WriteState:
         draft: What has been written of it.
         kept: Positions of the facts of earlier edit batches that this one does not correct.
         protected: Those of them whose keys get no new value.
+        past_keys: Keys of the facts of earlier edit batches, if they are protected, on the first process.
         goals: What each projection is written towards.
         last: For each written site, its target in layer L, which the residuals are compared with.
         prompts: Rows of this process whose tokens after the subject are preserved.
@@ -72,6 +73,7 @@ class _WriteState:
     draft: Draft
     kept: Sequence[int]
     protected: Sequence[int]
+    past_keys: Mapping[ProjectionId, Tensor]
     goals: Mapping[ProjectionId, SiteTarget]
     last: Mapping[SiteName, SiteTarget]
     prompts: Sequence[TokenRow]
@@ -94,13 +96,16 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
             projection; for example 0.01); null writes to all directions.
         protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC + KKᵀ,
-            inside the null space too, which stays that of C).
+            inside the null space too, which stays that of C). True keeps them beside the patch. Null does so if there
+            are edit batches (--data.edit_batch), else measures them again before anything else is written.
         preserve_prompts: μ, weight relative to a new key with which the tokens after the subject in the edit prompts
             and their targets are preserved (μRRᵀ of their keys R is added likewise; with protect_past also those of
             earlier edit batches); null preserves general text alone.
 
     Attributes:
         edited: What it has written, with rollback.
+        keeps_keys: Whether the keys of an edit batch are kept in memory for those that follow.
+        stores_keys: Whether they belong into the run's folder, so that a resumed run ends as if it had not stopped.
     """
 
     def __init__(
@@ -111,7 +116,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         write: WriteChoice = "ffn",
         max_change: PositiveFloat | None = None,
         null_space: PositiveFloat | None = None,
-        protect_past: bool = False,
+        protect_past: bool | None = None,
         preserve_prompts: PositiveFloat | None = None,
     ) -> None:
         super().__init__()
@@ -119,6 +124,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         self.lam, self.rule, self.targets = float(lam), rule, targets
         self.max_change, self.null_space, self.protect_past = max_change, null_space, protect_past
         self.preserve_prompts = preserve_prompts
+        self.keeps_keys = self.stores_keys = bool(protect_past)
         self.sites = written_sites(write)
         self.edited = EditedWeights(self.sites)
 
@@ -136,6 +142,8 @@ class WeightSpread(HyperparametersMixin, L.Callback):
                 "--spread.write attn+ffn writes the attention, which has no target: set --model.optimize attn+ffn"
             )
         pl_module.construction = self.targets
+        if self.protect_past is None and getattr(trainer.datamodule, "edit_batch", None) is not None:  # type: ignore[attr-defined]
+            self.keeps_keys = self.stores_keys = True
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
@@ -198,10 +206,19 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         )
         reports: list[LayerReport] = []
         with self.edited.transaction([module.sites.module(*p) for p in written]) as draft:
-            earlier, staying = self.edited.facts, self._staying(module, edits)
-            prompts = self._prompts(module, processes, edits, staying[0])
+            earlier, (kept, protected) = self.edited.facts, self._staying(module, edits)
             state = _WriteState(
-                module, second_moments, processes, len(edits), draft, *staying, goals, site_targets, prompts
+                module,
+                second_moments,
+                processes,
+                len(edits),
+                draft,
+                kept,
+                protected,
+                self._past_keys(module, processes, written),
+                goals,
+                site_targets,
+                self._prompts(module, processes, edits, kept),
             )
             for projection_id in track(trainer, written, "Layers"):
                 reports.append(self._measure_and_write(state, projection_id, tracker, rows))
@@ -228,7 +245,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         """This process's rows whose tokens after the subject are preserved."""
         if self.preserve_prompts is None:
             return []
-        past = [self.edited.facts[i].edit for i in kept] if self.protect_past else []
+        past = [] if self.protect_past is False else [self.edited.facts[i].edit for i in kept]
         return [whole_row(edit, BARE, module.encoder) for edit in processes.shard([*past, *edits])]
 
     def _measure_and_write(
@@ -323,25 +340,38 @@ class WeightSpread(HyperparametersMixin, L.Callback):
 
         ``rest_II``: μRRᵀ of all processes.
         """
-        past_NI = self._past_keys(projection_id, state.protected)
+        past_PI = _rows(state.past_keys, projection_id, state.protected)
         device = state.module.device
-        preserved = Preserved(projection_id, state.second_moments, device, self.null_space, past_NI, rest_II)
-        whole = self.protect_past or self.null_space is not None or state.processes.size == 1
+        preserved = Preserved(projection_id, state.second_moments, device, self.null_space, past_PI, rest_II)
+        whole = self.keeps_keys or self.null_space is not None or state.processes.size == 1
         if not whole and sums_are_less(state.count, keys_nI, share_nO):
             products_II = state.processes.all_reduce_sum(multiply_transposed(keys_nI, keys_nI))
             right_OI = state.processes.all_reduce_sum(multiply_transposed(share_nO, keys_nI))
             return partial(preserved.update_from_sums, right_OI, products_II)
         keys_NI = state.processes.all_gather(keys_nI, state.count)
         share_NO = state.processes.all_gather(share_nO, state.count)
-        if self.protect_past and state.processes.is_rank_zero:
-            kept_NI = self._past_keys(projection_id, state.kept)
-            state.draft.past_keys[projection_id] = torch.cat([*([] if kept_NI is None else [kept_NI]), keys_NI.cpu()])
+        if self.keeps_keys and state.processes.is_rank_zero:
+            kept_PI = _rows(state.past_keys, projection_id, state.kept)
+            state.draft.past_keys[projection_id] = torch.cat([*([] if kept_PI is None else [kept_PI]), keys_NI.cpu()])
         return partial(preserved.update, share_NO, keys_NI)
 
-    def _past_keys(self, projection_id: ProjectionId, facts: Sequence[int]) -> Tensor | None:
-        """Keys of some facts of earlier edit batches; ``None`` if there are none."""
-        keys_NI = self.edited.past_keys.get(projection_id)
-        return keys_NI[facts] if keys_NI is not None and facts else None
+    def _past_keys(
+        self, module: TargetOptimizer, processes: ProcessGroup, written: Sequence[ProjectionId]
+    ) -> Mapping[ProjectionId, Tensor]:
+        """Keys of all facts in the weights, on the first process; those that were not kept are measured again."""
+        edits = [fact.edit for fact in self.edited.facts]
+        if self.protect_past is False or not edits:
+            return {}
+        if processes.compute_object_on_rank_zero(lambda: bool(self.edited.past_keys)):
+            return self.edited.past_keys
+        log.info("measuring the keys of %d facts that are in the weights, to protect them", len(edits))
+        shard = processes.shard(edits)
+        rows = KeyRows.of(shard, module.contexts, module.encoder, module.tokens_per_batch, module.device)
+        found = {}
+        for place in written:
+            keys_nI, _ = measure_keys(module.model, module.sites, place, [], rows)
+            found[place] = processes.all_gather(keys_nI, len(edits)).cpu()
+        return found
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """The site whose values give a written site's target and residual (MEMIT: the layer's output)."""
@@ -363,6 +393,12 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         goal_nO = (stack_values(targets, values_at) if targets else empty).to(module.device)
         norm = module.sites.norm(*values_at)
         return SiteTarget(values_at, goal_nO, None if norm is None else unshard(norm, module.device))
+
+
+def _rows(keys: Mapping[ProjectionId, Tensor], projection_id: ProjectionId, facts: Sequence[int]) -> Tensor | None:
+    """Keys of some facts; ``None`` if there are none."""
+    keys_PI = keys.get(projection_id)
+    return keys_PI[facts] if keys_PI is not None and facts else None
 
 
 def _split_solution(

@@ -168,11 +168,12 @@ def test_no_setting_has_a_default_of_its_own(base, tmp_path, monkeypatch):
     assert editor._drift.hparams == theirs["Drift"].hparams
 
 
-def test_later_calls_are_further_edit_batches(make):
+@pytest.mark.parametrize("spread", [{}, {"protect_past": True}])
+def test_later_calls_are_further_edit_batches(make, spread):
     """Two calls with half of the facts each, against one call with two edit batches: bit for bit."""
-    one, model = make(edit_batch=2, spread={"protect_past": True})
+    one, model = make(edit_batch=2, spread=spread)
     at_once = one.edit(FACTS, evaluate=False)
-    two, other = make(spread={"protect_past": True})
+    two, other = make(spread=spread)
     parts = [two.edit(FACTS[:2], evaluate=False), two.edit(FACTS[2:], evaluate=False)]
     assert same(bits(model), bits(other))
     assert [*parts[0].edits, *parts[1].edits] == [
@@ -181,6 +182,32 @@ def test_later_calls_are_further_edit_batches(make):
     assert [line["edit_batch"] for part in parts for line in part.edits] == [0, 0, 1, 1]
     assert two.edits_written == 4
     assert "4 edits written in 2 edit batches" in str(at_once)
+
+
+def test_keys_that_were_not_kept_are_measured_again(make, base, tmp_path, caplog):
+    """A patch of one call and a second call, against two calls: below the one edited layer nothing has changed."""
+    at_once, _ = make(layers=[1])
+    alone, _ = make(layers=[1], spread={"protect_past": False})
+    for facts in (FACTS[:2], FACTS[2:]):
+        at_once.edit(facts, evaluate=False)
+        alone.edit(facts, evaluate=False)
+    first, _ = make(layers=[1])
+    first.edit(FACTS[:2], evaluate=False)
+    first.save_patch(tmp_path / "patch.safetensors")
+    assert not list(tmp_path.glob("*-past-*"))
+    later = Editor.from_patch(
+        tmp_path / "patch.safetensors", AutoModelForCausalLM.from_pretrained(base / "gptj"),
+        AutoTokenizer.from_pretrained(base / "gptj"), moments_folder=base / "moments",
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        later.edit(FACTS[2:], evaluate=False)
+    assert caplog.text.count("measuring the keys of 2 facts") == 1
+    found, expected, other = (matrices(editor._spread.edited.deltas) for editor in (later, at_once, alone))
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta, rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(other[name], delta, rtol=1e-2, atol=1e-4), "protection does something"
+    keys = later._spread.edited.past_keys
+    assert {place: len(rows) for place, rows in keys.items()} == {("ffn", 1): 4}, "from here on they are kept"
 
 
 def test_kept_targets_are_not_those_of_other_weights(make, tmp_path):

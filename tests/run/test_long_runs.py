@@ -355,6 +355,29 @@ def test_past_keys_are_protected_as_the_formula_says(inputs, tmp_path, monkeypat
         past[place] = past.get(place, 0) + keys.T @ keys
 
 
+def test_edit_batches_are_protected_unless_that_is_turned_off(inputs, whole, tmp_path):
+    same_patch(fit(inputs, tmp_path / "by default"), whole, 1e-15)
+    fit(inputs, tmp_path / "off", "--spread.protect_past", "false")
+    with pytest.raises(AssertionError):
+        same_patch(tmp_path / "off", whole)
+    assert len(list((tmp_path / "by default").glob("patch-past-*"))) == 1
+    assert not list((tmp_path / "off").glob("patch-past-*"))
+
+
+def test_a_run_of_one_edit_batch_keeps_no_keys_and_protects_them_when_it_goes_on(inputs, tmp_path, caplog):
+    records = tmp_path / "records.jsonl"
+    lines = (inputs[1] / "records.jsonl").read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[:3]))
+    arguments = ("--data.edit_batch", "null", "--trainer.resume", "true")
+    fit(inputs, tmp_path / "run", *arguments, records=records)
+    assert not list((tmp_path / "run").glob("patch-past-*"))
+    records.write_text("".join(lines[:5]))
+    with caplog.at_level("INFO"):
+        fit(inputs, tmp_path / "run", *arguments, records=records)
+    assert "measuring the keys of 3 facts" in caplog.text
+    assert state(tmp_path / "run")["edits_written"] == 5
+
+
 def test_past_keys_are_there_once_and_once_before(inputs, tmp_path, monkeypatch):
     """A row for each fact on the CPU; what a rollback needs is no copy, and is gone when the next batch is written."""
     write, kept = WeightSpread.on_train_batch_end, []

@@ -16,24 +16,33 @@ from tests.solver.test_update import conditioned, exact, problem
 PLACE, CPU = ("ffn", 0), torch.device("cpu")
 
 
-@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("past", [0, 4, 9])
 @pytest.mark.parametrize("rest", [False, True])
-def test_earlier_keys_and_prompts_join_the_equation(past, rest):
-    """By the explicit inverse, for several λ in turn, from keys and from their products."""
-    residual, keys, moment = problem(20, 16, 4)
-    generator = torch.Generator().manual_seed(2)
-    past_PI, rest_XI = (torch.randn(9, 16, generator=generator, dtype=torch.float64) for _ in range(2))
-    moments = SimpleNamespace(moment=lambda _: moment, factor=lambda _: factorize(moment.clone))
+@pytest.mark.parametrize("n", [3, 20])
+def test_earlier_keys_and_prompts_join_the_equation(n, past, rest):
+    """By the explicit inverse, for several λ in turn, from keys and from their products; few keys, by the factor."""
+    residual, keys, moment = problem(n, 16, 4)
+    generator, factors = torch.Generator().manual_seed(2), []
+    past_PI, rest_XI = (torch.randn(rows, 16, generator=generator, dtype=torch.float64) for rows in (past, 9))
+
+    def factor(_):
+        factors.append(1)
+        return factorize(moment.clone)
+
+    moments = SimpleNamespace(moment=lambda _: moment, factor=factor)
     weighted_II = 0.3 * rest_XI.T @ rest_XI
     preserved = Preserved(PLACE, moments, CPU, None, past_PI if past else None, weighted_II.clone() if rest else None)
     for lam in (3.0, 50.0, 3.0):
-        system = lam * moment + keys.T @ keys + past * past_PI.T @ past_PI + rest * weighted_II
+        system = lam * moment + keys.T @ keys + past_PI.T @ past_PI + rest * weighted_II
         expected = residual.T @ keys @ torch.inverse(system)
         for found in (
             preserved.update(residual, keys, lam),
             preserved.update_from_sums(residual.T @ keys, keys.T @ keys, lam),
         ):
             torch.testing.assert_close(found.delta_OI, expected, rtol=1e-8, atol=1e-10)
+    assert bool(factors) == (n + past <= 8 and not rest)
+    few = preserved.update(residual, keys, 3.0).delta
+    assert few.rank in (None, n), "earlier facts add nothing to the rank"
 
 
 def test_earlier_keys_are_projected_onto_the_null_space_of_c():
