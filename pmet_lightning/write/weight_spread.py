@@ -192,9 +192,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         if not self.edited.base_norms:
             self.edited.record_base_norms(module)
         processes = ProcessGroup.of(trainer)
-        rows = KeyRows.of(
-            processes.shard(edits), module.contexts, module.encoder, module.tokens_per_batch, module.device
-        )
+        rows = _key_rows(module, processes.shard(edits))
         _warn_if_overloaded(module, len(edits))
         written = module.sites.written(self.sites, module.written_layers)
         goals = self._goals(module, targets, written)
@@ -206,19 +204,11 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         )
         reports: list[LayerReport] = []
         with self.edited.transaction([module.sites.module(*p) for p in written]) as draft:
-            earlier, (kept, protected) = self.edited.facts, self._staying(module, edits)
+            earlier, staying = self.edited.facts, self._staying(module, edits)
+            past_keys = self._past_keys(module, processes, written)
+            prompts = self._prompts(module, processes, edits, staying[0])
             state = _WriteState(
-                module,
-                second_moments,
-                processes,
-                len(edits),
-                draft,
-                kept,
-                protected,
-                self._past_keys(module, processes, written),
-                goals,
-                site_targets,
-                self._prompts(module, processes, edits, kept),
+                module, second_moments, processes, len(edits), draft, *staying, past_keys, goals, site_targets, prompts
             )
             for projection_id in track(trainer, written, "Layers"):
                 reports.append(self._measure_and_write(state, projection_id, tracker, rows))
@@ -365,9 +355,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         if processes.compute_object_on_rank_zero(lambda: bool(self.edited.past_keys)):
             return self.edited.past_keys
         log.info("measuring the keys of %d facts that are in the weights, to protect them", len(edits))
-        shard = processes.shard(edits)
-        rows = KeyRows.of(shard, module.contexts, module.encoder, module.tokens_per_batch, module.device)
-        found = {}
+        rows, found = _key_rows(module, processes.shard(edits)), {}
         for place in written:
             keys_nI, _ = measure_keys(module.model, module.sites, place, [], rows)
             found[place] = processes.all_gather(keys_nI, len(edits)).cpu()
@@ -393,6 +381,11 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         goal_nO = (stack_values(targets, values_at) if targets else empty).to(module.device)
         norm = module.sites.norm(*values_at)
         return SiteTarget(values_at, goal_nO, None if norm is None else unshard(norm, module.device))
+
+
+def _key_rows(module: TargetOptimizer, edits: Sequence[Edit]) -> KeyRows:
+    """The rows in which keys of edits are measured, on a module's model and in its contexts."""
+    return KeyRows.of(edits, module.contexts, module.encoder, module.tokens_per_batch, module.device)
 
 
 def _rows(keys: Mapping[ProjectionId, Tensor], projection_id: ProjectionId, facts: Sequence[int]) -> Tensor | None:
