@@ -30,7 +30,7 @@ EFFICACY = 70.0
 UNTUNED = "your-model.yaml"
 _CHOSEN = {
     "model": ("layers", "optimize", "optimizer", "clamp", "kl_factor", "norm_factor", "steps"),
-    "spread": ("lam", "rule", "targets"),
+    "spread": ("lam", "rule", "targets", "max_change"),
 }
 _NEAR = 1.1  # of a bound
 

@@ -210,7 +210,13 @@ def test_a_trial_is_a_fit_and_leaves_the_model_as_it_was(folder, tmp_path, dtype
     flat |= {f"spread.{key}": value for key, value in settings["spread"].items()}
     flat |= {f"moments.{key}": value for key, value in bench.base["moments"].items()}
     flat |= {"model.targets_folder": None, "model.model_name": name, "data.path": str(folder / "facts.json")}
-    flat |= {"data.limit": 8, "drift.text": None, "trainer.accelerator": "cpu", "trainer.logger": False}
+    flat |= {
+        "data.limit": 8,
+        "spread.max_change": None,
+        "drift.text": None,
+        "trainer.accelerator": "cpu",
+        "trainer.logger": False,
+    }
     run_fit("your-model.yaml", flat | {"trainer.run_dir": str(tmp_path / "run"), "moments.length": 128})
     after = json.loads((tmp_path / "run" / "scores.json").read_text())["after"]
     for key in ("efficacy_magnitude", "generalisation_magnitude", "specificity_magnitude", "specificity_kl"):
