@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,19 +41,19 @@ class Preserved:
     past_PI: Tensor | None = None
     rest_II: Tensor | None = None
 
-    @cached_property
-    def besides_II(self) -> Tensor | None:
-        """K_past K_pastᵀ + μRRᵀ, on the model's device, float64; ``None`` if general text is all."""
+    def besides(self) -> Tensor | None:
+        """K_past K_pastᵀ + μRRᵀ, on the model's device, float64, shape [I, I], new; ``None`` if general text is all."""
         if self.past_PI is None:
-            return self.rest_II
+            return None if self.rest_II is None else self.rest_II.clone()  # another λ may follow
         past_PI = self.past_PI.to(self.device)
         past_II = multiply_transposed(past_PI, past_PI)
         return past_II if self.rest_II is None else past_II.add_(self.rest_II)
 
     def total(self, lam: float) -> Tensor:
-        """C plus, in its units, what is preserved besides general text: not to be changed in place."""
+        """C plus, in its units, what is preserved besides general text; not to be changed in place."""
         moment_II = self.second_moments.moment(self.projection_id).to(self.device)
-        return moment_II if self.besides_II is None else moment_II.add(self.besides_II, alpha=1 / lam)
+        besides_II = self.besides()
+        return moment_II if besides_II is None else besides_II.div_(lam).add_(moment_II)
 
     def update(self, share_NO: Tensor, keys_NI: Tensor, lam: float) -> Solution:
         """ΔW that moves the values of keys by their shares of the residuals.
@@ -69,7 +68,7 @@ class Preserved:
         """
         if self.null_space is not None:
             space = self.second_moments.null_space(self.projection_id, self.null_space)
-            return solve_in_null_space(share_NO, keys_NI, space, lam, self.besides_II)
+            return solve_in_null_space(share_NO, keys_NI, space, lam, self.besides())
         count = len(keys_NI) + (0 if self.past_PI is None else len(self.past_PI))
         if count <= FEW_EDITS * keys_NI.shape[1] and self.rest_II is None:
             try:
