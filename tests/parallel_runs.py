@@ -22,7 +22,7 @@ SHAPES = {"whole": (7, None), "batches": (7, 3), "one": (1, None), "both": (5, N
 EXTRA = {
     "both": ["--spread.write", "attn+ffn", "--model.micro_batch", "2", "--spread.preserve_prompts", "0.5"],
     "past": ["--spread.protect_past", "true", "--spread.preserve_prompts", "0.5"],
-    "sums": ["--spread.preserve_prompts", "0.5"],
+    "sums": ["--spread.protect_past", "false", "--spread.preserve_prompts", "0.5"],
 }
 
 
