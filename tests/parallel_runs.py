@@ -49,6 +49,9 @@ def fit_all(folder: Path, model: str, records: Path, corpus: Path, processes: in
             str(edit_batch or "null"), "--model.targets_folder", str(folder / f"targets-{name}"), *EXTRA.get(name, []),
         )  # fmt: skip
         assert (next(travelled) > 0) == (name == "sums" and processes > 1)
+    for limit in ("3", "6"):  # a run that goes on, whose keys no file has
+        also = ("--data.limit", limit, "--trainer.resume", "true")
+        fit(folder / "resumed", model, records, corpus, processes, *also)
 
 
 def fit_until_one_dies(rank: str, folder: Path, model: str, records: Path, corpus: Path) -> None:

@@ -64,7 +64,7 @@ def whole(patch: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "resumed"])
 def test_the_same_weights(shape, alone, together):
     one, several = (whole(folder / shape / "patch.safetensors") for folder in (alone, together))
     assert set(one) == set(several)
