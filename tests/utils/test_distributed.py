@@ -204,6 +204,33 @@ def in_threads(size: int, work: Callable[[ProcessGroup], Any]) -> list[Any]:
         return list(pool.map(work, groups))
 
 
+# Something holds the group, as torch's caches do after a sharded run. Its thread asks for the interpreter, to let go of
+# the tensor of a collective that the other process joins late, and the interpreter is hardly given up before it ends.
+ENDS_AT_ONCE = """
+import os, sys, time, torch
+from pmet_lightning.utils.distributed import leave_process_group_at_exit
+rank = int(os.fork() == 0)
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
+torch.holder = torch.distributed.group.WORLD
+if rank == 1:
+    time.sleep(0.2)
+    torch.distributed.all_reduce(torch.ones(1))
+    os._exit(0)
+leave_process_group_at_exit()
+sys.setswitchinterval(1000)
+torch.distributed.all_reduce(torch.ones(1), async_op=True)
+end = time.monotonic() + 0.6
+while time.monotonic() < end:
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_threads_of_a_group_that_is_held_let_go_before_python_ends(tmp_path):
+    done = started([sys.executable, "-c", ENDS_AT_ONCE, str(tmp_path / "store")])
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_work_is_distributed_and_gathered_in_order(size, count):
