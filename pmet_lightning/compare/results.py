@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 RESULT, PAGE = "comparison.json", "comparison.html"
 UNEDITED = "unedited"
 _NESTED = ("score_by_seed", "layers")  # not in a table
+_IDENTITY = ("case_id", "question", "target")
 FAR = 20.0  # points below the highest Score: methods that far away are drawn on the edge
 
 
@@ -85,11 +86,16 @@ def _collect(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
 
 
 def edit_rows(reports: Sequence[Mapping[str, Any]], phase: str) -> Tensor:
-    """The score rows of all records of some runs, shape [records, 1 + NAMES]: index and fractions, NaN if not asked."""
-    tables = [edit[phase] for report in reports for edit in report["edits"]]
-    values = [[row.get(name, math.nan) for name in NAMES] for row in tables]
-    rows = torch.tensor(values, dtype=torch.float64).reshape(len(tables), len(NAMES)) / SCALES
-    return torch.cat([torch.arange(len(tables), dtype=torch.float64).unsqueeze(1), rows], dim=1)
+    """The score rows of all records of some runs, shape [rows, 1 + NAMES]: number and fractions, NaN if not asked.
+
+    A record that several runs have, as seeds that shuffle one file do, has one number.
+    """
+    edits = [edit for report in reports for edit in report["edits"]]
+    numbers: dict[tuple[Any, ...], int] = {}
+    ids = [numbers.setdefault(tuple(edit[name] for name in _IDENTITY), len(numbers)) for edit in edits]
+    values = [[edit[phase].get(name, math.nan) for name in NAMES] for edit in edits]
+    rows = torch.tensor(values, dtype=torch.float64).reshape(len(edits), len(NAMES)) / SCALES
+    return torch.cat([torch.tensor(ids, dtype=torch.float64).unsqueeze(1), rows], dim=1)
 
 
 def _result(

@@ -1,6 +1,6 @@
 """Bootstrap over records or facts, seeded, so that a result is the same wherever it is computed.
 
-Legend: N = records, B = resamples, K = columns.
+Legend: N = records, G = those of them that differ, B = resamples, K = columns.
 """
 
 from __future__ import annotations
@@ -20,11 +20,20 @@ def bootstrap_indices(count: int) -> Tensor:
     return torch.cat(list(_parts(count)))
 
 
-def resample_means(columns_NK: Tensor) -> Tensor:
+def resample_means(columns_NK: Tensor, ids_N: Tensor | None = None) -> Tensor:
     """Means of each column over each resample of :func:`bootstrap_indices`, shape [K, B]; NaN is ignored.
 
     Only some resamples are held at a time, so that memory does not grow with their number times that of the records.
+
+    Args:
+        columns_NK: Values.
+        ids_N: Which record each row is of. Rows of one record, as several seeds give, are not independent: a resample
+            has all of them or none (cluster bootstrap). ``None``: no record occurs twice.
     """
+    if ids_N is not None:
+        distinct, cluster_N = ids_N.unique(return_inverse=True)
+        if len(distinct) < len(ids_N):
+            return _resample_clusters(columns_NK, cluster_N, len(distinct))
     columns = [column.contiguous() for column in columns_NK.unbind(dim=1)]
     has_nan = [bool(column.isnan().any()) for column in columns]
     # Allocated once: small tensors kept between large temporary ones would keep the heap from reusing those.
@@ -39,16 +48,25 @@ def resample_means(columns_NK: Tensor) -> Tensor:
     return means_KB
 
 
+def _resample_clusters(columns_NK: Tensor, cluster_N: Tensor, count: int) -> Tensor:
+    """Means over resamples of records that have several rows each."""
+    zeros_GK = columns_NK.new_zeros(count, columns_NK.shape[1])
+    sums_GK = zeros_GK.index_add(0, cluster_N, columns_NK.nan_to_num(0.0))
+    rows_GK = zeros_GK.index_add(0, cluster_N, (~columns_NK.isnan()).to(columns_NK))
+    parts = [(sums_GK[picks].sum(dim=1) / rows_GK[picks].sum(dim=1)).T for picks in _parts(count, columns_NK.shape[1])]
+    return torch.cat(parts, dim=1)
+
+
 def confidence_interval(resampled_B: Tensor) -> tuple[Tensor, Tensor]:
     """Both ends of the 95 % interval, along the first axis; NaN is ignored."""
     low, high = resampled_B.nanquantile(torch.tensor(_INTERVAL, dtype=torch.float64), dim=0)
     return low, high
 
 
-def _parts(count: int) -> Iterator[Tensor]:
-    """The rows of :func:`bootstrap_indices`, some at a time."""
+def _parts(count: int, columns: int = 1) -> Iterator[Tensor]:
+    """The rows of :func:`bootstrap_indices`, some at a time: fewer where several columns are picked at once."""
     generator = torch.Generator().manual_seed(0)
-    most = max(1, MOST_INDICES // count)
+    most = max(1, MOST_INDICES // (count * columns))
     for first in range(0, RESAMPLES, most):
         yield torch.randint(count, (min(most, RESAMPLES - first), count), generator=generator)
 

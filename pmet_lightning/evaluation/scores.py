@@ -89,14 +89,14 @@ def row_scores(row_C: Tensor) -> dict[str, float]:
 
 
 def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
-    """The table of :class:`EditScores` from the rows of some records."""
-    rows = SCALES * record_rows_NC[:, 1:]
+    """The table of :class:`EditScores` from the rows of some records; those with equal positions are of one record."""
+    ids_N, rows = record_rows_NC[:, 0], SCALES * record_rows_NC[:, 1:]
     asked = {name: i for i, name in enumerate(NAMES) if not rows[:, i].isnan().all()}
     means = {name: rows[:, i].nanmean() for name, i in asked.items()}
     with_interval = [name for name in asked if "magnitude" not in name]
     columns = rows[:, [asked[name] for name in with_interval]]
-    resampled = dict(zip(with_interval, resample_means(columns), strict=True))
-    counts = dict(zip(with_interval, (~columns.isnan()).sum(dim=0).tolist(), strict=True))
+    resampled = dict(zip(with_interval, resample_means(columns, ids_N), strict=True))
+    counts = {name: len(ids_N[~rows[:, asked[name]].isnan()].unique()) for name in with_interval}
     table = {"count": torch.tensor(float(len(rows)))}
     for name, mean in means.items():
         table |= _with_interval(name, mean, resampled[name], counts[name]) if name in resampled else {name: mean}
@@ -108,7 +108,7 @@ def table_of(record_rows_NC: Tensor) -> dict[str, Tensor]:
         score, scores = (
             harmonic_mean(torch.stack([values[kind] for kind in CORE], dim=-1)) for values in (means, resampled)
         )
-        table |= _with_interval("score", score, scores, len(rows))
+        table |= _with_interval("score", score, scores, len(ids_N.unique()))
     return table
 
 
@@ -126,9 +126,10 @@ def score_difference(record_rows_NC: Tensor, others_NC: Tensor) -> dict[str, Ten
     """
     columns = [1 + NAMES.index(kind) for kind in CORE]
     both = [100 * rows[:, columns] for rows in (record_rows_NC, others_NC)]
+    ids_N = record_rows_NC[:, 0]
     value, other = (harmonic_mean(rows.nanmean(dim=0)) for rows in both)
-    resampled, others = (harmonic_mean(resample_means(rows).T) for rows in both)
-    return _with_interval("difference", value - other, resampled - others, len(record_rows_NC))
+    resampled, others = (harmonic_mean(resample_means(rows, ids_N).T) for rows in both)
+    return _with_interval("difference", value - other, resampled - others, len(ids_N.unique()))
 
 
 def _record_means(record: Sequence[ProbeResult]) -> list[float]:

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.compare.estimate import longest_first, plan_line, seconds_left, time_line
 from pmet_lightning.compare.plan import Method, Run, plan_runs, quiet
-from pmet_lightning.compare.results import finding, limits_of, score_plot, table_lines
+from pmet_lightning.compare.results import edit_rows, finding, limits_of, score_plot, table_lines
 from pmet_lightning.data.readers import read_edits
-from pmet_lightning.evaluation.scores import NAMES, score_difference
+from pmet_lightning.evaluation.scores import NAMES, score_difference, table_of
 from pmet_lightning.report.html import write_svg
 from pmet_lightning.run import lightning_cli
 from pmet_lightning.run.lightning_cli import run_fit
@@ -162,6 +162,26 @@ def test_a_comparison_pools_the_records_of_its_runs(comparison):
     page = (out / "comparison.html").read_text()
     assert "fine-tuning" in page
     assert "<svg" in page
+
+
+def test_a_record_of_several_seeds_is_one_record():
+    """Three seeds on the same file in other orders leave the interval of one: it is over records."""
+    generator = torch.Generator().manual_seed(3)
+    kinds = ("efficacy", "generalisation", "specificity")
+    scores = (100 * torch.rand(20, 3, generator=generator)).tolist()
+    edits = [
+        {"case_id": str(i), "question": f"q{i}", "target": "t", "after": dict(zip(kinds, own, strict=True))}
+        for i, own in enumerate(scores)
+    ]
+    other = [{**edit, "after": dict.fromkeys(kinds, 50.0)} for edit in edits]
+    once, thrice = (table_of(edit_rows([{"edits": part} for part in parts], "after")) for parts in (
+        [edits], [edits, edits[::-1], edits[3:] + edits[:3]]))  # fmt: skip
+    assert float(thrice["count"]) == 60
+    for name in ("efficacy_low", "specificity_high", "score_low", "score_high"):
+        assert float(thrice[name]) == pytest.approx(float(once[name]))
+    rows = [[edit_rows([{"edits": part}] * n, "after") for part in (edits, other)] for n in (1, 3)]
+    alone, together = (score_difference(*pair) for pair in rows)
+    assert {k: float(v) for k, v in together.items()} == pytest.approx({k: float(v) for k, v in alone.items()})
 
 
 def test_differences_are_paired():

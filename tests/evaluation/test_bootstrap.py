@@ -24,6 +24,24 @@ def test_means_in_parts_are_those_at_once_bit_by_bit(monkeypatch):
         assert torch.equal(resample_means(columns), expected)
 
 
+def test_rows_of_one_record_are_drawn_together(monkeypatch):
+    """Against a plain loop; a record of three seeds says no more than one seed does where the seeds agree."""
+    generator = torch.Generator().manual_seed(3)
+    columns = torch.rand(12, 2, generator=generator, dtype=torch.float64)
+    columns[::5, 1] = torch.nan
+    ids = torch.tensor([7, 2, 2, 5, 7, 7, 0, 5, 9, 1, 2, 3], dtype=torch.float64)
+    records = [columns[ids == number] for number in sorted(set(ids.tolist()))]
+    for most in (2**21, 40):
+        monkeypatch.setattr(bootstrap, "MOST_INDICES", most)
+        drawn = [torch.cat([records[i] for i in picks]) for picks in bootstrap_indices(len(records)).tolist()]
+        expected = torch.stack([rows.nanmean(dim=0) for rows in drawn], dim=1)
+        torch.testing.assert_close(resample_means(columns, ids), expected, equal_nan=True)
+    once = torch.rand(9, 2, generator=generator, dtype=torch.float64)
+    numbers = torch.arange(9, dtype=torch.float64)
+    assert torch.equal(resample_means(once, numbers), resample_means(once))
+    torch.testing.assert_close(resample_means(once.repeat(3, 1), numbers.repeat(3)), resample_means(once))
+
+
 @pytest.mark.parametrize("count", [100, 50_000, 3_000_000])
 def test_no_part_grows_with_the_records(count):
     first = next(bootstrap._parts(count))
