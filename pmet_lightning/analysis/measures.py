@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmet_lightning.evaluation.bootstrap import RESAMPLES, bootstrap_indices, confidence_interval
+from pmet_lightning.evaluation.bootstrap import RESAMPLES, confidence_interval, resample_ratios
 
 LEAST_FACTS = 10  # with fewer, bootstrap intervals are too narrow; with one they have no width
 TOO_FEW = "too few facts to say"
@@ -66,13 +66,9 @@ def resampled_means(values_NM: Tensor) -> Tensor:
     Args:
         values_NM: Shape [N, ...]; NaN is ignored.
     """
-    count = len(values_NM)
-    picks_BN = bootstrap_indices(count)
-    weights_BN = torch.zeros(RESAMPLES, count, dtype=torch.float64)
-    weights_BN.scatter_add_(1, picks_BN, torch.ones_like(picks_BN, dtype=torch.float64))
-    flat = values_NM.double().reshape(count, -1)
+    flat = values_NM.double().reshape(len(values_NM), -1)
     present = (~flat.isnan()).double()
-    return ((weights_BN @ flat.nan_to_num()) / (weights_BN @ present)).reshape(RESAMPLES, *values_NM.shape[1:])
+    return resample_ratios(flat.nan_to_num(), present).reshape(RESAMPLES, *values_NM.shape[1:])
 
 
 def summarize(values_NM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
