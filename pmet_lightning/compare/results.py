@@ -58,6 +58,7 @@ def write_results(methods: Mapping[str, Method], runs: Sequence[Run], folder: Pa
             if (figure := layer_plot(own)) is not None
         },
         "findings": {count: finding(own) for count, own in by_count(results)},
+        "counted": {count: counted(own[0]) for count, own in by_count(results)},
         "methods": methods,
     }
     page = write_page("comparison.html.jinja", values, folder / PAGE)
@@ -104,7 +105,8 @@ def _result(
     seeds = [run.seed for run, report in zip(runs, reports, strict=True) for _ in report["edits"]]
     parts = {seed: rows[torch.tensor([s == seed for s in seeds])] for seed in sorted(set(seeds))}
     by_seed = {seed: _floats(table_of(part)).get("score") for seed, part in parts.items()}
-    return {"method": method, "edits": count, "runs": len(runs), **_floats(table_of(rows)), "score_by_seed": by_seed}
+    found = {"records": len(rows[:, 0].unique()), **_floats(table_of(rows)), "score_by_seed": by_seed}
+    return {"method": method, "edits": count, "runs": len(runs), **found}
 
 
 def _floats(table: Mapping[str, Tensor]) -> dict[str, float]:
@@ -117,6 +119,12 @@ def by_count(results: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[Mappi
     return [(count, [row for row in results if row["edits"] == count]) for count in counts]
 
 
+def counted(row: Mapping[str, Any]) -> str:
+    """The number of records of a row, and of its scores where several runs have the same records."""
+    records, scores = row["records"], int(row["count"])
+    return f"{records} record{'' if records == 1 else 's'}" + (f", {scores} scores" if scores != records else "")
+
+
 def markdown_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """All results with their intervals as a Markdown table."""
     head = ["edits", "method", *METRICS, "vs. first", "records", "Score by seed", "seconds"]
@@ -125,7 +133,7 @@ def markdown_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
         seeds = ", ".join("-" if score is None else f"{score:.1f}" for score in row["score_by_seed"].values())
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
         cells = [str(row["edits"]), row["method"], *(score_cell(row, name) for name in (*METRICS, "difference"))]
-        lines.append("| " + " | ".join([*cells, f"{row['count']:.0f}", seeds, seconds]) + " |")
+        lines.append("| " + " | ".join([*cells, str(row["records"]), seeds, seconds]) + " |")
     return lines
 
 
@@ -133,7 +141,7 @@ def table_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """The results for a terminal: for each number of edits a table, and what it shows in a sentence."""
     lines = []
     for count, rows in by_count(results):
-        records = f", {rows[0]['count']:.0f} records" if rows[0]["count"] != count else ""
+        records = f", {counted(rows[0])}" if rows[0]["count"] != count else ""
         lines += [
             "",
             f"{count} edit{'' if count == 1 else 's'} in one edit batch{records}",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.compare.estimate import longest_first, plan_line, seconds_left, time_line
 from pmet_lightning.compare.plan import Method, Run, plan_runs, quiet
-from pmet_lightning.compare.results import edit_rows, finding, limits_of, score_plot, table_lines
+from pmet_lightning.compare.results import counted, edit_rows, finding, limits_of, score_plot, table_lines
 from pmet_lightning.data.readers import read_edits
 from pmet_lightning.evaluation.scores import NAMES, score_difference, table_of
 from pmet_lightning.report.html import write_svg
@@ -155,6 +155,8 @@ def test_a_comparison_pools_the_records_of_its_runs(comparison):
         for metric in ("efficacy", "generalisation", "specificity"):
             values = [edit[phase][metric] for report in reports for edit in report["edits"]]
             assert row["count"] == len(values)
+            records = {(edit["case_id"], edit["question"]) for report in reports for edit in report["edits"]}
+            assert row["records"] == len(records)
             assert row[metric] == pytest.approx(sum(values) / len(values))
         assert list(row["score_by_seed"]) == ["0", "1"]
     rows = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
@@ -182,6 +184,11 @@ def test_a_record_of_several_seeds_is_one_record():
     rows = [[edit_rows([{"edits": part}] * n, "after") for part in (edits, other)] for n in (1, 3)]
     alone, together = (score_difference(*pair) for pair in rows)
     assert {k: float(v) for k, v in together.items()} == pytest.approx({k: float(v) for k, v in alone.items()})
+
+
+def test_scores_are_named_where_records_have_several():
+    assert counted({"records": 374, "count": 600.0}) == "374 records, 600 scores"
+    assert counted({"records": 1, "count": 1.0}) == "1 record"
 
 
 def test_differences_are_paired():
