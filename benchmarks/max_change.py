@@ -27,13 +27,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", help="configuration of fit, a file or the name of a shipped one")
     parser.add_argument("--lam", nargs="*", type=float, default=[])
-    parser.add_argument("--bounds", nargs="*", type=float, default=[0.03, 0.1, 0.3], help="values of max_change")
+    parser.add_argument("--bounds", nargs="*", type=float, default=[0.2, 0.4, 0.8], help="values of max_change")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further options of fit")
     options = parser.parse_args()
     logging.disable(logging.INFO)
     given = {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in options.set)}
     rules: list[tuple[str, dict[str, Any]]] = [(f"λ {lam:g}", {"spread.lam": lam}) for lam in options.lam]
-    rules += [(f"ε {bound:g}", {"spread.lam": LEAST, "spread.max_change": bound}) for bound in options.bounds]
+    rules += [(f"c {bound:g}", {"spread.lam": LEAST, "spread.max_change": bound}) for bound in options.bounds]
     out = sys.stdout.write
     names = [*METRICS, "KL on neighbors", "perplexity", "λ by layer"]
     out("| | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|\n")

@@ -29,7 +29,8 @@ CAUSES: dict[Cause, tuple[str, str]] = {
     ),
     "not_written": (
         "found, but the weights did not take it",
-        "a smaller --spread.lam, fewer edits in a batch (--data.edit_batch), or more --model.layers",
+        "a smaller --spread.lam (where --spread.max_change sets λ: a larger one), fewer edits in a batch "
+        "(--data.edit_batch), or more --model.layers",
     ),
     "same_subject": (
         "in one batch with another edit of the same subject, whose key it shares",
@@ -217,7 +218,7 @@ def damage_line(damage: Damage) -> str:
     """The damage in one line."""
     if damage.level == "not measured":
         return "damage to the model: not measured; set --drift.text to a file of plain text"
-    remedies = "a larger --spread.lam, a smaller --model.clamp, or fewer edits"
+    remedies = "a larger --spread.lam (or a smaller --spread.max_change), a smaller --model.clamp, or fewer edits"
     return {
         "none": f"the model is not damaged ({damage})",
         "warning": f"WARNING: the edits have changed the rest of the model ({damage}); try {remedies}",

@@ -208,7 +208,7 @@ class Drift(HyperparametersMixin, L.Callback):
 def _advice(edits: Sequence[Edit], taken_back: bool) -> str:
     """What became of the edit batch, and what the user can do."""
     first, last = (edit.origin or repr(edit.question) for edit in (edits[0], edits[-1]))
-    other = "begin another run with a larger --spread.lam"
+    other = "begin another run with a larger --spread.lam or a smaller --spread.max_change"
     if not taken_back:
         return f"its edit batch was kept; a resumed run writes one more and ends again: raise the limit, or {other}"
     return (

@@ -90,9 +90,9 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             MEMIT); their 'own' in the first and the last layer, each found by gradient, which are the only ones that
             are written then (BLUE); or one in the first layer and a 'replay' of what layers above make of it (FE).
         write: Weights that are written: the FFN's (PMET), or the attention's too (ablation).
-        max_change: Bound on what a write does to other keys: λ is raised, for each weight, until the mean squared
-            change of the values of preserved keys is at most this share of their mean square (for example 0.03); null
-            leaves λ as it is.
+        max_change: c, bound on what a write does to other keys: λ is raised, for each weight, until the mean squared
+            change of the values of preserved keys, relative to their mean square, is at most c for each edit of the
+            edit batch and key dimension, c·N/d_k (for example 0.4); null leaves λ as it is.
         null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
             projection; for example 0.01); null writes to all directions.
         protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC + KKᵀ,
@@ -306,7 +306,8 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         """A function that solves with λ, or with one that keeps the change of preserved values within its bound."""
         if self.max_change is None:
             return lambda: (solve(self.lam), self.lam)
-        bound = self.max_change
+        # What edits do to other keys adds up, so that the bound is for each of them.
+        bound = self.max_change * state.count / in_features(projection)
         whole = whole_weight(projection.weight)  # type: ignore[arg-type]
 
         def solve_within() -> tuple[Solution, float]:
@@ -408,6 +409,6 @@ def _warn_if_overloaded(module: TargetOptimizer, count: int) -> None:
     if count > PUBLISHED_LOAD * width:
         log.warning(
             "%d edits in one edit batch are %.2f of the %d key dimensions (published: up to %.2f): they will "
-            "disturb each other; raise --spread.lam, or make --data.edit_batch smaller",
+            "disturb each other; raise --spread.lam (lower --spread.max_change), or make --data.edit_batch smaller",
             count, count / width, width, PUBLISHED_LOAD,
         )  # fmt: skip
