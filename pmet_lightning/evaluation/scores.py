@@ -122,14 +122,20 @@ def score_difference(record_rows_NC: Tensor, others_NC: Tensor) -> dict[str, Ten
         others_NC: Rows of the other, of the same records in the same order.
 
     Returns:
-        ``difference``, ``difference_low`` and ``difference_high``, in points of the Score.
+        ``difference``, ``difference_low`` and ``difference_high``, in points of the Score; likewise
+        ``specificity_difference`` and so on for each of its parts.
     """
     columns = [1 + NAMES.index(kind) for kind in CORE]
     both = [100 * rows[:, columns] for rows in (record_rows_NC, others_NC)]
     ids_N = record_rows_NC[:, 0]
-    value, other = (harmonic_mean(rows.nanmean(dim=0)) for rows in both)
-    resampled, others = (harmonic_mean(resample_means(rows, ids_N).T) for rows in both)
-    return _with_interval("difference", value - other, resampled - others, len(ids_N.unique()))
+    means, others = (rows.nanmean(dim=0) for rows in both)
+    resampled_BK, others_BK = (resample_means(rows, ids_N).T for rows in both)
+    count = len(ids_N.unique())
+    value = harmonic_mean(means) - harmonic_mean(others)
+    found = _with_interval("difference", value, harmonic_mean(resampled_BK) - harmonic_mean(others_BK), count)
+    for kind, part, parts_B in zip(CORE, means - others, (resampled_BK - others_BK).T, strict=True):
+        found |= _with_interval(f"{kind}_difference", part, parts_B, count)
+    return found
 
 
 def _record_means(record: Sequence[ProbeResult]) -> list[float]:

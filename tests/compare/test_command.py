@@ -209,6 +209,10 @@ def test_differences_are_paired():
     differences = sorted(100 * (score(rows[i]) - score(other[i])) for i in draws)
     assert found["difference_low"] == pytest.approx(differences[50], abs=1.0)
     assert found["difference_high"] == pytest.approx(differences[-50], abs=1.0)
+    gaps = sorted(100 * float((rows[i] - other[i])[:, columns[2]].mean()) for i in draws)
+    assert found["specificity_difference"] == pytest.approx(sum(gaps) / len(gaps), abs=0.5)
+    assert found["specificity_difference_low"] == pytest.approx(gaps[50], abs=1.0)
+    assert found["specificity_difference_high"] == pytest.approx(gaps[-50], abs=1.0)
 
 
 def test_all_methods_see_the_same_records_and_contexts(comparison):
