@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", help="configuration of fit, a file or the name of a shipped one")
     parser.add_argument("--lam", nargs="*", type=float, default=[])
-    parser.add_argument("--bounds", nargs="*", type=float, default=[0.2, 0.4, 0.8], help="values of max_change")
+    parser.add_argument("--bounds", nargs="*", type=float, default=[0.25, 0.5, 1.0], help="values of max_change")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further options of fit")
     options = parser.parse_args()
     logging.disable(logging.INFO)

@@ -36,7 +36,7 @@ def test_each_edit_has_its_share(family, count, folder_of, tmp_path):  # noqa: F
         delta, weight = deltas[sites.weight_name("ffn", layer)].double(), sites.module("ffn", layer).weight.double()
         weight = weight if weight.shape == delta.shape else weight.T
         change = float((delta @ moment * delta).sum() / (weight @ moment * weight).sum())
-        bound = c * count / in_features(sites.module("ffn", layer))
+        bound = c * count / (count + in_features(sites.module("ffn", layer)))
         assert lam > LEAST
         assert 0.98 * bound <= change <= bound * (1 + 1e-6)
 
