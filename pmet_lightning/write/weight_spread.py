@@ -90,9 +90,10 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             MEMIT); their 'own' in the first and the last layer, each found by gradient, which are the only ones that
             are written then (BLUE); or one in the first layer and a 'replay' of what layers above make of it (FE).
         write: Weights that are written: the FFN's (PMET), or the attention's too (ablation).
-        max_change: c, bound on what a write does to other keys: λ is raised, for each weight, until the mean squared
+        max_change: c, bound on what writes do to other keys: λ is raised, for each weight, until the mean squared
             change of the values of preserved keys, relative to their mean square, is at most c·N/(N + d_k) for N edits
-            in d_k key dimensions (for example 0.5); null leaves λ as it is.
+            in d_k key dimensions (for example 0.5); earlier edit batches have had their part of it, as if all were one.
+            Null leaves λ as it is.
         null_space: Share of the second moment that the directions written to may hold together (AlphaEdit's
             projection; for example 0.01); null writes to all directions.
         protect_past: Whether the keys of earlier edit batches are preserved too (K_past K_pastᵀ is added to λC + KKᵀ,
@@ -306,8 +307,11 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         """A function that solves with λ, or with one that keeps the change of preserved values within its bound."""
         if self.max_change is None:
             return lambda: (solve(self.lam), self.lam)
-        # What a few edits do to other keys adds up; many fill the key dimensions, and the bound is at most max_change.
-        bound = self.max_change * state.count / (state.count + in_features(projection))
+        # What a few edits do to other keys adds up; many fill the key dimensions. Earlier edit batches have had their
+        # part of it, so that all together may change as much as one edit batch of the same facts.
+        width, past = in_features(projection), len(state.kept)
+        facts = past + state.count
+        bound = self.max_change * (facts / (facts + width) - past / (past + width))
         whole = whole_weight(projection.weight)  # type: ignore[arg-type]
 
         def solve_within() -> tuple[Solution, float]:

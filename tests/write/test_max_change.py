@@ -14,31 +14,60 @@ from tests.tiny import RECORDS
 LAYERS, LEAST = (1, 2), 1e-3
 
 
-def written(folder, tmp_path, max_change, records, lam=LEAST):
-    """λ of each layer, and ΔW [O, I] by name."""
+def written(folder, tmp_path, max_change, records, lam=LEAST, **data):
+    """λ of each layer in the last edit batch, and ΔW [O, I] by name."""
     tmp_path.mkdir()
     module = tiny_module(folder, layers=list(LAYERS), dtype="float64")
     spread, reports = edit(
-        module, records, moments_for(folder, LAYERS), tmp_path, lam=lam, also={"max_change": max_change}
+        module, records, moments_for(folder, LAYERS), tmp_path, lam=lam, also={"max_change": max_change}, **data
     )
-    return [layer.lam for layer in reports[0].layers], matrices(spread.edited.deltas)
+    return [layer.lam for layer in reports[-1].layers], matrices(spread.edited.deltas)
+
+
+def change(delta, weight, moment):
+    """tr(ΔW C ΔWᵀ) / tr(W C Wᵀ), for a weight stored either way round."""
+    weight = weight if weight.shape == delta.shape else weight.T
+    return float((delta @ moment * delta).sum() / (weight @ moment * weight).sum())
+
+
+def share(facts, width):
+    return facts / (facts + width)
 
 
 @pytest.mark.parametrize("family", ["gptj", "gpt2"])
 @pytest.mark.parametrize("count", [2, 5])
-def test_each_edit_has_its_share(family, count, folder_of, tmp_path):  # noqa: F811
+def test_the_bound_grows_with_the_edits(family, count, folder_of, tmp_path):  # noqa: F811
     folder, c = folder_of(family), 0.01
     lams, deltas = written(folder, tmp_path / "bounded", c, RECORDS[:count])
     _, _, sites = plain_parts(folder)
     moments = moments_for(folder, LAYERS)
     for lam, layer in zip(lams, LAYERS, strict=True):
-        moment = moments["ffn", layer].double()
-        delta, weight = deltas[sites.weight_name("ffn", layer)].double(), sites.module("ffn", layer).weight.double()
-        weight = weight if weight.shape == delta.shape else weight.T
-        change = float((delta @ moment * delta).sum() / (weight @ moment * weight).sum())
-        bound = c * count / (count + in_features(sites.module("ffn", layer)))
+        module, delta = sites.module("ffn", layer), deltas[sites.weight_name("ffn", layer)].double()
+        bound = c * share(count, in_features(module))
         assert lam > LEAST
-        assert 0.98 * bound <= change <= bound * (1 + 1e-6)
+        assert (
+            0.98 * bound <= change(delta, module.weight.double(), moments["ffn", layer].double()) <= bound * (1 + 1e-6)
+        )
+
+
+def test_edit_batches_share_it(folder_of, tmp_path):  # noqa: F811
+    """A second edit batch has what is left of the bound of one edit batch of all facts."""
+    folder, c = folder_of("gptj"), 0.01
+    _, first = written(folder, tmp_path / "first", c, RECORDS[:2])
+    lams, total = written(folder, tmp_path / "both", c, RECORDS[:4], edit_batch=2)
+    _, _, sites = plain_parts(folder)
+    moments = moments_for(folder, LAYERS)
+    for lam, layer in zip(lams, LAYERS, strict=True):
+        module, name = sites.module("ffn", layer), sites.weight_name("ffn", layer)
+        width = in_features(module)
+        bound = c * (share(4, width) - share(2, width))
+        found = change(
+            (total[name] - first[name]).double(),
+            (module.weight + first[name]).double(),
+            moments["ffn", layer].double(),
+        )
+        assert lam > LEAST
+        assert 0.98 * bound <= found <= bound * (1 + 1e-6)
 
 
 def test_a_bound_that_holds_already_changes_nothing(folder_of, tmp_path):  # noqa: F811
