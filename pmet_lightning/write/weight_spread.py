@@ -194,7 +194,8 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             self.edited.record_base_norms(module)
         processes = ProcessGroup.of(trainer)
         rows = _key_rows(module, processes.shard(edits))
-        _warn_if_overloaded(module, len(edits))
+        remedy = "raise --spread.lam" if self.max_change is None else "lower --spread.max_change"
+        _warn_if_overloaded(module, len(edits), remedy)
         written = module.sites.written(self.sites, module.written_layers)
         goals = self._goals(module, targets, written)
         site_targets = {site: goals[site, layer] for site, layer in written}
@@ -407,12 +408,12 @@ def _split_solution(
     return solution.delta.to(dtype).tensors, (replace(solution, delta=WeightDelta(torch.empty(0, 0))), lam)
 
 
-def _warn_if_overloaded(module: TargetOptimizer, count: int) -> None:
+def _warn_if_overloaded(module: TargetOptimizer, count: int, remedy: str) -> None:
     """Warn when an edit batch has more edits for its key dimensions than any that was published."""
     width = in_features(module.sites.module("ffn", module.target_layer))
     if count > PUBLISHED_LOAD * width:
         log.warning(
             "%d edits in one edit batch are %.2f of the %d key dimensions (published: up to %.2f): they will "
-            "disturb each other; raise --spread.lam (lower --spread.max_change), or make --data.edit_batch smaller",
-            count, count / width, width, PUBLISHED_LOAD,
+            "disturb each other; %s, or make --data.edit_batch smaller",
+            count, count / width, width, PUBLISHED_LOAD, remedy,
         )  # fmt: skip
