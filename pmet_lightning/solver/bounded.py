@@ -36,6 +36,21 @@ def mean_square(matrix: WeightDelta, moment_II: Tensor) -> float:
     return float((product * (left @ left.T)).sum())
 
 
+def share_of_change(count: int, past: int, width: int) -> float:
+    """The share of the largest change that an edit batch may make: what it adds to N/(N + d_k) of all facts.
+
+    What a few edits do to other keys adds up; many fill the key dimensions. Earlier edit batches have had their part,
+    so that all together may change as much as one edit batch of the same facts.
+
+    Args:
+        count: Edits of the edit batch.
+        past: Facts written before that stay.
+        width: d_k.
+    """
+    facts = past + count
+    return facts / (facts + width) - past / (past + width)
+
+
 def solve_bounded(
     solve: Callable[[float], Solution], change: Callable[[Solution], float], lam: float, bound: float
 ) -> tuple[Solution, float]:

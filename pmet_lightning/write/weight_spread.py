@@ -26,7 +26,7 @@ from pmet_lightning.model.fsdp import unshard, weight_norm, whole_weight
 from pmet_lightning.model.output_norms import pull_back
 from pmet_lightning.model.projections import add_to_weight, in_features, is_transposed
 from pmet_lightning.moments.second_moments import SecondMoments
-from pmet_lightning.solver.bounded import mean_square, solve_bounded
+from pmet_lightning.solver.bounded import mean_square, share_of_change, solve_bounded
 from pmet_lightning.solver.update import Solution, multiply_transposed
 from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.targets.construction import Construction
@@ -308,11 +308,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         """A function that solves with λ, or with one that keeps the change of preserved values within its bound."""
         if self.max_change is None:
             return lambda: (solve(self.lam), self.lam)
-        # What a few edits do to other keys adds up; many fill the key dimensions. Earlier edit batches have had their
-        # part of it, so that all together may change as much as one edit batch of the same facts.
-        width, past = in_features(projection), len(state.kept)
-        facts = past + state.count
-        bound = self.max_change * (facts / (facts + width) - past / (past + width))
+        bound = self.max_change * share_of_change(state.count, len(state.kept), in_features(projection))
         whole = whole_weight(projection.weight)  # type: ignore[arg-type]
 
         def solve_within() -> tuple[Solution, float]:
