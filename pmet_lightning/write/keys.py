@@ -115,17 +115,29 @@ def measure_keys(
         Keys, shape [N, I], and the values in the bare prompts, shape [N, F] each; float32 or float64, on the model's
         device.
     """
-    projection = sites.module(*projection_id)
-    key = _Point(projection, False, in_features(projection))
-    points = [key, *(_value_point(sites, where) for where in values_at)]
-    bare, *values = _record(model, over.bare, points, over)
-    others = [_record(model, rows, [key], over)[0] for rows in over.contexts]
-    return (bare + torch.stack(others).mean(dim=0)) / 2 if others else bare, values
+    (keys_NI,), values = _measure(model, sites, [projection_id], values_at, over, over.device)
+    return keys_NI, values
+
+
+def measure_all_keys(
+    model: nn.Module, sites: Sites, projections: Sequence[ProjectionId], over: KeyRows
+) -> list[Tensor]:
+    """The keys of several projections on the model as it is, each as of :func:`measure_keys`, but on the CPU.
+
+    One pass over the rows gives those of all layers.
+
+    Args:
+        model: The language model.
+        sites: Its modules.
+        projections: In the order of writing.
+        over: Rows of the edits.
+    """
+    return _measure(model, sites, projections, [], over, torch.device("cpu"))[0]
 
 
 def measure_values(model: nn.Module, sites: Sites, values_at: Sequence[ProjectionId], over: KeyRows) -> list[Tensor]:
     """The outputs of sites, the uppermost last, at the subject's last token of each bare prompt, shape [N, F] each."""
-    return _record(model, over.bare, [_value_point(sites, where) for where in values_at], over)
+    return _record(model, over.bare, [_value_point(sites, where) for where in values_at], over, over.device)
 
 
 def measure_rest(
@@ -150,19 +162,50 @@ def measure_rest(
     return symmetrize(sums.lower[projection_id])
 
 
+def _measure(
+    model: nn.Module,
+    sites: Sites,
+    projections: Sequence[ProjectionId],
+    values_at: Sequence[ProjectionId],
+    over: KeyRows,
+    device: torch.device,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys of projections, and current values of sites, on a device; contexts are added up one by one."""
+    points = [_key_point(sites, where) for where in projections]
+    values = [_value_point(sites, where) for where in values_at]
+    found = _record(model, over.bare, [*points, *values], over, device)
+    keys = found[: len(points)]
+    if over.contexts:
+        first, *others = over.contexts
+        sums = _record(model, first, points, over, device)
+        for rows in others:
+            for sum_NI, keys_NI in zip(sums, _record(model, rows, points, over, device), strict=True):
+                sum_NI.add_(keys_NI)
+        for bare_NI, sum_NI in zip(keys, sums, strict=True):
+            bare_NI.add_(sum_NI.div_(len(over.contexts))).div_(2)
+    return keys, found[len(points) :]
+
+
+def _key_point(sites: Sites, where: ProjectionId) -> _Point:
+    projection = sites.module(*where)
+    return _Point(projection, False, in_features(projection))
+
+
 def _value_point(sites: Sites, where: ProjectionId) -> _Point:
     return _Point(sites.module(*where), True, sites.width)
 
 
 @torch.no_grad()
-def _record(model: nn.Module, rows: SharedRows, points: Sequence[_Point], settings: KeyRows) -> list[Tensor]:
+def _record(
+    model: nn.Module, rows: SharedRows, points: Sequence[_Point], settings: KeyRows, kept_on: torch.device
+) -> list[Tensor]:
     """Record vectors of every row, in passes that end at the last point."""
     pad_id, device = settings.pad_id, settings.device
     prefix = compute_prefix(model, pad_rows([TokenRow(rows.head)], pad_id).to(device)) if rows.head else None
     if prefix is None:
         rows = rows.whole()
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    found = [torch.empty(len(rows.tails), point.width, dtype=dtype, device=device) for point in points]
+    found = [torch.empty(len(rows.tails), point.width, dtype=dtype, device=kept_on) for point in points]
     for indices in by_token_budget([len(row.ids) for row in rows.tails], settings.tokens_per_batch):
         batch = _shift_positions(pad_rows([rows.tails[i] for i in indices], pad_id), len(rows.head)).to(device)
         with ExitStack() as stack:

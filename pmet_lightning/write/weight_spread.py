@@ -38,7 +38,7 @@ from pmet_lightning.utils.progress import track
 from pmet_lightning.utils.types import PositiveFloat
 from pmet_lightning.write.edited_weights import Draft, EditedWeights
 from pmet_lightning.write.facts import replaced_by, written_facts
-from pmet_lightning.write.keys import KeyRows, measure_keys, measure_rest, measure_values
+from pmet_lightning.write.keys import KeyRows, measure_all_keys, measure_keys, measure_rest, measure_values
 from pmet_lightning.write.preserved import Preserved
 from pmet_lightning.write.residual import ResidualTracker, SiteTarget, SpreadRule, residual_share
 from pmet_lightning.write.write_report import LayerReport, WriteReport, add_outcomes, log_writes
@@ -357,11 +357,9 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         if processes.compute_object_on_rank_zero(lambda: bool(self.edited.past_keys)):
             return self.edited.past_keys
         log.info("measuring the keys of %d facts that are in the weights, to protect them", len(edits))
-        rows, found = _key_rows(module, processes.shard(edits)), {}
-        for place in written:
-            keys_nI, _ = measure_keys(module.model, module.sites, place, [], rows)
-            found[place] = processes.all_gather(keys_nI, len(edits)).cpu()
-        return found
+        keys = measure_all_keys(module.model, module.sites, written, _key_rows(module, processes.shard(edits)))
+        found = zip(written, keys, strict=True)
+        return {place: processes.all_gather(keys_nI.to(module.device), len(edits)).cpu() for place, keys_nI in found}
 
     def _value_site(self, module: TargetOptimizer, site: SiteName) -> SiteName:
         """The site whose values give a written site's target and residual (MEMIT: the layer's output)."""
