@@ -173,7 +173,7 @@ def pack_rows(texts: Iterable[str], tokenizer: Any, length: int, rows: int | Non
     while batch := list(itertools.islice(remaining, _TEXTS_PER_CALL)):
         joined = [text if first and i == 0 else f" {text}" for i, text in enumerate(batch)]
         first = False
-        for text, ids in zip(batch, tokenizer(joined, add_special_tokens=False)["input_ids"], strict=True):
+        for text, ids in zip(batch, _tokenize(tokenizer, joined), strict=True):
             check_ids(ids, text, rows)
             stream += ids
         while len(stream) >= room:
@@ -181,6 +181,23 @@ def pack_rows(texts: Iterable[str], tokenizer: Any, length: int, rows: int | Non
             del stream[:room]
     if stream:
         yield TokenRow([*start, *stream])
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of each text. In one that spells the unknown token, special tokens are read as plain text.
+
+    WikiText writes rare words as ``<unk>``. As a token no model has learned it, and of a perplexity it would be most.
+    """
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    unknown, id_ = tokenizer.unk_token, tokenizer.unk_token_id
+    if unknown is None or id_ in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # GPT-2's stands between texts
+        return found
+    return [
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if id_ in ids and unknown in text
+        else ids
+        for text, ids in zip(texts, found, strict=True)
+    ]
 
 
 def prefix_of(tokenizer: Any) -> list[int]:
