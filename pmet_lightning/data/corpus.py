@@ -194,7 +194,7 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         return found
     return [
         tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if id_ in ids and unknown in text
+        if unknown in text and id_ in ids
         else ids
         for text, ids in zip(texts, found, strict=True)
     ]
