@@ -30,31 +30,43 @@ class TargetScores:
     argmax: Tensor
 
 
-def target_scores(logits_NV: Tensor, label_ids_K: Tensor, at_K: Tensor | None = None) -> TargetScores:
+def label_scores(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of a label for each token, and the most probable tokens, int64; shape [N] each.
+
+    Args:
+        logits_NV: Logits of any float dtype; computed in float32 at least.
+        labels_N: int64; ``IGNORE`` gives any number.
+    """
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    log_p_N = logits_NV.gather(1, labels_N.clamp_min(0).unsqueeze(1)).squeeze(1) - logits_NV.logsumexp(dim=-1)
+    return log_p_N, logits_NV.argmax(dim=-1)
+
+
+def target_scores(logits_KV: Tensor, label_ids_K: Tensor) -> TargetScores:
     """Score labels under teacher forcing.
 
     Args:
-        logits_NV: Shape [N, V] or, without ``at_K``, [..., K, V]; any float dtype, computed in float32 at least.
+        logits_KV: Shape [..., K, V], any float dtype, computed in float32 at least.
         label_ids_K: int64, shape [..., K], ``IGNORE`` after the end of a shorter target.
-        at_K: int64, shape [..., K], index of the logits that predict each label.
 
     Returns:
         Scores of shape [...], except for ``argmax``.
     """
-    logits = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).flatten(0, -2)
-    if at_K is None:
-        at_K = torch.arange(len(logits), device=logits.device).view(label_ids_K.shape)
+    found = label_scores(logits_KV.flatten(0, -2), label_ids_K.flatten())
+    log_p_K, argmax_K = (values_N.view(label_ids_K.shape) for values_N in found)
+    return scores_of_targets(log_p_K, argmax_K, label_ids_K)
+
+
+def scores_of_targets(log_p_K: Tensor, argmax_K: Tensor, label_ids_K: Tensor) -> TargetScores:
+    """Scores of targets from those of their tokens, as :func:`label_scores` gives them, shape [..., K] each."""
     real = label_ids_K != IGNORE
-    labels = label_ids_K.clamp_min(0)
-    log_p = logits[at_K, labels] - logits.logsumexp(dim=-1)[at_K]
     count = real.sum(dim=-1)
-    argmax = logits.argmax(dim=-1)[at_K]
-    hit = (argmax == labels) & real
+    hit = (argmax_K == label_ids_K) & real
     return TargetScores(
-        nll=-(log_p * real).sum(dim=-1) / count,
+        nll=-(log_p_K * real).sum(dim=-1) / count,
         all_argmax=(hit | ~real).all(dim=-1),
         token_accuracy=hit.sum(dim=-1) / count,
-        argmax=argmax,
+        argmax=argmax_K,
     )
 
 

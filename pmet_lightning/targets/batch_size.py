@@ -15,6 +15,8 @@ _MEMORY_SHARE = 0.5
 _KEPT_VECTORS = 40
 # Bytes kept of each logit: the logit as it is, in float32, its exponential and its gradient.
 _LOGIT_BYTES = 16
+# Where logits are made part by part: the clean log-probabilities at the KL prompt, and a copy while others join them.
+_CLEAN_BYTES = 8
 # Active tokens beyond which a device gains nothing (benchmarks/targets.py).
 _MAX_TOKENS = {"cpu": 4096}
 _MAX_TOKENS_ELSEWHERE = 65536
@@ -31,6 +33,7 @@ class ModelSize:
         vocabulary: V.
         itemsize: Bytes of a number in the forward pass.
         whole_rows: Whether every token is run at every step, or only those from the subject's last token on.
+        whole_logits: Whether all logits are there at once, or part of them at a time.
     """
 
     width: int
@@ -39,6 +42,7 @@ class ModelSize:
     vocabulary: int
     itemsize: int
     whole_rows: bool
+    whole_logits: bool
 
     def edit_bytes(self, rows: Sequence[TokenRow]) -> int:
         """A conservative estimate of the memory that one edit takes while it is active.
@@ -50,7 +54,8 @@ class ModelSize:
         head = 0 if self.whole_rows else max(row.subject for row in rows)
         labels = sum(max(1, len(row.labels)) for row in rows)
         hidden = self.itemsize * self.width * (_KEPT_VECTORS * tail * self.layers_run + 2 * head * self.layers)
-        return len(rows) * hidden + _LOGIT_BYTES * labels * self.vocabulary
+        logits = _LOGIT_BYTES * labels if self.whole_logits else _CLEAN_BYTES
+        return len(rows) * hidden + logits * self.vocabulary
 
     def most_edits(self, rows: Sequence[TokenRow], device: torch.device, free: int) -> int:
         """How many edits like this one fit into memory together; at least one.

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from pmet_lightning.data.token_rows import PaddingSide, TokenRow, pad_rows
 from pmet_lightning.model.architectures import ProjectionId, SiteName
+from pmet_lightning.model.logits import Logits
 from pmet_lightning.model.partial_forward import PartialForward
-from pmet_lightning.model.scoring import kl_divergence, target_scores
+from pmet_lightning.model.scoring import kl_divergence
 from pmet_lightning.targets.active_batch import ActiveBatch, DeltaSlots
 from pmet_lightning.targets.batch_size import ModelSize, longest_tail
 from pmet_lightning.targets.equal_keys import all_of_group, mean_of_groups
@@ -252,17 +253,14 @@ class TargetLoop:
     @torch.enable_grad()
     def iterate(self, active: ActiveBatch, leaves: dict[SiteName, Tensor]) -> Tensor:
         """Forward pass, losses and stop rules; returns the sum of the losses of the edits that do not stop."""
-        logits_NV, at_APK, outputs = self.forward(active.facts, leaves)
-        started = active.started
+        logits, outputs = self.forward(active.facts, leaves)
         _record_clean_outputs(active, outputs)
-        scores = target_scores(logits_NV, active.facts.labels, at_APK)
+        scores = active.facts.target_scores(logits)
         nll, p = scores.nll.mean(dim=1), (-scores.nll).exp()
         kl = torch.zeros_like(nll)
         if active.meanings is not None:
-            meaning_NV, at_A11, _ = self.forward(active.meanings, leaves)
-            log_p = meaning_NV[at_A11[:, 0, 0]].to(nll.dtype).log_softmax(dim=-1)
-            active.clean_kl = _append_rows(active.clean_kl, log_p.detach()[started:])
-            kl = self.rules.kl * kl_divergence(log_p, active.clean_kl)
+            meanings, _ = self.forward(active.meanings, leaves)
+            kl = self.rules.kl * _divergences(active, meanings, nll.dtype)
         penalties = [norm_penalty(delta, active.clean[site]) for site, delta in leaves.items()]
         norm = self.rules.norm * torch.stack(penalties).sum(dim=0)
         loss = active.nll_factor * nll + kl + norm
@@ -280,10 +278,10 @@ class TargetLoop:
             self.apply_stop_rules(active, loss, kl, scores.all_argmax.all(dim=1))
         return torch.where(active.running, loss, 0.0).sum()
 
-    def forward(self, rows: RowSet, leaves: Mapping[SiteName, Tensor]) -> tuple[Tensor, Tensor, dict[SiteName, Tensor]]:
+    def forward(self, rows: RowSet, leaves: Mapping[SiteName, Tensor]) -> tuple[Logits, dict[SiteName, Tensor]]:
         """As :meth:`RowSet.run`, with the outputs in the deltas' precision."""
-        logits, at, outputs = rows.run(self.model, self.modules, leaves, self.partial_forward)
-        return logits, at, {site: output.to(leaves[site]) for site, output in outputs.items()}
+        logits, outputs = rows.run(self.model, self.modules, leaves, self.partial_forward)
+        return logits, {site: output.to(leaves[site]) for site, output in outputs.items()}
 
     def apply_stop_rules(self, active: ActiveBatch, loss: Tensor, kl: Tensor, argmax: Tensor) -> None:
         """Decide on the device which edits stop at this step, and the weight of the likelihood at the next."""
@@ -413,8 +411,8 @@ class TargetLoop:
         index, rows = torch.tensor(list(stopped), device=self.device), copy(active.facts)
         rows.keep(index)
         shift = active.final["ffn"][index] - active.clean["ffn"][index]
-        logits_NV, at_APK, _ = self.forward(rows, {"attn": torch.zeros_like(shift), "ffn": shift})
-        found: list[float] = (-target_scores(logits_NV, rows.labels, at_APK).nll[:, 0]).exp().tolist()
+        logits, _ = self.forward(rows, {"attn": torch.zeros_like(shift), "ffn": shift})
+        found: list[float] = (-rows.target_scores(logits).nll[:, 0]).exp().tolist()
         return found
 
     def _restart_smaller(self, waiting: list[int]) -> None:
@@ -458,6 +456,20 @@ def choose_micro_batch(
         log.info("up to %d edits are optimized together", wanted)
     # Rounds of equal size, no more than are needed: a last one of a few edits takes nearly as long as a full one.
     return -(-len(requests) // -(-len(requests) // wanted))
+
+
+def _divergences(active: ActiveBatch, meanings: Logits, dtype: torch.dtype) -> Tensor:
+    """KL divergence of each edit at its KL prompt; what new edits have there is kept, to be compared with."""
+    started = 0 if active.clean_kl is None else len(active.clean_kl)
+
+    def measure(logits_nV: Tensor, first: int) -> tuple[Tensor, ...]:
+        log_p_nV = logits_nV.to(dtype).log_softmax(dim=-1)
+        if first + len(log_p_nV) > started:
+            active.clean_kl = _append_rows(active.clean_kl, log_p_nV.detach()[max(0, started - first) :])
+        assert active.clean_kl is not None
+        return (kl_divergence(log_p_nV, active.clean_kl[first : first + len(log_p_nV)]),)
+
+    return meanings.measure(measure)[0]
 
 
 def _record_clean_outputs(active: ActiveBatch, outputs: Mapping[SiteName, Tensor]) -> None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from pmet_lightning.data.token_rows import RowBatch
+from pmet_lightning.data.token_rows import IGNORE, RowBatch
 from pmet_lightning.model.architectures import SiteName
-from pmet_lightning.model.forward import label_logits, run_to
-from pmet_lightning.model.hooks import record_and_add, stop_after
+from pmet_lightning.model.forward import label_logits, most_logit_rows, run_to
+from pmet_lightning.model.hooks import record_and_add, record_whole, stop_after
 from pmet_lightning.model.kv_prefix import Prefix, concatenate_prefixes
+from pmet_lightning.model.logits import Logits
 from pmet_lightning.model.partial_forward import PartialForward, Replay
 from pmet_lightning.model.prefix_passes import split_at_subject
+from pmet_lightning.model.scoring import TargetScores, label_scores, scores_of_targets
 
 
 @dataclass
@@ -43,7 +46,7 @@ class RowSet:
     entering: Tensor | None = None
     leaving: Tensor | None = None
     kept: dict[nn.Module, Tensor] = field(default_factory=dict)
-    _positions: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False)
+    _positions: _Positions | None = field(default=None, init=False)
     _target_layer: Replay | None = field(default=None, init=False)
     _above: Replay | None = field(default=None, init=False)
 
@@ -112,14 +115,13 @@ class RowSet:
         modules: Mapping[SiteName, nn.Module],
         leaves: Mapping[SiteName, Tensor],
         partial_forward: PartialForward | None,
-    ) -> tuple[Tensor, Tensor, dict[SiteName, Tensor]]:
+    ) -> tuple[Logits, dict[SiteName, Tensor]]:
         """Run the rows with the deltas added.
 
         Returns:
-            Logits wherever a label is predicted, [N, V]; for each label, the index of its logits among these,
-            [A, P, K]; and each site's output in the first row of an edit before its delta is added, [A, F].
+            The logits wherever a label is predicted; and each site's output in the first row of an edit before its
+            delta is added, [A, F].
         """
-        _, labeled, at = self._positions_of_labels()
         partial_forward = None if self.prefix is None else partial_forward
         first = self.rows if partial_forward is None else self.rows.first_columns(1)
         with ExitStack() as stack:
@@ -128,20 +130,28 @@ class RowSet:
                 added = leaves[site].repeat_interleave(self.per_edit, dim=0)
                 recordings[site] = stack.enter_context(record_and_add(module, first.subject, added))
             if partial_forward is None:
-                logits = label_logits(model, self.rows, positions=labeled)
+                logits = Logits(label_logits(model, self.rows, positions=self._positions_of_labels().labeled))
             else:
                 hidden = self._run_target_layer(model, first, partial_forward)
         if partial_forward is not None:
             logits = self._run_above(model, hidden, partial_forward)
         outputs = {site: recording.take().detach()[:: self.per_edit] for site, recording in recordings.items()}
-        return logits, at.unflatten(0, (-1, self.per_edit)), outputs
+        return logits, outputs
 
-    def _positions_of_labels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions of real tokens and of those that predict labels, and each label's index among the latter."""
+    def target_scores(self, logits: Logits) -> TargetScores:
+        """Scores of the labels of every row, shape [A, P], from the logits of :meth:`run`."""
+        places = self._positions_of_labels()
+
+        def measure(logits_nV: Tensor, first: int) -> tuple[Tensor, ...]:
+            return label_scores(logits_nV, places.labels[first : first + len(logits_nV)])
+
+        log_p_N, argmax_N = logits.measure(measure)
+        at = places.at.unflatten(0, (-1, self.per_edit))
+        return scores_of_targets(log_p_N[at], argmax_N[at], self.labels)
+
+    def _positions_of_labels(self) -> _Positions:
         if self._positions is None:
-            # After the end of a shorter target the position of its last label is repeated; it is kept once.
-            labeled, at = self.rows.label_positions().unique(return_inverse=True)
-            self._positions = self.rows.real_positions(), labeled, at
+            self._positions = _Positions.of(self.rows)
         return self._positions
 
     def _run_target_layer(self, model: nn.Module, first: RowBatch, partial_forward: PartialForward) -> Tensor:
@@ -164,19 +174,56 @@ class RowSet:
             at_subject = output.take()
         return torch.cat([at_subject.unsqueeze(1).to(self.leaving), self.leaving[:, 1:]], dim=1)
 
-    def _run_above(self, model: nn.Module, hidden_RSF: Tensor, partial_forward: PartialForward) -> Tensor:
-        """Logits wherever a label is predicted, [N, V], from the hidden states that enter the layer above L."""
+    def _run_above(self, model: nn.Module, hidden_RSF: Tensor, partial_forward: PartialForward) -> Logits:
+        """The logits wherever a label is predicted, from the hidden states that enter the layer above L."""
         assert self.prefix is not None
-        real, labeled, _ = self._positions_of_labels()
-        with partial_forward.only_tokens(self.rows, real, labeled, self.kept):
-            if self._above is not None and self._above.ready and partial_forward.direct:
+        places = self._positions_of_labels()
+        with partial_forward.only_tokens(self.rows, places.real, places.labeled, self.kept):
+            if not partial_forward.direct:
+                with partial_forward.start_from(hidden_RSF, partial_forward.layer):
+                    return Logits(label_logits(model, self.rows, self.prefix, places.labeled))
+            layers = [partial_forward.layer, *partial_forward.above]
+            if self._above is not None and self._above.ready:
                 hidden_RSF = self._above.run(hidden_RSF)
-                return partial_forward.logits(
-                    model, hidden_RSF.flatten(0, 1).index_select(0, labeled.to(hidden_RSF.device))
-                )
-            self._above = Replay([partial_forward.layer, *partial_forward.above], self.prefix)
-            with partial_forward.start_from(hidden_RSF, partial_forward.layer), self._above.capture_inputs():
-                return label_logits(model, self.rows, self.prefix, labeled)
+            else:
+                self._above = Replay(layers, self.prefix)
+                with (
+                    partial_forward.start_from(hidden_RSF, partial_forward.layer),
+                    self._above.capture_inputs(),
+                    record_whole(layers[-1], len(self.rows)) as output,
+                    stop_after(layers[-1]),
+                ):
+                    run_to(model, self.rows, self.prefix)
+                hidden_RSF = output.take()
+        hidden_NF = hidden_RSF.flatten(0, 1).index_select(0, places.labeled.to(hidden_RSF.device))
+        hidden_NF = hidden_NF.to(places.labels.device)  # from the last of several devices
+        return Logits(hidden_NF, partial(partial_forward.logits, model), most_logit_rows(model))
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Where in some rows what is: positions are counted over all rows.
+
+    Attributes:
+        real: Positions of real tokens.
+        labeled: Positions of the N tokens that predict labels.
+        labels: The labels that they predict, shape [N].
+        at: For each label of each row, the index of the token that predicts it among these, shape [R, K].
+    """
+
+    real: Tensor
+    labeled: Tensor
+    labels: Tensor
+    at: Tensor
+
+    @classmethod
+    def of(cls, rows: RowBatch) -> _Positions:
+        """Find them."""
+        # After the end of a shorter target the position of its last label is repeated; it is kept once.
+        labeled, at = rows.label_positions().unique(return_inverse=True)
+        labels = torch.full_like(labeled, IGNORE)  # below every label
+        labels = labels.scatter_reduce(0, at.flatten(), rows.label_ids.flatten(), "amax")
+        return cls(rows.real_positions(), labeled, labels, at)
 
 
 def _concatenate(parts: Sequence[Tensor], width: int) -> Tensor:

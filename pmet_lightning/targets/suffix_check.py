@@ -49,8 +49,7 @@ def suffix_agrees(
     leaves: dict[SiteName, Tensor] = {site: torch.zeros(1, width, device=device) for site in modules}
 
     def logits(kept: RowSet) -> Tensor:
-        found, at, _ = kept.run(model, modules, leaves, partial_forward)
-        return found[at.flatten()].float()
+        return kept.run(model, modules, leaves, partial_forward)[0].whole().float()
 
     try:
         whole = logits(RowSet(batch, len(rows)))

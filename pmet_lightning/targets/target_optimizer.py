@@ -333,7 +333,7 @@ class TargetOptimizer(EditableModel):
         sharded = self._trainer is not None and ProcessGroup.of(self.trainer).sharded
         self._check_suffix(requests[0], layer, modules, direct=not sharded)
         broadcast = ProcessGroup.of(self.trainer).broadcast_if_sharded if sharded else None
-        count = choose_micro_batch(self.micro_batch, requests, self._size(layer), self.device)
+        count = choose_micro_batch(self.micro_batch, requests, self._size(layer, direct=not sharded), self.device)
         slots = self._slots(list(modules), count if broadcast is None else broadcast(count))
         return TargetLoop(
             model=self.model,
@@ -405,7 +405,7 @@ class TargetOptimizer(EditableModel):
         """``suffix_only``, if there is a layer above for a pass to begin at, and what precedes it can be kept."""
         return self.suffix_only and layer + 1 < self.depth and self._suffix_works is not False
 
-    def _size(self, layer: int) -> ModelSize:
+    def _size(self, layer: int, direct: bool) -> ModelSize:
         """The size of the model, which decides how many edits fit into memory."""
         whole = not self._begins_late(layer)
         return ModelSize(
@@ -415,6 +415,7 @@ class TargetOptimizer(EditableModel):
             vocabulary=int(self.model.get_output_embeddings().weight.shape[0]),  # type: ignore[operator,union-attr]
             itemsize=next(self.model.parameters()).element_size(),
             whole_rows=whole,
+            whole_logits=whole or not direct,
         )
 
     def _construction_settings(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pmet_lightning.model import prefix_passes as prefix
 from pmet_lightning.model.architectures import ARCHITECTURES, architecture_of
 from pmet_lightning.model.loading import load_config, load_model
 from pmet_lightning.model.projections import Sites, in_features
+from pmet_lightning.targets import row_cache
 from pmet_lightning.targets import target_optimizer as module_of_targets
 from pmet_lightning.targets.active_batch import ActiveBatch
 from pmet_lightning.targets.loop import TargetLoop
@@ -153,6 +154,7 @@ VARIANTS = {
     "whole model": {"suffix_only": False},
     "nothing shared": {"nothing_shared": True},
     "no plain cache": {"no_cache": True},
+    "two tokens' logits at a time": {"few_logits": True},
 }
 
 
@@ -166,6 +168,8 @@ def test_batching_is_exact(family, variant, folder_of, tmp_path_factory, monkeyp
         monkeypatch.setattr(keys, "compute_prefix", lambda *_: None)
     if change.pop("no_cache", False):
         monkeypatch.setattr(prefix, "is_plain_layer", lambda *_: False)
+    if change.pop("few_logits", False):
+        monkeypatch.setattr(row_cache, "most_logit_rows", lambda _: 2)
     if change.pop("shuffle", False):
         random.Random(1).shuffle(records)
     other_values, other_deltas, _ = run(folder, tmp_path_factory.mktemp("b"), records, **change)
