@@ -19,14 +19,13 @@ if TYPE_CHECKING:
     from pmet_lightning.model.kv_prefix import Prefix
 
 
-# 256 MiB in float32; a softmax takes as much again. A CPU gains nothing from more than 64.
-MAX_LOGITS, MAX_LOGITS_ON_CPU = 2**26, 2**24
+MAX_LOGITS = 2**26  # 256 MiB in float32; a softmax takes as much again
 
 
 def most_logit_rows(model: nn.Module) -> int:
     """How many rows of logits, each of the size of the vocabulary, a pass makes at most."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return max(1, (MAX_LOGITS_ON_CPU if weight.device.type == "cpu" else MAX_LOGITS) // len(weight))
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return max(1, MAX_LOGITS // int(head.weight.shape[0]))
 
 
 def label_logits(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pmet_lightning.data.token_rows import RowBatch
 from pmet_lightning.model.forward import run_to
-from pmet_lightning.model.hooks import run_at, stop_after, stop_before
+from pmet_lightning.model.hooks import record_whole, run_at, stop_after, stop_before
 from pmet_lightning.model.kv_prefix import Prefix
 
 
@@ -64,6 +64,27 @@ class PartialForward:
         """Begin the passes inside with these states, at layer L or L + 1."""
         layers = [*self.below, self.layer]
         return start_at_layer(layers, layers.index(at), hidden_RSF, self._tuples)
+
+    def run_layers(self, model: nn.Module, rows: RowBatch, replay: Replay, entering_RSF: Tensor) -> Tensor:
+        """The output of the last of some layers, shape [R, S, F].
+
+        Args:
+            model: The language model.
+            rows: The rows to run, the same at every call with one replay.
+            replay: Layers that begin at L or L + 1; called by themselves as soon as a pass has shown how.
+            entering_RSF: Input of the first.
+        """
+        if self.direct and replay.ready:
+            return replay.run(entering_RSF)
+        last = replay.layers[-1]
+        with (
+            self.start_from(entering_RSF, replay.layers[0]),
+            record_whole(last, len(rows)) as output,
+            replay.capture_inputs(),
+            stop_after(last),
+        ):
+            run_to(model, rows, replay.prefix)
+        return output.take()
 
     def logits(self, model: nn.Module, hidden_NF: Tensor) -> Tensor:
         """Logits [N, V] from the output of the model's last layer at some tokens."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pmet_lightning.data.token_rows import IGNORE, RowBatch
 from pmet_lightning.model.architectures import SiteName
-from pmet_lightning.model.forward import label_logits, most_logit_rows, run_to
-from pmet_lightning.model.hooks import record_and_add, record_whole, stop_after
+from pmet_lightning.model.forward import label_logits, most_logit_rows
+from pmet_lightning.model.hooks import record_and_add
 from pmet_lightning.model.kv_prefix import Prefix, concatenate_prefixes
 from pmet_lightning.model.logits import Logits
 from pmet_lightning.model.partial_forward import PartialForward, Replay
@@ -159,19 +159,9 @@ class RowSet:
         assert self.entering is not None
         assert self.leaving is not None
         assert self.prefix is not None
-        layer = partial_forward.below[-1]
-        if self._target_layer is not None and self._target_layer.ready and partial_forward.direct:
-            at_subject = self._target_layer.run(self.entering)[:, 0]
-        else:
-            self._target_layer = Replay([layer], self.prefix)
-            with (
-                partial_forward.start_from(self.entering, layer),
-                record_and_add(layer, first.subject) as output,
-                self._target_layer.capture_inputs(),
-                stop_after(layer),
-            ):
-                run_to(model, first, self.prefix)
-            at_subject = output.take()
+        if self._target_layer is None:
+            self._target_layer = Replay([partial_forward.below[-1]], self.prefix)
+        at_subject = partial_forward.run_layers(model, first, self._target_layer, self.entering)[:, 0]
         return torch.cat([at_subject.unsqueeze(1).to(self.leaving), self.leaving[:, 1:]], dim=1)
 
     def _run_above(self, model: nn.Module, hidden_RSF: Tensor, partial_forward: PartialForward) -> Logits:
@@ -182,19 +172,9 @@ class RowSet:
             if not partial_forward.direct:
                 with partial_forward.start_from(hidden_RSF, partial_forward.layer):
                     return Logits(label_logits(model, self.rows, self.prefix, places.labeled))
-            layers = [partial_forward.layer, *partial_forward.above]
-            if self._above is not None and self._above.ready:
-                hidden_RSF = self._above.run(hidden_RSF)
-            else:
-                self._above = Replay(layers, self.prefix)
-                with (
-                    partial_forward.start_from(hidden_RSF, partial_forward.layer),
-                    self._above.capture_inputs(),
-                    record_whole(layers[-1], len(self.rows)) as output,
-                    stop_after(layers[-1]),
-                ):
-                    run_to(model, self.rows, self.prefix)
-                hidden_RSF = output.take()
+            if self._above is None:
+                self._above = Replay([partial_forward.layer, *partial_forward.above], self.prefix)
+            hidden_RSF = partial_forward.run_layers(model, self.rows, self._above, hidden_RSF)
         hidden_NF = hidden_RSF.flatten(0, 1).index_select(0, places.labeled.to(hidden_RSF.device))
         hidden_NF = hidden_NF.to(places.labels.device)  # from the last of several devices
         return Logits(hidden_NF, partial(partial_forward.logits, model), most_logit_rows(model))

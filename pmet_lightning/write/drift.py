@@ -22,7 +22,7 @@ from pmet_lightning.data.token_rows import TokenRow, by_token_budget, pad_rows
 from pmet_lightning.evaluation.editable import EditableModel
 from pmet_lightning.evaluation.sampled_corpus import general_texts
 from pmet_lightning.evaluation.verdict import DAMAGED_FROM, WARN_FROM, Damage, damage_line, damage_of
-from pmet_lightning.model.forward import label_logits
+from pmet_lightning.model.forward import label_logits, most_logit_rows
 from pmet_lightning.model.scoring import kl_divergence, target_scores
 from pmet_lightning.utils.callbacks import find_callback
 from pmet_lightning.utils.distributed import ProcessGroup
@@ -33,8 +33,6 @@ from pmet_lightning.write.weight_spread import WeightSpread
 from pmet_lightning.write.write_report import WriteReport
 
 log = logging.getLogger(__name__)
-
-_MAX_LOGITS = 2**27
 
 
 class DamagedModelError(PmetError):
@@ -188,9 +186,10 @@ class Drift(HyperparametersMixin, L.Callback):
         """Perplexity over all tokens, and KL at the end of each row, over the rows of all processes."""
         # In this order: moving a metric to a device sets it back to float32.
         nll, kl = (MeanMetric().to(module.device).set_dtype(torch.float64) for _ in range(2))
-        head_VF = _head(module)
+        head_VF: Tensor = module.model.get_output_embeddings().weight  # type: ignore[operator]
         ends_RV = torch.empty(len(rows), len(head_VF), dtype=torch.promote_types(head_VF.dtype, torch.float32))
-        for indices in by_token_budget([len(row.ids) for row in rows], _budget(module)):
+        budget = min(module.tokens_per_batch, most_logit_rows(module.model))  # logits are needed at all positions
+        for indices in by_token_budget([len(row.ids) for row in rows], budget):
             batch = pad_rows([rows[i] for i in indices], module.encoder.pad_id).to(module.device)
             logits = label_logits(module.model, batch)
             lengths = torch.tensor([len(rows[i].labels) for i in indices], device=module.device)
@@ -215,14 +214,3 @@ def _advice(edits: Sequence[Edit], taken_back: bool) -> str:
         f"its edit batch ({first} to {last}) was taken back, and a resumed run meets it again and ends again: "
         f"take these records out of the file, raise the limit, or {other}"
     )
-
-
-def _head(module: EditableModel) -> Tensor:
-    """Weight of the vocabulary head, shape [V, F]."""
-    weight: Tensor = module.model.get_output_embeddings().weight  # type: ignore[operator]
-    return weight
-
-
-def _budget(module: EditableModel) -> int:
-    """Tokens in one forward pass whose logits, which are needed at all positions, take at most half a GiB."""
-    return max(1, min(module.tokens_per_batch, _MAX_LOGITS // len(_head(module))))

@@ -402,7 +402,7 @@ def test_few_logits_at_a_time_change_nothing(tmp_path, monkeypatch):
         study = study_of(folder, draws=2)
         head = study.model.get_output_embeddings()
         if most is not None:
-            monkeypatch.setattr(forward, "MAX_LOGITS_ON_CPU", most * head.weight.shape[0] + 1)
+            monkeypatch.setattr(forward, "MAX_LOGITS", most * head.weight.shape[0] + 1)
             study = Study(study.model, study.sites, study.encoder, study.scope)
         seen = []
         head.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output.shape[:-1].numel()))
