@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +78,44 @@ def values_of_names(named: Mapping[str, Tensor]) -> dict[ProjectionId, Tensor]:
 
 
 class TargetStore:
-    """A folder of targets, each under the hash of everything it depends on.
+    """A folder of the targets of one layer, each under the hash of everything it depends on.
+
+    What a pass makes of a target in the layers above is a file of its own: the target is found by a run that has no use
+    for the rest.
 
     Args:
         folder: The folder; created when the first target is saved.
-        depends: Fingerprints and settings shared by all edits: model weights, tokenizer, contexts, hyper-parameters.
+        depends: Fingerprints and settings shared by all edits: model weights, tokenizer, contexts, hyper-parameters,
+            the layer.
+        later: Sites of layers above in which a target has values, too.
     """
 
-    def __init__(self, folder: str | Path, depends: Mapping[str, Any]) -> None:
-        self.folder = Path(folder).expanduser()
+    def __init__(self, folder: str | Path, depends: Mapping[str, Any], later: Sequence[ProjectionId] = ()) -> None:
+        self.folder, self.later = Path(folder).expanduser(), list(later)
         self._base = json.dumps(depends, sort_keys=True, default=str)
-
-    def path(self, identity: str) -> Path:
-        """File of the edit with this :meth:`~pmet_lightning.data.records.Edit.identity`."""
-        return self.folder / f"{hashlib.sha256((self._base + identity).encode()).hexdigest()[:32]}.safetensors"
+        self._later_base = f"{self._base} {','.join(map(name_of, self.later))}"
 
     def load(self, identity: str) -> Target | None:
         """The stored target, or ``None``; an unreadable file counts as absent and is replaced."""
-        path = self.path(identity)
+        target = self._read(self._path(self._base, identity))
+        if target is None or not self.later:
+            return target
+        above = self._read(self._path(self._later_base, identity))
+        return None if above is None else replace(target, values=target.values | above.values)
+
+    def save(self, identity: str, target: Target) -> None:
+        """Store a target; a reader never sees a partial file."""
+        above = {place: target.values[place] for place in self.later}
+        here = {place: value for place, value in target.values.items() if place not in above}
+        self._write(self._path(self._base, identity), replace(target, values=here))
+        if above:
+            self._write(self._path(self._later_base, identity), Target(above, {}, target.history_SP[:0]))
+
+    def _path(self, base: str, identity: str) -> Path:
+        """File of the edit with this :meth:`~pmet_lightning.data.records.Edit.identity`."""
+        return self.folder / f"{hashlib.sha256((base + identity).encode()).hexdigest()[:32]}.safetensors"
+
+    def _read(self, path: Path) -> Target | None:
         if not path.is_file():
             return None
         try:
@@ -107,12 +127,10 @@ class TargetStore:
         except (SafetensorError, KeyError, ValueError, TypeError, OSError):
             return None
 
-    def save(self, identity: str, target: Target) -> None:
-        """Store a target; a reader never sees a partial file."""
+    def _write(self, path: Path, target: Target) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.contiguous() for name, value in name_values(target.values).items()}
-        tensors[_HISTORY] = target.history_SP
-        save_tensors(self.path(identity), tensors, {"record": json.dumps(target.record)})
+        save_tensors(path, tensors | {_HISTORY: target.history_SP.contiguous()}, {"record": json.dumps(target.record)})
 
 
 def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:

@@ -147,7 +147,7 @@ class TargetOptimizer(EditableModel):
         self.contexts: list[str] = []
         self.given_targets: Sequence[Target | None] = []  # of the edits of the run, where some are only written again
         self.written: Sequence[Edit] = ()  # the edits in the weights; set by what writes them
-        self._store: TargetStore | None = None
+        self._store_depends: dict[str, Any] | None = None
         self._store_batch = -1
         self._suffix_works: bool | None = None  # for this model, once that was looked at
 
@@ -227,7 +227,7 @@ class TargetOptimizer(EditableModel):
 
     def on_fit_start(self) -> None:
         """Fix the contexts of the run."""
-        self._store = None  # that of an earlier run is for the model as it was then
+        self._store_depends = None  # those of an earlier run is for the model as it was then
         if self.given_contexts is not None:
             self.contexts = self.given_contexts
         elif not self.contexts:
@@ -281,16 +281,24 @@ class TargetOptimizer(EditableModel):
     def _stored_or_found(
         self, edits: Sequence[Edit], batch_idx: int, assigned: Sequence[int], groups: KeyGroups
     ) -> dict[int, Target]:
-        """The targets of some of the edits by their index, from the store or, group by group, by search."""
-        processes, store = ProcessGroup.of(self.trainer), self._target_store(batch_idx)
+        """The targets of some of the edits by their index; those of each layer from the store or by search."""
+        layers = [self._in_layer(layer, edits, batch_idx, assigned, groups) for layer in self._delta_layers]
+        return {i: join_targets([found[i] for found in layers]) for i in assigned}
+
+    def _in_layer(
+        self, layer: int, edits: Sequence[Edit], batch_idx: int, assigned: Sequence[int], groups: KeyGroups
+    ) -> dict[int, Target]:
+        """The targets that some of the edits have in a layer, from the store or, group by group, by search."""
+        processes, store = ProcessGroup.of(self.trainer), self._target_store(batch_idx, layer)
         names = groups.identities(edits) if store else []
         found = {i: store.load(names[i]) for i in assigned} if store else {}
         found = processes.broadcast_if_sharded(found)
         incomplete = {groups.first[i] for i in assigned if found.get(i) is None}
         missing = [i for i in assigned if groups.first[i] in incomplete]
         targets = {i: target for i, target in found.items() if target is not None}
-        with counter(self.trainer, len(missing), numbered(self.trainer, "Targets", batch_idx), "edit") as bar:
-            for k, target in self.iter_targets([edits[i] for i in missing]):
+        what = "Targets" if len(self._delta_layers) == 1 else f"Targets of layer {layer}"
+        with counter(self.trainer, len(missing), numbered(self.trainer, what, batch_idx), "edit") as bar:
+            for k, target in self.iter_targets([edits[i] for i in missing], layer):
                 targets[missing[k]] = target
                 if store and processes.is_writer:
                     store.save(names[missing[k]], target)
@@ -305,8 +313,8 @@ class TargetOptimizer(EditableModel):
         """Which edits share their targets."""
         return KeyGroups.of(edits, self.encoder) if self.merge_equal_keys else KeyGroups(list(range(len(edits))))
 
-    def iter_targets(self, edits: Sequence[Edit]) -> Iterator[tuple[int, Target]]:
-        """Find the target vectors of some edits on the model as it is now.
+    def iter_targets(self, edits: Sequence[Edit], layer: int) -> Iterator[tuple[int, Target]]:
+        """Find the target vectors that some edits have in a layer, on the model as it is now.
 
         Yields:
             The index of an edit in ``edits``, and its target, in the order in which they are found.
@@ -321,10 +329,7 @@ class TargetOptimizer(EditableModel):
             Request(target_rows(edit, self.contexts, self.encoder), edit.origin or edit.question, group)
             for edit, group in zip(edits, self.key_groups(edits).first, strict=True)
         ]
-        *lower, last = delta_layers(self.layers, self.construction)
-        found = [dict(self._loop(layer, requests).run(requests)) for layer in lower]
-        for i, target in self._loop(last, requests).run(requests):
-            yield i, join_targets([*(below[i] for below in found), target])
+        yield from self._loop(layer, requests).run(requests)
 
     def _loop(self, layer: int, requests: Sequence[Request]) -> TargetLoop:
         """The loop that finds targets in a layer; the slots of an earlier one are no longer trained."""
@@ -364,8 +369,8 @@ class TargetOptimizer(EditableModel):
 
     def find_targets(self, edits: Sequence[Edit]) -> list[Target]:
         """The targets of some edits, in their order; raises what :meth:`iter_targets` does."""
-        targets = dict(self.iter_targets(edits))
-        return [targets[i] for i in range(len(edits))]
+        layers = [dict(self.iter_targets(edits, layer)) for layer in self._delta_layers]
+        return [join_targets([found[i] for found in layers]) for i in range(len(edits))]
 
     def _slots(self, sites: Sequence[SiteName], count: int) -> DeltaSlots:
         """Slots for so many deltas, registered as parameters of this module and of its optimizer."""
@@ -418,28 +423,19 @@ class TargetOptimizer(EditableModel):
             whole_logits=whole or not direct,
         )
 
-    def _construction_settings(self) -> dict[str, Any]:
-        """What the targets of a construction depend on besides the last layer."""
-        return {} if self.construction == "spread" else {"construction": self.construction, "layers": self.layers}
-
-    def _target_store(self, edit_batch: int) -> TargetStore | None:
-        """The store for the model as it is now; a later edit batch works on other weights."""
+    def _target_store(self, edit_batch: int, layer: int) -> TargetStore | None:
+        """The store for a layer of the model as it is now; a later edit batch works on other weights."""
         if self.targets_folder is None:
             return None
-        if self._store is None or self._store_batch != edit_batch:
-            self._store = TargetStore(
-                self.targets_folder,
-                {
-                    "model": fingerprint(self.model),
-                    "tokenizer": self.encoder.fingerprint(),
-                    "contexts": self.contexts,
-                    "architecture": vars(self.sites.architecture),
-                    "layer": self.target_layer,
-                    **self._construction_settings(),
-                    "sites": self.optimized_sites,
-                    "rules": {name: value for name, value in vars(self.rules).items() if value is not None},
-                    "optimizer": self.optimizer_settings,
-                },
-            )
+        if self._store_depends is None or self._store_batch != edit_batch:
             self._store_batch = edit_batch
-        return self._store
+            self._store_depends = {
+                "model": fingerprint(self.model),
+                "tokenizer": self.encoder.fingerprint(),
+                "contexts": self.contexts,
+                "architecture": vars(self.sites.architecture),
+                "sites": self.optimized_sites,
+                "rules": {name: value for name, value in vars(self.rules).items() if value is not None},
+                "optimizer": self.optimizer_settings,
+            }
+        return TargetStore(self.targets_folder, self._store_depends | {"layer": layer}, list(self._later(layer)))

@@ -14,6 +14,7 @@ from pmet_lightning.model.loading import load_config, load_model
 from pmet_lightning.model.projections import Sites
 from pmet_lightning.targets.construction import delta_layers, target_layers, written_layers
 from pmet_lightning.targets.replay import replayed_values
+from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from tests.conftest import mostly_slow
 from tests.harness import edit, matrices
 from tests.plain import locate, plain_record, plain_spread
@@ -139,6 +140,56 @@ def test_own_targets_are_those_of_each_layer_alone(family, folder_of, tmp_path_f
             torch.testing.assert_close(a.values["ffn", layer], b.values["ffn", layer], rtol=1e-9, atol=1e-9)
     below = [target.record["p_after_0"] for target in together.targets]
     assert below != [target.record["p_after"] for target in together.targets]
+
+
+def count_searches(monkeypatch) -> list[tuple[int, int]]:
+    """Layer and number of edits of each search to come."""
+    searches, original = [], TargetOptimizer.iter_targets
+
+    def counted(self, edits, layer):
+        searches.append((layer, len(edits)))
+        return original(self, edits, layer)
+
+    monkeypatch.setattr(TargetOptimizer, "iter_targets", counted)
+    return searches
+
+
+def test_constructions_share_the_stored_targets_of_a_layer(folder_of, tmp_path, monkeypatch):  # noqa: F811
+    folder, searches, count = folder_of("llama"), count_searches(monkeypatch), len(RECORDS)
+    store = {"targets_folder": str(tmp_path / "targets")}
+    spread, replay, own = (run(folder, tmp_path, c, **store) for c in ("spread", "replay", "own"))
+    assert searches == [(2, count), (0, count), (0, 0), (2, 0)]
+    for last, first, both in zip(spread[0].targets, replay[0].targets, own[0].targets, strict=True):
+        assert set(both.values) == {(site, layer) for site in ("attn", "ffn") for layer in (0, 2)}
+        for (site, layer), value in both.values.items():
+            assert torch.equal(value, (first if layer == 0 else last).values[site, layer])
+        assert torch.equal(both.history_SP, last.history_SP)
+        assert both.record["p_after_0"] == first.record["p_after"]
+    again, deltas = run(folder, tmp_path, "replay", **store)
+    assert searches[4:] == [(0, 0)]
+    for a, b in zip(replay[0].targets, again.targets, strict=True):
+        assert set(a.values) == set(b.values)
+        assert all(torch.equal(value, b.values[place]) for place, value in a.values.items())
+    assert all(torch.equal(delta, deltas[name]) for name, delta in replay[1].items())
+    run(folder, tmp_path, "replay", **store, layers=[0, 1])  # a pass with other layers above
+    assert searches[5:] == [(0, count)]
+
+
+def test_targets_of_the_first_layer_survive_an_end_in_the_last(folder_of, tmp_path, monkeypatch):  # noqa: F811
+    folder, searches, counted = folder_of("llama"), count_searches(monkeypatch), TargetOptimizer.iter_targets
+    store = {"targets_folder": str(tmp_path / "targets")}
+
+    def ends(self, edits, layer):
+        if layer:
+            raise FloatingPointError("the second search ends")
+        return counted(self, edits, layer)
+
+    monkeypatch.setattr(TargetOptimizer, "iter_targets", ends)
+    with pytest.raises(FloatingPointError, match="the second search ends"):
+        run(folder, tmp_path, "own", **store)
+    monkeypatch.setattr(TargetOptimizer, "iter_targets", counted)
+    run(folder, tmp_path, "own", **store)
+    assert searches == [(0, len(RECORDS)), (0, 0), (2, len(RECORDS))]
 
 
 def test_one_layer_is_written_alike_by_all(folder_of, tmp_path_factory):  # noqa: F811

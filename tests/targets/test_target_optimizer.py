@@ -247,7 +247,9 @@ def test_targets_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
     calls = []
     original = TargetOptimizer.iter_targets
     monkeypatch.setattr(
-        TargetOptimizer, "iter_targets", lambda self, edits: calls.append(len(edits)) or original(self, edits)
+        TargetOptimizer,
+        "iter_targets",
+        lambda self, edits, layer: calls.append(len(edits)) or original(self, edits, layer),
     )
     again, deltas_again, reports = run(folder, tmp_path, targets_folder=store)
     assert calls == [0]
