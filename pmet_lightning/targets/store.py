@@ -130,7 +130,7 @@ class TargetStore:
     def _write(self, path: Path, target: Target) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.contiguous() for name, value in name_values(target.values).items()}
-        save_tensors(path, tensors | {_HISTORY: target.history_SP.contiguous()}, {"record": json.dumps(target.record)})
+        save_tensors(path, tensors | {_HISTORY: target.history_SP}, {"record": json.dumps(target.record)})
 
 
 def mean_curves(targets: Sequence[Target]) -> list[dict[str, float]]:

@@ -18,7 +18,7 @@ from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from tests.conftest import mostly_slow
 from tests.harness import edit, matrices
 from tests.plain import locate, plain_record, plain_spread
-from tests.targets.test_target_optimizer import EXACT, folder_of, moments_for, tiny_module  # noqa: F401
+from tests.targets.test_target_optimizer import EXACT, count_searches, folder_of, moments_for, tiny_module  # noqa: F401
 from tests.tiny import CONTEXTS, RECORDS
 
 LAYERS = (0, 1, 2)
@@ -140,18 +140,6 @@ def test_own_targets_are_those_of_each_layer_alone(family, folder_of, tmp_path_f
             torch.testing.assert_close(a.values["ffn", layer], b.values["ffn", layer], rtol=1e-9, atol=1e-9)
     below = [target.record["p_after_0"] for target in together.targets]
     assert below != [target.record["p_after"] for target in together.targets]
-
-
-def count_searches(monkeypatch) -> list[tuple[int, int]]:
-    """Layer and number of edits of each search to come."""
-    searches, original = [], TargetOptimizer.iter_targets
-
-    def counted(self, edits, layer):
-        searches.append((layer, len(edits)))
-        return original(self, edits, layer)
-
-    monkeypatch.setattr(TargetOptimizer, "iter_targets", counted)
-    return searches
 
 
 def test_constructions_share_the_stored_targets_of_a_layer(folder_of, tmp_path, monkeypatch):  # noqa: F811

@@ -241,18 +241,24 @@ def test_realised_and_stored_targets(folder_of, tmp_path_factory):
         assert (distance < 1e-9) == equal
 
 
+def count_searches(monkeypatch) -> list[tuple[int, int]]:
+    """Layer and number of edits of each search to come."""
+    searches, original = [], TargetOptimizer.iter_targets
+
+    def counted(self, edits, layer):
+        searches.append((layer, len(edits)))
+        return original(self, edits, layer)
+
+    monkeypatch.setattr(TargetOptimizer, "iter_targets", counted)
+    return searches
+
+
 def test_targets_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
     folder, store = folder_of("gpt2"), str(tmp_path / "targets")
     values, deltas, _ = run(folder, tmp_path, targets_folder=store)
-    calls = []
-    original = TargetOptimizer.iter_targets
-    monkeypatch.setattr(
-        TargetOptimizer,
-        "iter_targets",
-        lambda self, edits, layer: calls.append(len(edits)) or original(self, edits, layer),
-    )
+    searches = count_searches(monkeypatch)
     again, deltas_again, reports = run(folder, tmp_path, targets_folder=store)
-    assert calls == [0]
+    assert [count for _, count in searches] == [0]
     assert all(t.history_SP.shape == (t.record["steps"], len(PARTS)) for t in reports[0].targets)
     assert all(torch.equal(values[q], again[q]) for q in values)
     assert all(torch.equal(deltas[n], deltas_again[n]) for n in deltas)
@@ -260,7 +266,7 @@ def test_targets_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
     run(folder, tmp_path, targets_folder=store, contexts=CONTEXTS[:1])
     elsewhere = replace(ARCHITECTURES["gpt2"], attn="mlp.c_proj")  # nothing but a place that differs
     run(folder, tmp_path, targets_folder=store, architecture=elsewhere)
-    assert calls == [0, *[len(RECORDS)] * 3]
+    assert [count for _, count in searches] == [0, *[len(RECORDS)] * 3]
 
 
 def test_contexts_are_stored_and_reused(folder_of, tmp_path, monkeypatch):
