@@ -8,13 +8,16 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pmet_lightning.compare.estimate import longest_first, plan_line, run_line, time_line
 from pmet_lightning.compare.plan import Method, Run, Setting, plan_runs, quiet, read_report
 from pmet_lightning.utils.console import quieten, quietly, warned_once
 from pmet_lightning.utils.files import write_json
 from pmet_lightning.utils.types import NonNegativeInt, PositiveInt
+
+if TYPE_CHECKING:
+    from pmet_lightning.compare.unedited import UneditedModel
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +82,16 @@ def _run_all(
         common: Options that all runs share.
         folder: Folder of the comparison.
     """
+    from pmet_lightning.compare.unedited import UneditedModel  # seconds of imports
+
+    unedited = UneditedModel()
     for number, run in enumerate(longest_first(runs), start=1):
         left = [other for other in runs if other not in taken]
         if run in left:
             time_left = f"; {time_line(left, taken)}" if taken else ""
             log.info("run %d of %d: %s%s", number, len(runs), run_line(run), time_left)
         start = time.perf_counter()
-        _run(run, methods[run.method], common, folder)
+        _run(run, methods[run.method], common, folder, unedited)
         taken.setdefault(run, time.perf_counter() - start)
 
 
@@ -114,9 +120,9 @@ def _check_count(run: Run, found: int) -> None:
         )
 
 
-def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> None:
+def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path, unedited: UneditedModel) -> None:
     """Run one method once, unless its folder is finished; an unfinished folder is removed first."""
-    from pmet_lightning.run.lightning_cli import run_fit  # seconds of imports
+    from pmet_lightning.run.lightning_cli import build_fit  # seconds of imports
 
     run_dir, settings = folder / run.name, run.settings(method, common, folder)
     wanted = {"command": method.command, "config": method.config, "settings": settings}
@@ -127,7 +133,8 @@ def _run(run: Run, method: Method, common: Mapping[str, Any], folder: Path) -> N
     if run_dir.exists():
         shutil.rmtree(run_dir)
     with quietly():
-        report = read_report(run_fit(method.config, quiet(settings, run_dir), method.command))
+        unedited.fit(build_fit(method.config, quiet(settings, run_dir), method.command))
+    report = read_report(run_dir)
     _check_count(run, len(report["edits"]))
     write_json(run_dir / "run.json", wanted)
 

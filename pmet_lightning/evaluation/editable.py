@@ -70,6 +70,23 @@ class TextSettings:
     references_subset: str | None = None
 
 
+@dataclass(frozen=True)
+class CleanEvaluation:
+    """What the unedited model has answered: for a run that would ask it the same.
+
+    Attributes:
+        probes: Of each edit, by its position, a result for each of its questions.
+        answers: Of each edit, by its position, its questions with the answers.
+        record_rows: Score rows of all edits, as of :meth:`~pmet_lightning.evaluation.scores.EditScores.record_rows`.
+        results: All metrics.
+    """
+
+    probes: Mapping[int, Sequence[ProbeResult]]
+    answers: Mapping[int, AnswerLine] | None = None
+    record_rows: torch.Tensor | None = None
+    results: Mapping[str, float] | None = None
+
+
 class EditableModel(L.LightningModule):
     """A frozen causal language model with the evaluation of edits (``validate`` and ``test``).
 
@@ -181,13 +198,27 @@ class EditableModel(L.LightningModule):
         """The layers whose weights are written."""
         return self.layers
 
-    def use_before(self, results: Mapping[int, Sequence[ProbeResult]]) -> None:
+    @property
+    def clean_evaluation(self) -> CleanEvaluation | None:
+        """What the evaluation before the first edit has found; ``None`` if there was none."""
+        if "before" not in self.answers:
+            return None
+        rows, results = self.record_rows.get("before"), self.results.get("before", {})
+        return CleanEvaluation(dict(self._before), dict(self.answers["before"]), rows, dict(results))
+
+    def use_before(self, clean: CleanEvaluation) -> None:
         """Compare with what the unedited model has answered elsewhere, instead of asking it in this run.
 
         Args:
-            results: Of each edit, by its position, a result for each of its questions.
+            clean: What it has answered; only ``probes`` are needed for the comparison.
         """
-        self._before = {position: list(found) for position, found in results.items()}
+        self._before = {position: list(found) for position, found in clean.probes.items()}
+        if clean.answers is not None:
+            self.answers["before"] = dict(clean.answers)
+        if clean.record_rows is not None:
+            self.record_rows["before"] = clean.record_rows
+        if clean.results is not None:
+            self.results["before"] = dict(clean.results)
 
     def setup(self, stage: str) -> None:
         """Check the layers and the family from the configuration alone, before any weight is read.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pmet_lightning.data.datamodule import EditDataModule
 from pmet_lightning.data.records import Edit
-from pmet_lightning.evaluation.editable import EditableModel
+from pmet_lightning.evaluation.editable import CleanEvaluation, EditableModel
 from pmet_lightning.evaluation.probes import ProbeResult, score_probes
 from pmet_lightning.model.architectures import ProjectionId, SiteName, architecture_of, written_sites
 from pmet_lightning.model.fsdp import local_rows
@@ -102,7 +102,7 @@ class Bench:
         module, kept, profiler = parts.module, _KeepReport(), PhaseProfiler()
         data = EditDataModule.of(edits, self.tokenizer, **parts.data)
         if not full:
-            module.use_before(dict(enumerate(self._clean_answers(parts.module, edits))))
+            module.use_before(CleanEvaluation(dict(enumerate(self._clean_answers(parts.module, edits)))))
         trainer = self._trainer(
             [parts.moments, parts.spread, *([parts.drift] if full else []), kept],
             profiler=profiler,

@@ -104,6 +104,14 @@ class Drift(HyperparametersMixin, L.Callback):
         """As :meth:`on_validation_epoch_end`."""
         self.on_validation_epoch_end(trainer, pl_module)
 
+    def use_before(self, earlier: Drift) -> None:
+        """Compare with what a run of the same model on the same text has measured before its first edit.
+
+        Args:
+            earlier: The callback of that run, with the same text, rows, length and seed.
+        """
+        self._first_perplexity, self._clean = earlier._first_perplexity, earlier._clean
+
     @property
     def limited(self) -> bool:
         """Whether there is a limit to check after each edit batch."""

@@ -231,7 +231,7 @@ def test_all_methods_see_the_same_records_and_contexts(comparison):
 
 def test_a_comparison_goes_on_where_it_was(comparison, monkeypatch):
     called = []
-    monkeypatch.setattr(lightning_cli, "run_fit", lambda *given: called.append(given))
+    monkeypatch.setattr(lightning_cli, "build_fit", lambda *given: called.append(given))
     before = (comparison / "out" / "comparison.json").read_text()
     main(["compare", "--config", str(comparison / "small.yaml")])
     assert not called
