@@ -18,10 +18,14 @@ from pmet_lightning.write.keys import measure_keys
 
 # Edits, and edits of an edit batch: 7 edits on 2 or 3 processes are uneven, one edit leaves a process without any.
 # In "sums" K Kᵀ and E Kᵀ travel, as if edits were more than key dimensions.
-SHAPES = {"whole": (7, None), "batches": (7, 3), "one": (1, None), "both": (5, None), "past": (7, 4), "sums": (7, 4)}
+SHAPES = {
+    "whole": (7, None), "batches": (7, 3), "one": (1, None), "both": (5, None), "past": (7, 4), "sums": (7, 4),
+    "successive": (7, 4),
+}  # fmt: skip
 EXTRA = {
     "both": ["--spread.write", "attn+ffn", "--model.micro_batch", "2", "--spread.preserve_prompts", "0.5"],
     "past": ["--spread.protect_past", "true", "--spread.preserve_prompts", "0.5"],
+    "successive": ["--spread.targets", "successive"],
     "sums": ["--spread.protect_past", "false", "--spread.preserve_prompts", "0.5"],
 }
 

@@ -18,6 +18,7 @@ from pmet_lightning.write.edited_weights import EditedWeights
 from pmet_lightning.write.keys import KeyRows, measure_values
 
 FAMILIES = ("gpt2", "gptj")  # a sequential and a parallel block
+TARGETS = {"gpt2": "successive", "gptj": "spread"}  # before and between writes
 
 
 class Watch(L.Callback):
@@ -83,8 +84,8 @@ def fit(folder: Path, base: Path, family: str, processes: int, config: str = "pm
         "--model.steps", "5", "--model.micro_batch", "3", "--model.targets_folder", str(folder / "targets"),
         "--data.path", str(base / "records.json"), "--data.edit_batch", "4", "--data.evaluation_batch", "2",
         "--moments.corpus", str(base / "corpus.txt"), "--moments.folder", str(folder / "moments"),
-        "--spread.lam", "2", "--spread.preserve_prompts", "0.5", "--drift.text", str(base / "corpus.txt"),
-        "--drift.rows", "4",
+        "--spread.targets", TARGETS[family], "--spread.lam", "2", "--spread.preserve_prompts", "0.5",
+        "--drift.text", str(base / "corpus.txt"), "--drift.rows", "4",
     ])  # fmt: skip
 
 

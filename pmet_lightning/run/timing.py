@@ -28,8 +28,8 @@ class PhaseProfiler(Profiler):
 
     The phases are ``records`` (read and checked), ``model`` (loaded), ``moments`` (found or collected), ``contexts``,
     ``before`` (evaluation; for a stream, that of each edit batch), ``targets`` (or all of a fine-tuning), ``spread``
-    (with the limits on drift), ``ledger`` (with journal and patch), ``after`` (evaluation, also that of each edit
-    batch) and ``report`` (its figures, and what is logged of an edit batch).
+    (with successive targets after the first, and the limits on drift), ``ledger`` (with journal and patch), ``after``
+    (evaluation, also that of each edit batch) and ``report`` (its figures, and what is logged of an edit batch).
     """
 
     def __init__(self) -> None:

@@ -25,6 +25,7 @@ PARTS = ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt")
 # Why an edit stops: its loss is low, its target tokens are the argmax, or it is out of steps.
 STOP_REASONS = ("loss", "argmax", "steps")
 QUARTILES = {"q25": 0.25, "q75": 0.75}  # of the loss and P(o*) over the edits: between them lies the middle half
+_BEFORE = ("p_before", "p_prompt_before")  # of the unedited model
 _HISTORY = "history"  # name of the history in a file, where the other tensors have names of sites and layers
 
 
@@ -47,15 +48,22 @@ class Target:
 def join_targets(targets: Sequence[Target]) -> Target:
     """One target of the targets that an edit has in several layers: of the last one, with the values of all.
 
-    The numbers of layers below get the layer's number, as in ``p_after_3``.
+    The numbers of layers below get the layer's number, as in ``p_after_3``; a target that was joined has them already.
     """
     *below, last = targets
     values = {place: value for target in targets for place, value in target.values.items()}
     lower = {
-        f"{name}_{layer}": value for target in below for _, layer in list(target.values)[:1]
-        for name, value in target.record.items()
+        f"{name}_{max(layer for _, layer in target.values)}" if name in last.record else name: value
+        for target in below for name, value in target.record.items()
     }  # fmt: skip
     return Target(values, last.record | lower, last.history_SP)
+
+
+def continued(target: Target, further: Target) -> Target:
+    """A target with that of a later layer, which began where the write of the first left the model."""
+    joined = join_targets([target, further])
+    before = {name: target.record[name] for name in _BEFORE if name in target.record}
+    return replace(joined, record=joined.record | before)
 
 
 def stack_values(targets: Sequence[Target], projection_id: ProjectionId) -> Tensor:

@@ -7,7 +7,8 @@ optimization); as soon as some have stopped, others take their slots (continuous
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,11 +25,17 @@ from pmet_lightning.model.partial_forward import PartialForward
 from pmet_lightning.model.prefix_passes import has_plain_cache
 from pmet_lightning.targets.active_batch import DeltaSlots
 from pmet_lightning.targets.batch_size import ModelSize
-from pmet_lightning.targets.construction import Construction, delta_layers, target_layers, written_layers
+from pmet_lightning.targets.construction import (
+    Construction,
+    delta_layers,
+    early_layers,
+    target_layers,
+    written_layers,
+)
 from pmet_lightning.targets.contexts import ContextStore, check_contexts, sample_contexts
 from pmet_lightning.targets.equal_keys import KeyGroups, companions
 from pmet_lightning.targets.loop import Request, Rules, TargetLoop, choose_micro_batch
-from pmet_lightning.targets.store import Target, TargetStore, join_targets
+from pmet_lightning.targets.store import Target, TargetStore, continued, join_targets
 from pmet_lightning.targets.suffix_check import suffix_agrees
 from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.metric_names import LIVE
@@ -258,32 +265,57 @@ class TargetOptimizer(EditableModel):
         """
         if not batch.edits:  # written before the run was resumed
             return {"targets": []}
-        processes = ProcessGroup.of(self.trainer)
         given = self._given(batch)
-        if len(given) < len(batch.edits):
-            edits = [*batch.edits, *(self.written[i] for i in self.companions(batch.edits))]
-            groups = self.key_groups(edits)
-            assigned = [i for i, first in enumerate(groups.first) if processes.owns(first) and first not in given]
-            found = self._stored_or_found(edits, batch_idx, assigned, groups)
-            if processes.size > 1 and not groups.all_alone:
-                foreign = [(i, target) for i, target in found.items() if not processes.owns(i)]
-                found |= dict(processes.all_gather_lists(foreign))
-            given |= found
-        return {"targets": [given[i] for i in processes.shard(range(len(batch.edits)))]}
+        given |= self._missing(batch.edits, batch_idx, given, early_layers(self.layers, self.construction))
+        return {"targets": [given[i] for i in ProcessGroup.of(self.trainer).shard(range(len(batch.edits)))]}
+
+    @torch.enable_grad()
+    def successive_targets(
+        self, edits: Sequence[Edit], targets: Sequence[Target], layer: int, edit_batch: int
+    ) -> list[Target]:
+        """This process's targets with those of a further layer, found on the model as it is now.
+
+        Args:
+            edits: The whole edit batch, which is written in the layers below.
+            targets: The targets of this process's edits so far.
+            layer: The layer.
+            edit_batch: Number of the edit batch.
+        """
+        self._store_depends = None  # the model has changed
+        found = self._missing(edits, edit_batch, (), [layer])
+        own = ProcessGroup.of(self.trainer).shard(range(len(edits)))
+        return [continued(target, found[i]) for i, target in zip(own, targets, strict=True)]
+
+    def _missing(
+        self, edits: Sequence[Edit], edit_batch: int, given: Collection[int], layers: Sequence[int]
+    ) -> dict[int, Target]:
+        """The targets in some layers that this process needs and that are not given, by the edits' index."""
+        if len(given) == len(edits):
+            return {}
+        processes = ProcessGroup.of(self.trainer)
+        everyone = [*edits, *(self.written[i] for i in self.companions(edits))]
+        groups = self.key_groups(everyone)
+        assigned = [i for i, first in enumerate(groups.first) if processes.owns(first) and first not in given]
+        in_layers = [self._in_layer(layer, everyone, edit_batch, assigned, groups) for layer in layers]
+        found = {i: join_targets([targets[i] for targets in in_layers]) for i in assigned}
+        if processes.size > 1 and not groups.all_alone:
+            foreign = [(i, target) for i, target in found.items() if not processes.owns(i)]
+            found |= dict(processes.all_gather_lists(foreign))
+        return found
 
     def _given(self, batch: EditBatch) -> dict[int, Target]:
         """The given targets of an edit batch by the edits' index in it."""
         if not self.given_targets:
             return {}
         targets = [self.given_targets[position] for position in batch.positions]
-        return {i: target for i, target in enumerate(targets) if target is not None}
-
-    def _stored_or_found(
-        self, edits: Sequence[Edit], batch_idx: int, assigned: Sequence[int], groups: KeyGroups
-    ) -> dict[int, Target]:
-        """The targets of some of the edits by their index; those of each layer from the store or by search."""
-        layers = [self._in_layer(layer, edits, batch_idx, assigned, groups) for layer in self._delta_layers]
-        return {i: join_targets([found[i] for found in layers]) for i in assigned}
+        given = {i: target for i, target in enumerate(targets) if target is not None}
+        if self.construction != "successive":
+            return given
+        # Those of later layers are for a model in which all facts of then were written below.
+        return {
+            i: replace(t, values={p: v for p, v in t.values.items() if p[1] == self.layers[0]})
+            for i, t in given.items()
+        }
 
     def _in_layer(
         self, layer: int, edits: Sequence[Edit], batch_idx: int, assigned: Sequence[int], groups: KeyGroups

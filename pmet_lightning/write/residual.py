@@ -41,6 +41,11 @@ class SiteTarget:
         return goal_NO - values_NO if self.norm is None else self.norm(goal_NO) - self.norm(values_NO)
 
 
+def mean_of_moving(values_N: Tensor) -> float:
+    """The mean over the edits that have a residual, which are not NaN; 0 where all began at their targets."""
+    return float(values_N.nanmean().nan_to_num(0.0))
+
+
 CONVERGED_TOLERANCE = 0.01  # relative to the target's norm: below it an edit is at its target already, up to rounding
 
 
@@ -97,7 +102,7 @@ class ResidualTracker:
     def record_overshoot(self, stream_nF: Tensor) -> None:
         """Add the mean overshoot of the stream as it is now."""
         overshoot_n = overshoot(self._stream_nF, stream_nF, self._first_residual_nF)
-        self.overshoots.append(float(self._processes.all_gather(overshoot_n, self._count).nanmean()))
+        self.overshoots.append(mean_of_moving(self._processes.all_gather(overshoot_n, self._count)))
 
     def _norms(self, residual_nF: Tensor) -> Tensor:
         return self._processes.all_gather(residual_nF.norm(dim=-1), self._count)

@@ -40,7 +40,7 @@ from pmet_lightning.write.edited_weights import Draft, EditedWeights
 from pmet_lightning.write.facts import replaced_by, written_facts
 from pmet_lightning.write.keys import KeyRows, measure_all_keys, measure_keys, measure_rest, measure_values
 from pmet_lightning.write.preserved import Preserved
-from pmet_lightning.write.residual import ResidualTracker, SiteTarget, SpreadRule, residual_share
+from pmet_lightning.write.residual import ResidualTracker, SiteTarget, SpreadRule, mean_of_moving, residual_share
 from pmet_lightning.write.write_report import LayerReport, WriteReport, add_outcomes, log_writes
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,8 @@ class _WriteState:
         kept: Positions of the facts of earlier edit batches that this one does not correct.
         protected: Those of them whose keys get no new value.
         past_keys: Keys of the facts of earlier edit batches, if they are protected, on the first process.
-        goals: What each projection is written towards.
-        last: For each written site, its target in layer L, which the residuals are compared with.
         prompts: Rows of this process whose tokens after the subject are preserved.
+        rows: Rows of this process in which keys and values are measured.
     """
 
     module: TargetOptimizer
@@ -74,9 +73,23 @@ class _WriteState:
     kept: Sequence[int]
     protected: Sequence[int]
     past_keys: Mapping[ProjectionId, Tensor]
+    prompts: Sequence[TokenRow]
+    rows: KeyRows
+
+
+@dataclass(frozen=True)
+class _Aims:
+    """What some projections are written towards.
+
+    Attributes:
+        goals: The target of each.
+        last: For each site, its target in the last of their layers, which the residuals are compared with.
+        stream: What leaves that layer.
+    """
+
     goals: Mapping[ProjectionId, SiteTarget]
     last: Mapping[SiteName, SiteTarget]
-    prompts: Sequence[TokenRow]
+    stream: ProjectionId
 
 
 class WeightSpread(HyperparametersMixin, L.Callback):
@@ -88,7 +101,8 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             or one over that number (MEMIT). With targets of their own layers take all of their residual.
         targets: Where the layers' targets come from: one in the last layer, whose residual is 'spread' over all (PMET,
             MEMIT); their 'own' in the first and the last layer, each found by gradient, which are the only ones that
-            are written then (BLUE); or one in the first layer and a 'replay' of what layers above make of it (FE).
+            are written then (BLUE); one in the first layer and a 'replay' of what layers above make of it (FE); or
+            'successive' ones, found by gradient in each layer after those below have been written.
         write: Weights that are written: the FFN's (PMET), or the attention's too (ablation).
         max_change: c, bound on what writes do to other keys: λ is raised, for each weight, until the mean squared
             change of the values of preserved keys, relative to their mean square, is at most c·N/(N + d_k) for N edits
@@ -197,33 +211,54 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         remedy = "raise --spread.lam" if self.max_change is None else "lower --spread.max_change"
         _warn_if_overloaded(module, len(edits), remedy)
         written = module.sites.written(self.sites, module.written_layers)
-        goals = self._goals(module, targets, written)
-        site_targets = {site: goals[site, layer] for site, layer in written}
-        value_sites = [*(target.projection_id for target in site_targets.values()), ("hidden", module.target_layer)]
-        *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
-        tracker = ResidualTracker(
-            {site: target.residual for site, target in site_targets.items()}, values, stream_nF, processes, len(edits)
-        )
-        reports: list[LayerReport] = []
+        layers: list[LayerReport] = []
         with self.edited.transaction([module.sites.module(*p) for p in written]) as draft:
             earlier, staying = self.edited.facts, self._staying(module, edits)
             past_keys = self._past_keys(module, processes, written)
             prompts = self._prompts(module, processes, edits, staying[0])
             state = _WriteState(
-                module, second_moments, processes, len(edits), draft, *staying, past_keys, goals, site_targets, prompts
+                module, second_moments, processes, len(edits), draft, *staying, past_keys, prompts, rows
             )
-            for projection_id in track(trainer, written, "Layers"):
-                reports.append(self._measure_and_write(state, projection_id, tracker, rows))
-            *values, stream_nF = measure_values(module.model, module.sites, value_sites, rows)
-            left = {site: tracker.left(site, value) for site, value in zip(site_targets, values, strict=True)}
-            tracker.record_overshoot(stream_nF)
+            for together in self._groups(written):
+                if self.targets == "successive" and layers:
+                    targets = module.successive_targets(edits, targets, together[-1][1], edit_batch)
+                reports, left_N = self._write_towards(trainer, state, targets, together)
+                layers.extend(reports)
             all_targets = processes.all_gather_objects(targets, len(edits))
             draft.facts = (*(earlier[i] for i in state.kept), *written_facts(edits, all_targets, edit_batch))
-        means = {site: float(values_N.nanmean()) for site, values_N in left.items()}
-        layers = add_outcomes(reports, means, tracker.overshoots[1:])
         log_writes(layers, edit_batch)
-        residual_left = tuple(left["ffn"].nan_to_num(0.0).tolist())
-        return WriteReport(edit_batch, tuple(edits), tuple(all_targets), layers, residual_left)
+        return WriteReport(
+            edit_batch, tuple(edits), tuple(all_targets), tuple(layers), tuple(left_N.nan_to_num(0.0).tolist())
+        )
+
+    def _groups(self, written: Sequence[ProjectionId]) -> list[list[ProjectionId]]:
+        """What is written towards the same targets in the last layer: all, or each layer by itself."""
+        if self.targets != "successive":
+            return [list(written)]
+        return [[p for p in written if p[1] == layer] for layer in dict.fromkeys(layer for _, layer in written)]
+
+    def _write_towards(
+        self, trainer: L.Trainer, state: _WriteState, targets: Sequence[Target], written: Sequence[ProjectionId]
+    ) -> tuple[tuple[LayerReport, ...], Tensor]:
+        """Write some projections, and measure how far the values of the last layer have come.
+
+        Returns:
+            A report for each write, and what is left of each edit's residual of the FFN, shape [N].
+        """
+        module, goals = state.module, self._goals(state.module, targets, written)
+        last = {site: goals[site, layer] for site, layer in written}
+        aims = _Aims(goals, last, ("hidden", written[-1][1]))
+        value_sites = [*(target.projection_id for target in last.values()), aims.stream]
+        *values, stream_nF = measure_values(module.model, module.sites, value_sites, state.rows)
+        tracker = ResidualTracker(
+            {site: target.residual for site, target in last.items()}, values, stream_nF, state.processes, state.count
+        )
+        reports = [self._measure_and_write(state, aims, place, tracker) for place in track(trainer, written, "Layers")]
+        *values, stream_nF = measure_values(module.model, module.sites, value_sites, state.rows)
+        left = {site: tracker.left(site, value) for site, value in zip(last, values, strict=True)}
+        tracker.record_overshoot(stream_nF)
+        means = {site: mean_of_moving(values_N) for site, values_N in left.items()}
+        return add_outcomes(reports, means, tracker.overshoots[1:]), left["ffn"]
 
     def _staying(self, module: TargetOptimizer, edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
         """Positions of the written facts that edits do not correct, and of those whose keys get no new value either."""
@@ -241,19 +276,14 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         return [whole_row(edit, BARE, module.encoder) for edit in processes.shard([*past, *edits])]
 
     def _measure_and_write(
-        self,
-        state: _WriteState,
-        projection_id: ProjectionId,
-        tracker: ResidualTracker,
-        rows: KeyRows,
+        self, state: _WriteState, aims: _Aims, projection_id: ProjectionId, tracker: ResidualTracker
     ) -> LayerReport:
         """Measure keys and residuals of one projection, on the model as edited so far, and write its weight."""
         module, (site, layer) = state.module, projection_id
-        stream: ProjectionId = ("hidden", module.target_layer)
-        goal, last = state.goals[projection_id], state.last[site]
+        goal, last = aims.goals[projection_id], aims.last[site]
         places = dict.fromkeys([projection_id, goal.projection_id, last.projection_id])
         observed = sorted(places, key=lambda place: place[1])
-        keys_nI, found = measure_keys(module.model, module.sites, projection_id, [*observed, stream], rows)
+        keys_nI, found = measure_keys(module.model, module.sites, projection_id, [*observed, aims.stream], state.rows)
         *values, stream_nF = found
         value_of = dict(zip(observed, values, strict=True))
         tracker.record_overshoot(stream_nF)
@@ -263,10 +293,10 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         norm = module.sites.norm(site, layer)
         if norm is not None:
             share_nO = pull_back(unshard(norm, output_nO.device), output_nO, share_nO)
-        residual = float(tracker.left(site, value_of[last.projection_id]).nanmean())
+        residual = mean_of_moving(tracker.left(site, value_of[last.projection_id]))
         rest_II = None
         if self.preserve_prompts is not None:
-            own_II = measure_rest(module.model, module.sites, projection_id, state.prompts, rows)
+            own_II = measure_rest(module.model, module.sites, projection_id, state.prompts, state.rows)
             rest_II = state.processes.all_reduce_sum(own_II).mul_(self.preserve_prompts)
         solve = self._build_solve(state, projection_id, keys_nI, share_nO, rest_II)
         return self._write(state, projection_id, module.sites.module(site, layer), solve, residual)

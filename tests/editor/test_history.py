@@ -73,7 +73,7 @@ def test_removing_a_fact_is_never_having_had_it(make, out):
     assert_same(weights(editor), weights(never), 1e-9)
 
 
-@pytest.mark.parametrize("targets", ["own", "replay"])
+@pytest.mark.parametrize("targets", ["own", "replay", "successive"])
 def test_targets_of_several_layers_are_kept(targets, make, tmp_path):
     """A patch holds them: a fact is removed, and a patch taken up again, as with one target."""
     editor, never = (make(spread={"targets": targets}) for _ in range(2))

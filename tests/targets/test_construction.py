@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pmet_lightning.data.encoder import PromptEncoder, load_tokenizer
 from pmet_lightning.data.records import parse_record
 from pmet_lightning.model.architectures import architecture_of
 from pmet_lightning.model.loading import load_config, load_model
 from pmet_lightning.model.projections import Sites
-from pmet_lightning.targets.construction import delta_layers, target_layers, written_layers
+from pmet_lightning.targets.construction import delta_layers, early_layers, target_layers, written_layers
 from pmet_lightning.targets.replay import replayed_values
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from tests.conftest import mostly_slow
@@ -62,10 +64,11 @@ def run(folder, tmp_path, targets: str, **changed):
 
 
 def test_layers_of_a_construction():
-    layers = [3, 4, 6]
-    assert [delta_layers(layers, c) for c in ("spread", "own", "replay")] == [[6], [3, 6], [3]]
-    assert [target_layers(layers, c) for c in ("spread", "own", "replay")] == [[6], [3, 6], layers]
-    assert [written_layers(layers, c) for c in ("spread", "own", "replay")] == [layers, [3, 6], layers]
+    layers, constructions = [3, 4, 6], ("spread", "own", "replay", "successive")
+    assert [delta_layers(layers, c) for c in constructions] == [[6], [3, 6], [3], layers]
+    assert [early_layers(layers, c) for c in constructions] == [[6], [3, 6], [3], [3]]
+    assert [target_layers(layers, c) for c in constructions] == [[6], [3, 6], layers, layers]
+    assert [written_layers(layers, c) for c in constructions] == [layers, [3, 6], layers, layers]
     assert delta_layers([5], "own") == target_layers([5], "replay") == written_layers([5], "own") == [5]
 
 
@@ -109,7 +112,7 @@ def test_a_replay_of_both_deltas_is_a_plain_pass(family, padding_side, folder_of
             torch.testing.assert_close(found[place][i], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("targets", ["own", "replay"])
+@pytest.mark.parametrize("targets", ["own", "replay", "successive"])
 @pytest.mark.parametrize("family", mostly_slow([*FAMILIES, "gpt2"], ["gptj", "gpt2"]))  # the last: transposed weights
 def test_every_layer_is_written_towards_its_own_target(family, targets, folder_of, tmp_path):  # noqa: F811
     """As one plain write of a single layer after the other, each of its own targets and of the whole residual."""
@@ -180,8 +183,78 @@ def test_targets_of_the_first_layer_survive_an_end_in_the_last(folder_of, tmp_pa
     assert searches == [(0, len(RECORDS)), (0, 0), (2, len(RECORDS))]
 
 
+@pytest.mark.parametrize("optimize", mostly_slow(["attn+ffn", "hidden"], ["attn+ffn"]))
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["llama"]))
+def test_successive_targets_are_those_of_one_run_after_the_other(family, optimize, folder_of, tmp_path):  # noqa: F811
+    """Each of a single layer, on a model into which the runs before have been written."""
+    folder, tolerance = folder_of(family), 1e-3 if family == "gemma3" else EXACT.get(family, 1e-5)
+    report, deltas = run(folder, tmp_path, "successive", optimize=optimize, clamp=10.0)
+    edited = tmp_path / f"edited_{family}"
+    shutil.copytree(folder, edited)
+    moved = 0.0
+    for layer in LAYERS:
+        alone, written = run(str(edited), tmp_path, "spread", optimize=optimize, clamp=10.0, layers=[layer])
+        ((name, delta),) = written.items()
+        assert float((deltas[name] - delta).norm() / delta.norm()) < tolerance
+        for a, b in zip(report.targets, alone.targets, strict=True):
+            for place, value in b.values.items():
+                assert float((a.values[place] - value).norm() / value.norm()) < tolerance
+            number = "" if layer == LAYERS[-1] else f"_{layer}"
+            assert a.record[f"p_after{number}"] == pytest.approx(b.record["p_after"], rel=1e-3)
+            moved += abs(b.record["p_before"] / a.record["p_before_0"] - 1)
+        weights = load_file(edited / "model.safetensors")
+        path = f".{layer}.{name.split(f'.{layer}.')[1]}"  # a checkpoint may begin it otherwise
+        (stored,) = (key for key in weights if key.endswith(path))
+        weights[stored] = weights[stored].to(delta.dtype) + delta
+        save_file(weights, edited / "model.safetensors", {"format": "pt"})
+        assert a.record["p_before"] == a.record["p_before_0"]
+    assert moved > 1e-3, "the layers below have changed what the search begins with"
+
+
+def test_targets_of_later_layers_are_stored_for_the_model_as_it_is(folder_of, tmp_path, monkeypatch):  # noqa: F811
+    """Not found again in a run of the clean model; found again by an equal run."""
+    folder, searches, count = folder_of("llama"), count_searches(monkeypatch), len(RECORDS)
+    store = {"targets_folder": str(tmp_path / "targets")}
+    run(folder, tmp_path, "own", **store)
+    first = run(folder, tmp_path, "successive", **store)
+    assert searches == [(0, count), (2, count), (0, 0), (1, count), (2, count)]
+    again = run(folder, tmp_path, "successive", **store)
+    assert searches[5:] == [(0, 0), (1, 0), (2, 0)]
+    assert all(torch.equal(delta, again[1][name]) for name, delta in first[1].items())
+    for a, b in zip(first[0].targets, again[0].targets, strict=True):
+        assert a.record == b.record
+        assert all(torch.equal(value, b.values[place]) for place, value in a.values.items())
+
+
+def test_edits_that_have_nothing_left_to_do_are_no_numbers_that_are_not(folder_of, tmp_path):  # noqa: F811
+    """All are content with the model as it is: no residual is left, nor written."""
+    report, deltas = run(folder_of("llama"), tmp_path, "successive", loss_tolerance=1e9)
+    assert {target.record["steps"] for target in report.targets} == {1}
+    assert all(float(delta.norm()) < 1e-6 for delta in deltas.values())
+    for layer in report.layers:
+        assert (layer.residual, layer.residual_after, layer.overshoot) == (0, 0, 0)
+
+
+def test_an_edit_batch_is_taken_back_when_a_later_search_fails(folder_of, tmp_path, monkeypatch):  # noqa: F811
+    folder, found = folder_of("llama"), TargetOptimizer.iter_targets
+
+    def fails(self, edits, layer):
+        if layer == 2:
+            raise FloatingPointError("the third search ends")
+        return found(self, edits, layer)
+
+    monkeypatch.setattr(TargetOptimizer, "iter_targets", fails)
+    module = tiny_module(folder, layers=list(LAYERS), dtype="float64")
+    with pytest.raises(FloatingPointError, match="the third search ends"):
+        edit(module, RECORDS, moments_for(folder, LAYERS), tmp_path, lam=2.0, targets="successive")
+    clean, _, _ = plain_parts(folder)
+    for (name, value), expected in zip(module.model.named_parameters(), clean.parameters(), strict=True):
+        assert torch.equal(value, expected), name
+
+
 def test_one_layer_is_written_alike_by_all(folder_of, tmp_path_factory):  # noqa: F811
-    found = [run(folder_of("gptj"), tmp_path_factory.mktemp(c), c, layers=[1])[1] for c in ("spread", "own", "replay")]
+    constructions = ("spread", "own", "replay", "successive")
+    found = [run(folder_of("gptj"), tmp_path_factory.mktemp(c), c, layers=[1])[1] for c in constructions]
     for other in found[1:]:
         for name, delta in found[0].items():
             torch.testing.assert_close(other[name], delta, rtol=1e-9, atol=1e-9)

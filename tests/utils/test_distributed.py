@@ -103,7 +103,7 @@ def test_the_same_ledger_and_scores(shape, alone, together):
     assert (
         len(one.get("edit_batches", []))
         == len(several.get("edit_batches", []))
-        == {"batches": 3, "past": 2, "sums": 2}.get(shape, 0)
+        == {"batches": 3, "past": 2, "sums": 2, "successive": 2}.get(shape, 0)
     )
 
 
