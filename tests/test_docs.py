@@ -34,6 +34,7 @@ TEXTS = PAGES | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
 OTHERS = (
     "pmet",
     "pmet-replay",
+    "pmet-successive",
     "stream",
     "multi-gpu",
     "compare",

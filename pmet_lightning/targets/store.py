@@ -25,7 +25,7 @@ PARTS = ("loss", "loss_nll", "loss_kl", "loss_norm", "p", "p_prompt")
 # Why an edit stops: its loss is low, its target tokens are the argmax, or it is out of steps.
 STOP_REASONS = ("loss", "argmax", "steps")
 QUARTILES = {"q25": 0.25, "q75": 0.75}  # of the loss and P(o*) over the edits: between them lies the middle half
-_BEFORE = ("p_before", "p_prompt_before")  # of the unedited model
+_BEFORE = ("p_before", "p_prompt_before")
 _HISTORY = "history"  # name of the history in a file, where the other tensors have names of sites and layers
 
 
@@ -59,11 +59,11 @@ def join_targets(targets: Sequence[Target]) -> Target:
     return Target(values, last.record | lower, last.history_SP)
 
 
-def continued(target: Target, further: Target) -> Target:
-    """A target with that of a later layer, which began where the write of the first left the model."""
-    joined = join_targets([target, further])
-    before = {name: target.record[name] for name in _BEFORE if name in target.record}
-    return replace(joined, record=joined.record | before)
+def since_unedited(target: Target) -> Target:
+    """A target of layers that were written one after the other, with P(o*) before from the first, the unedited model's."""
+    first = min(layer for _, layer in target.values)
+    before = {name: target.record[f"{name}_{first}"] for name in _BEFORE if f"{name}_{first}" in target.record}
+    return replace(target, record=target.record | before)
 
 
 def stack_values(targets: Sequence[Target], projection_id: ProjectionId) -> Tensor:

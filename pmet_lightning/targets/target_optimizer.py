@@ -35,7 +35,7 @@ from pmet_lightning.targets.construction import (
 from pmet_lightning.targets.contexts import ContextStore, check_contexts, sample_contexts
 from pmet_lightning.targets.equal_keys import KeyGroups, companions
 from pmet_lightning.targets.loop import Request, Rules, TargetLoop, choose_micro_batch
-from pmet_lightning.targets.store import Target, TargetStore, continued, join_targets
+from pmet_lightning.targets.store import Target, TargetStore, join_targets
 from pmet_lightning.targets.suffix_check import suffix_agrees
 from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.metric_names import LIVE
@@ -284,7 +284,7 @@ class TargetOptimizer(EditableModel):
         self._store_depends = None  # the model has changed
         found = self._missing(edits, edit_batch, (), [layer])
         own = ProcessGroup.of(self.trainer).shard(range(len(edits)))
-        return [continued(target, found[i]) for i, target in zip(own, targets, strict=True)]
+        return [join_targets([target, found[i]]) for i, target in zip(own, targets, strict=True)]
 
     def _missing(
         self, edits: Sequence[Edit], edit_batch: int, given: Collection[int], layers: Sequence[int]

@@ -30,7 +30,7 @@ from pmet_lightning.solver.bounded import mean_square, share_of_change, solve_bo
 from pmet_lightning.solver.update import Solution, multiply_transposed
 from pmet_lightning.solver.weight_delta import WeightDelta
 from pmet_lightning.targets.construction import Construction
-from pmet_lightning.targets.store import Target, stack_values
+from pmet_lightning.targets.store import Target, since_unedited, stack_values
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import find_callback
 from pmet_lightning.utils.distributed import ProcessGroup, sums_are_less
@@ -224,6 +224,8 @@ class WeightSpread(HyperparametersMixin, L.Callback):
                     targets = module.successive_targets(edits, targets, together[-1][1], edit_batch)
                 reports, left_N = self._write_towards(trainer, state, targets, together)
                 layers.extend(reports)
+            if self.targets == "successive":
+                targets = [since_unedited(target) for target in targets]
             all_targets = processes.all_gather_objects(targets, len(edits))
             draft.facts = (*(earlier[i] for i in state.kept), *written_facts(edits, all_targets, edit_batch))
         log_writes(layers, edit_batch)

@@ -28,7 +28,7 @@ class LayerReport:
         site: The written site.
         layer: Its layer.
         residual: Mean over edits of ‖E‖ before this write, relative to that before the first write. Edits that were at
-            their targets already do not count.
+            their targets already do not count. With successive targets E is that of the layer's own, and so 1 here.
         norm_ratio: ‖ΔW‖ / ‖W‖.
         growth: Norm of the total ΔW of all edit batches so far, relative to that of the unedited weight.
         lam: λ of the solve.

@@ -201,6 +201,8 @@ def test_successive_targets_are_those_of_one_run_after_the_other(family, optimiz
                 assert float((a.values[place] - value).norm() / value.norm()) < tolerance
             number = "" if layer == LAYERS[-1] else f"_{layer}"
             assert a.record[f"p_after{number}"] == pytest.approx(b.record["p_after"], rel=1e-3)
+            if number:
+                assert a.record[f"p_before{number}"] == pytest.approx(b.record["p_before"], rel=1e-3)
             moved += abs(b.record["p_before"] / a.record["p_before_0"] - 1)
         weights = load_file(edited / "model.safetensors")
         path = f".{layer}.{name.split(f'.{layer}.')[1]}"  # a checkpoint may begin it otherwise
