@@ -60,7 +60,7 @@ def join_targets(targets: Sequence[Target]) -> Target:
 
 
 def since_unedited(target: Target) -> Target:
-    """A target of layers that were written one after the other, with P(o*) before from the first, the unedited model's."""
+    """A target of layers that were written one after the other, with P(o*) before of the unedited model."""
     first = min(layer for _, layer in target.values)
     before = {name: target.record[f"{name}_{first}"] for name in _BEFORE if f"{name}_{first}" in target.record}
     return replace(target, record=target.record | before)
