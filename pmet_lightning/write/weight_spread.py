@@ -220,7 +220,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
                 module, second_moments, processes, len(edits), draft, *staying, past_keys, prompts, rows
             )
             for together in self._groups(written):
-                if self.targets == "successive" and layers:
+                if layers:  # those below are written
                     targets = module.successive_targets(edits, targets, together[-1][1], edit_batch)
                 reports, left_N = self._write_towards(trainer, state, targets, together)
                 layers.extend(reports)
