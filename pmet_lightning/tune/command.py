@@ -108,7 +108,7 @@ def tune(
         trials: Number of trials instead of a time: the same number and seed give the same answer.
         edits: Edits to be written in one edit batch later; null takes as many as records and time allow, up to 200.
         optimize: What may get a delta: attn+ffn and ffn (PMET and its ablation), hidden (MEMIT); null tries all.
-        targets: Where targets of layers may come from (--spread.targets); null tries spread and replay.
+        targets: Where targets of layers may come from (--spread.targets); null tries all but own.
         analysis: Folder of an analysis of this model: layers that it proposes as sure or likely are looked at first.
         seed: Seed of the search and of the division of one's own facts.
         storage: Address of a database of Optuna that several machines search in together, each by this command; null

@@ -30,7 +30,8 @@ _COMMENTS = {
     "dtype": "precision the model is loaded in",
     "lam": "weight of the second moments, in preserved keys",
     "rule": "share of the residual that a layer takes: sqrt (PMET) or even (MEMIT)",
-    "targets": "spread: found in the last layer, for all; replay: found in the first, one for each layer",
+    "stop_at_argmax": "whether a search also ends where every token is the likeliest",
+    "targets": "spread: found in the last layer, for all; replay, successive: in the first, one for each layer",
     "corpus": "text for the second moments, as in the search: those that it stored are found again",
     "text": "text on which the effect of the edits is measured",
 }

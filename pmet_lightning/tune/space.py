@@ -1,6 +1,7 @@
 """What is searched over: how targets are found, and how they are written.
 
-One target run serves many writes: targets depend on neither λ, nor the spread rule, nor the first edited layer.
+One target run serves many writes: targets depend on neither λ, nor the spread rule, nor the first edited layer. With
+``successive`` those of the first layer do not; those above are found anew for each write.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ PRESERVE_PROMPTS = 0.3  # μ: not searched, as it hardly matters between 0.1 and
 WIDTHS = (1, 3, 5)  # numbers of edited layers
 DEEPEST = 2 / 3  # of the depth: targets live below
 OPTIMIZED: tuple[OptimizedSites, ...] = ("ffn", "attn+ffn", "hidden")
-CONSTRUCTIONS: tuple[Construction, ...] = ("spread", "replay")
+CONSTRUCTIONS: tuple[Construction, ...] = ("spread", "replay", "successive")
+_UPWARDS: tuple[Construction, ...] = ("replay", "successive")  # their first target is in the first edited layer
 CLAMPS = (0.4, 20.0)  # in norms of the clean output
 STRIDES = (0.02, 20.0)  # share of the radius of its ball that a delta can move in one step of Adam; above 1, across it
 PENALTIES: dict[Penalties, dict[str, float]] = {
@@ -40,7 +42,8 @@ class TargetSetting:
     """How targets are found.
 
     Attributes:
-        layer: The layer that gets a delta: with ``spread`` the last edited one, L, with ``replay`` the first.
+        layer: The layer that gets a delta: with ``spread`` the last edited one, L, with ``replay`` and ``successive``
+            the first.
         optimize: What gets a delta.
         clamp: Radius of its ball, in norms of the clean output.
         stride: Share of the radius that one step of Adam can move it.
@@ -131,6 +134,8 @@ class Scale:
                 "optimizer": adam,
                 "clamp": setting.target.clamp,
                 **PENALTIES[setting.target.penalties],
+                # What one write misses the next target makes up for, as far as the loss shows it.
+                **({"stop_at_argmax": False} if setting.target.targets == "successive" else {}),
             },
             "spread": {
                 "lam": self.lam(setting.write),
@@ -172,8 +177,8 @@ def edited_layers(depth: int, with_ffn: Sequence[int]) -> list[int]:
 
 
 def layers_of(target: TargetSetting, width: int) -> list[int]:
-    """So many edited layers: with ``replay`` from the layer of the delta upwards, else up to it."""
-    first = target.layer if target.targets == "replay" else target.layer - width + 1
+    """So many edited layers: with ``replay`` and ``successive`` from the layer of the delta upwards, else up to it."""
+    first = target.layer if target.targets in _UPWARDS else target.layer - width + 1
     return list(range(first, first + width))
 
 

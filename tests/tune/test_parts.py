@@ -101,6 +101,10 @@ def test_layers_are_edited_down_from_a_delta_or_up_from_it(layer, below, above):
     assert Setting(replay, WriteSetting(above[-1])).layers == list(range(layer, layer + above[-1]))
     assert directions_of(spread) == ("lam", "width", "rule")
     assert directions_of(replay) == ("lam", "width"), "each layer has targets of its own: nothing is shared"
+    successive = TargetSetting(layer, targets="successive")
+    assert widths_at(successive, range(11)) == above
+    assert Setting(successive, WriteSetting(above[-1])).layers == list(range(layer, layer + above[-1]))
+    assert directions_of(successive) == directions_of(replay)
 
 
 def test_the_units_of_a_model_make_its_settings():
@@ -110,8 +114,11 @@ def test_the_units_of_a_model_make_its_settings():
     assert sections["model"]["layers"] == [0, 1, 2]
     assert sections["model"]["optimizer"]["init_args"]["lr"] == 0.15  # 0.1 · 3 · 0.5
     assert sections["spread"] == {"lam": 90.0, "rule": "even", "targets": "spread"}  # 0.1 · 100 · 3²
+    assert "stop_at_argmax" not in sections["model"]
     hidden = Setting(TargetSetting(2, "hidden", 3.0, 0.1), setting.write)
     assert scale.sections(hidden)["model"]["optimizer"]["init_args"]["lr"] == 1.5
+    successive = scale.sections(Setting(TargetSetting(2, targets="successive"), setting.write))
+    assert successive["model"]["stop_at_argmax"] is False, "what one write misses is seen by the next only in a loss"
     assert Setting.of(setting.plain()) == setting
 
 
@@ -148,7 +155,7 @@ def test_what_gets_a_delta_can_be_restricted():
 def test_where_targets_come_from_can_be_restricted():
     assert {probe.targets for probe in Budget(targets=["replay"]).probes} == {"replay"}
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    assert {suggest(study.ask(), [1]).targets for _ in range(20)} == {"spread", "replay"}
+    assert {suggest(study.ask(), [1]).targets for _ in range(20)} == {"spread", "replay", "successive"}
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     assert {suggest(study.ask(), [1], targets=["replay"]).targets for _ in range(20)} == {"replay"}
 

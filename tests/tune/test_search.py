@@ -82,6 +82,15 @@ def test_the_configuration_is_accepted_by_fit_and_gives_the_reported_figure(foun
         assert after[name] == pytest.approx(reported[name], abs=1e-4), name
 
 
+@pytest.mark.slow
+def test_targets_that_are_found_layer_by_layer_are_searched_too(folder, tmp_path):
+    main(command(folder, "successive", targets="[successive]"))
+    settings = yaml.safe_load((folder / "successive" / "tuned.yaml").read_text())
+    assert settings["spread"]["targets"] == "successive"
+    assert settings["model"]["stop_at_argmax"] is False
+    test_the_configuration_is_accepted_by_fit_and_gives_the_reported_figure(folder / "successive", tmp_path)
+
+
 def test_the_configuration_says_what_was_chosen_and_how_sure_that_is(found):
     text = (found / "tuned.yaml").read_text()
     reported = json.loads((found / "tuned.json").read_text())["reporting"]
@@ -196,13 +205,16 @@ def bench_of(name: str, folder: Path, dtype: str, **model) -> Bench:
     return Bench(lm, load_tokenizer(name), name, base, folder / "targets")
 
 
-@pytest.mark.parametrize(("dtype", "kept"), mostly_slow([("float32", False), ("bfloat16", True)], [("bfloat16", True)]))
-def test_a_trial_is_a_fit_and_leaves_the_model_as_it_was(folder, tmp_path, dtype, kept):
+TRIALS_OF = [("float32", False, "spread"), ("bfloat16", True, "spread"), ("float32", False, "successive")]
+
+
+@pytest.mark.parametrize(("dtype", "kept", "targets"), mostly_slow(TRIALS_OF, TRIALS_OF[1:]))
+def test_a_trial_is_a_fit_and_leaves_the_model_as_it_was(folder, tmp_path, dtype, kept, targets):
     name = str(folder / "model")
     bench = bench_of(name, folder, dtype, keep_float32=kept)
     before = fingerprint(bench.model)
     scale = Scale({2: 0.2}, {2: 0.2}, 128)
-    settings = scale.sections(Setting(TargetSetting(2, "ffn", 4.0, 0.2, "published"), WriteSetting(2, "even")))
+    settings = scale.sections(Setting(TargetSetting(2, "ffn", 4.0, 0.2, "published", targets), WriteSetting(2, "even")))
     outcome = bench.measure(settings, [read_edits(folder / "facts.json", limit=8)])
     assert fingerprint(bench.model) == before
     assert not [m for m in bench.model.modules() if "forward" in vars(m)]
