@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pmet_lightning.model.architectures import ProjectionId
 from pmet_lightning.model.patch import Patch, PatchError, save_patch
+from pmet_lightning.utils.files import write_json
 from pmet_lightning.write.edited_weights import EditedWeights
 from pmet_lightning.write.facts import stacked_values
 from pmet_lightning.write.past_keys import load_past_keys, past_keys_digest, save_past_keys
@@ -98,6 +99,22 @@ def save_edits(path: str | Path, edited: EditedWeights, manifest: Mapping[str, A
         save_past_keys(_past_path(path, digest), edited.past_keys)
     facts = [fact.plain() for fact in edited.facts]
     save_patch(path, edited.deltas, {**manifest, _PAST: digest, "facts": facts}, stacked_values(edited.facts))
+    _remove_other_keys(path, digest)
+
+
+def finish_replacing(path: Path, patch: Patch) -> None:
+    """Bring the files beside a patch up to it, in case the process that replaced it was killed right afterwards.
+
+    Args:
+        path: The patch.
+        patch: What it holds.
+    """
+    write_json(path.with_suffix(".json"), patch.manifest)
+    _remove_other_keys(path, patch.manifest.get(_PAST))
+
+
+def _remove_other_keys(path: Path, digest: str | None) -> None:
+    """Delete the files of protected keys beside a patch but for one."""
     for other in path.parent.glob(f"{glob.escape(path.stem)}-past-*.safetensors"):
         if digest is None or other != _past_path(path, digest):
             other.unlink()

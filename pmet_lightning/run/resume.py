@@ -12,7 +12,7 @@ import lightning as L
 from pmet_lightning.model.patch import apply_patch, read_patch
 from pmet_lightning.run.journal import Journal
 from pmet_lightning.run.manifest import check_same_settings, manifest_of
-from pmet_lightning.run.patch_file import check_past_keys, known_past_keys
+from pmet_lightning.run.patch_file import check_past_keys, finish_replacing, known_past_keys
 from pmet_lightning.targets.target_optimizer import TargetOptimizer
 from pmet_lightning.utils.callbacks import find_callback
 from pmet_lightning.utils.distributed import ProcessGroup
@@ -75,8 +75,10 @@ def _resume_after(
     if spread.protect_past:
         check_past_keys(patch, kept)
     trainer.datamodule.resume_after(itertools.islice(journal.edits(), manifest["edits"]))  # type: ignore[attr-defined]
-    # Only the process that solves needs them; they are as large as the second moments.
-    past_keys = known_past_keys(patch, kept, spread.protect_past) if trainer.is_global_zero else {}
+    past_keys = {}
+    if trainer.is_global_zero:  # the process that solves: the keys are as large as the second moments
+        past_keys = known_past_keys(patch, kept, spread.protect_past)
+        finish_replacing(patch, kept)
     spread.edited.resume(kept.deltas, past_keys, facts_of(manifest.get("facts", []), kept.targets, str(patch)))
     module.batches_done = batches - 1  # the first batch of this epoch stands for what was written
     return batches

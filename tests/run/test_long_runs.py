@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from pmet_lightning.cli.dispatch import main
 from pmet_lightning.data.fields import RecordError
 from pmet_lightning.data.readers import read_edits, stream_edits
+from pmet_lightning.model.patch import read_patch
 from pmet_lightning.moments import second_moments as stats
 from pmet_lightning.moments.store import MomentStore
 from pmet_lightning.run import patch_file
@@ -123,18 +124,20 @@ def past_files(folder):
     return sorted(folder.glob("patch-past-*.safetensors"))
 
 
-@pytest.mark.parametrize("when", ["before the patch", "after the patch"])
-def test_a_kill_beside_the_patch_harms_nothing(inputs, whole, tmp_path, monkeypatch, when):
-    """The protected keys are those of the patch, whichever of the two files the kill came after."""
+@pytest.mark.parametrize(("when", "batch"), [("before the patch", 2), ("after the patch", 2), ("after the patch", 3)])
+def test_a_kill_beside_the_patch_harms_nothing(inputs, whole, tmp_path, monkeypatch, when, batch):
+    """The protected keys are those of the patch, whichever of the two files the kill came after, and no others stay."""
     seen, save = [], patch_file.save_patch
 
-    def dying(*arguments):
+    def dying(path, *arguments):
         seen.append(1)
-        if len(seen) == 2 and when == "after the patch":
-            save(*arguments)
-        if len(seen) == 2:
+        if len(seen) == batch and when == "after the patch":
+            manifest = path.with_suffix(".json").read_text()
+            save(path, *arguments)
+            path.with_suffix(".json").write_text(manifest)  # as it is until it is replaced, too
+        if len(seen) == batch:
             raise KeyboardInterrupt
-        save(*arguments)
+        save(path, *arguments)
 
     arguments = ("--spread.protect_past", "true", "--trainer.resume", "true")
     folder = tmp_path / "run"
@@ -145,6 +148,7 @@ def test_a_kill_beside_the_patch_harms_nothing(inputs, whole, tmp_path, monkeypa
     assert len(past_files(folder)) == 2, "of the patch that was to be replaced, and of the one that was to come"
     fit(inputs, folder, *arguments)
     same_patch(whole, folder)
+    assert json.loads((folder / "patch.json").read_text()) == read_patch(folder / "patch.safetensors").manifest
     (past,), (expected,) = past_files(folder), past_files(whole)
     for name, kept in load_file(past).items():
         torch.testing.assert_close(kept, load_file(expected)[name])
