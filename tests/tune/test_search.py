@@ -73,7 +73,8 @@ def measured(out: Path) -> list[list[str]]:
     return [line[:-1] for line in lines if lines[0][-1] == "seconds"]
 
 
-def test_the_configuration_is_accepted_by_fit_and_gives_the_reported_figure(found, tmp_path):
+def check_that_fit_gives_the_reported_figure(found: Path, tmp_path: Path) -> None:
+    """`fit` with the configuration that a search has left has the scores that it reported."""
     quiet = {"trainer.run_dir": str(tmp_path / "run"), "trainer.logger": False, "trainer.accelerator": "cpu"}
     run_fit(str(found / "tuned.yaml"), quiet)
     after = json.loads((tmp_path / "run" / "scores.json").read_text())["after"]
@@ -82,13 +83,17 @@ def test_the_configuration_is_accepted_by_fit_and_gives_the_reported_figure(foun
         assert after[name] == pytest.approx(reported[name], abs=1e-4), name
 
 
+def test_the_configuration_is_accepted_by_fit_and_gives_the_reported_figure(found, tmp_path):
+    check_that_fit_gives_the_reported_figure(found, tmp_path)
+
+
 @pytest.mark.slow
 def test_targets_that_are_found_layer_by_layer_are_searched_too(folder, tmp_path):
     main(command(folder, "successive", targets="[successive]"))
     settings = yaml.safe_load((folder / "successive" / "tuned.yaml").read_text())
     assert settings["spread"]["targets"] == "successive"
     assert settings["model"]["stop_at_argmax"] is False
-    test_the_configuration_is_accepted_by_fit_and_gives_the_reported_figure(folder / "successive", tmp_path)
+    check_that_fit_gives_the_reported_figure(folder / "successive", tmp_path)
 
 
 def test_the_configuration_says_what_was_chosen_and_how_sure_that_is(found):
