@@ -1,11 +1,12 @@
 """The life of an edit: facts corrected and removed again, compared with one clean run of what is left.
 
-    python benchmarks/corrections.py [--targets spread]
+    python benchmarks/corrections.py [--targets replay|spread]
 
 On the bundled model: 200 records of `atlas-records` in ten calls, with the settings of stream.yaml; 50 of them get
 another object of their relation in five calls; 20 others are removed. Then all facts that are left are asked, as after
-one call with them alone, with λ 50. `--targets spread` writes both as pmet.yaml does, the many with λ 1,000. And: what
-removing a single fact costs, compared with the call that wrote it, over 50 of 50 facts.
+one call with them alone, with pmet-successive.yaml. `--targets replay` has the FFN's delta and λ 300 for the many, 50
+for the one; `--targets spread` writes both as pmet.yaml does, the many with λ 1,000. And: what removing a single fact
+costs, compared with the call that wrote it, over 50 of 50 facts.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from pmet_lightning.data.readers import read_edits
 from pmet_lightning.evaluation.bootstrap import confidence_interval, resample_means
 from pmet_lightning.evaluation.generation import says
 
+CHOICES = ("successive", "replay", "spread")
 
-def editor(sequence: bool = False, targets: str = "replay") -> Editor:
+
+def editor(targets: str, sequence: bool = False) -> Editor:
     """A new editor of the bundled model, with the settings for one edit batch or for many."""
     drift = {"text": None, "max_perplexity": None}
-    if targets == "replay":
-        return Editor.from_config("stream.yaml" if sequence else "pmet-replay.yaml", drift=drift, device="cpu")
+    if targets == "successive":
+        return Editor.from_config("stream.yaml" if sequence else "pmet-successive.yaml", drift=drift, device="cpu")
+    spread = {"targets": targets, "protect_past": sequence}
+    given: dict[str, Any] = {"optimize": "ffn", "clamp": 1.0} if targets == "replay" else {}
     if sequence:
-        return Editor.from_config("pmet.yaml", lam=1000, spread={"protect_past": True}, drift=drift, device="cpu")
-    return Editor.from_config("pmet.yaml", drift=drift, device="cpu")
+        given["lam"] = 300 if targets == "replay" else 1000
+    return Editor.from_config("pmet.yaml", spread=spread, drift=drift, device="cpu", **given)
 
 
 def corrected(edits: list[Edit], draw: random.Random) -> list[Edit]:
@@ -55,7 +60,7 @@ def answered(of: Editor, edits: list[Edit]) -> list[float]:
 def life(edits: list[Edit], targets: str) -> None:
     """The facts after corrections and removals, beside one clean run."""
     draw = random.Random(0)
-    many = editor(sequence=True, targets=targets)
+    many = editor(targets, sequence=True)
     for start in range(0, 200, 20):
         many.edit(edits[start : start + 20], evaluate=False)
     new = corrected(edits[:50], draw)
@@ -64,7 +69,7 @@ def life(edits: list[Edit], targets: str) -> None:
     before = many.edits_written
     many.remove(edits[50:70])
     left = [*edits[70:200], *new]
-    clean = editor(targets=targets)
+    clean = editor(targets)
     clean.edit(left, evaluate=False)
     sys.stdout.write(f"{before} edits in 15 calls; of 200 facts {len(many.facts)} left, 50 corrected, 20 removed\n")
     for name, of in (("after corrections and removals", many), ("one clean run", clean)):
@@ -79,10 +84,10 @@ def life(edits: list[Edit], targets: str) -> None:
     sys.stdout.write(f"of the 20 removed facts {sum(gone) / 100:.0f} are still said\n")
 
 
-def cost(edits: list[Edit]) -> None:
+def cost(edits: list[Edit], targets: str) -> None:
     """The time of a removal beside that of the call."""
     start = time.perf_counter()
-    of = editor()
+    of = editor(targets)
     of.edit(edits[:50])
     whole, times = time.perf_counter() - start, []
     for edit in edits[:50]:
@@ -100,14 +105,14 @@ def main(arguments: list[str] | None = None) -> Any:
     """Print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("life", "cost"), help="one part only")
-    parser.add_argument("--targets", choices=("spread", "replay"), default="replay", help="--spread.targets")
+    parser.add_argument("--targets", choices=CHOICES, default="successive", help="--spread.targets")
     given = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     edits = read_edits("atlas-records")
     if given.part != "cost":
         life(edits, given.targets)
     if given.part != "life":
-        cost(edits)
+        cost(edits, given.targets)
 
 
 if __name__ == "__main__":

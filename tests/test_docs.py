@@ -33,7 +33,6 @@ TEXTS = PAGES | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
 # Configurations that are not for a model of its own.
 OTHERS = (
     "pmet",
-    "pmet-replay",
     "pmet-successive",
     "stream",
     "multi-gpu",
