@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,60 +36,17 @@ from pmet_lightning.utils.callbacks import find_callback
 from pmet_lightning.utils.distributed import ProcessGroup, sums_are_less
 from pmet_lightning.utils.progress import track
 from pmet_lightning.utils.types import PositiveFloat
-from pmet_lightning.write.edited_weights import Draft, EditedWeights
+from pmet_lightning.write.edited_weights import EditedWeights
 from pmet_lightning.write.facts import replaced_by, written_facts
 from pmet_lightning.write.keys import KeyRows, measure_all_keys, measure_keys, measure_rest, measure_values
 from pmet_lightning.write.preserved import Preserved
 from pmet_lightning.write.residual import ResidualTracker, SiteTarget, SpreadRule, mean_of_moving, residual_share
 from pmet_lightning.write.write_report import LayerReport, WriteReport, add_outcomes, log_writes
+from pmet_lightning.write.write_state import Aims, WriteState
 
 log = logging.getLogger(__name__)
 
 PUBLISHED_LOAD = 0.61  # 10,000 edits in the 16,384 key dimensions of GPT-J
-
-
-@dataclass(frozen=True)
-class _WriteState:
-    """An edit batch while it is written.
-
-    Attributes:
-        module: The module with the model.
-        second_moments: Where C comes from.
-        processes: The processes of the run.
-        count: N, the edits of all processes.
-        draft: What has been written of it.
-        kept: Positions of the facts of earlier edit batches that this one does not correct.
-        protected: Those of them whose keys get no new value.
-        past_keys: Keys of the facts of earlier edit batches, if they are protected, on the first process.
-        prompts: Rows of this process whose tokens after the subject are preserved.
-        rows: Rows of this process in which keys and values are measured.
-    """
-
-    module: TargetOptimizer
-    second_moments: SecondMoments
-    processes: ProcessGroup
-    count: int
-    draft: Draft
-    kept: Sequence[int]
-    protected: Sequence[int]
-    past_keys: Mapping[ProjectionId, Tensor]
-    prompts: Sequence[TokenRow]
-    rows: KeyRows
-
-
-@dataclass(frozen=True)
-class _Aims:
-    """What some projections are written towards.
-
-    Attributes:
-        goals: The target of each.
-        last: For each site, its target in the last of their layers, which the residuals are compared with.
-        stream: What leaves that layer.
-    """
-
-    goals: Mapping[ProjectionId, SiteTarget]
-    last: Mapping[SiteName, SiteTarget]
-    stream: ProjectionId
 
 
 class WeightSpread(HyperparametersMixin, L.Callback):
@@ -216,9 +173,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
             earlier, staying = self.edited.facts, self._staying(module, edits)
             past_keys = self._past_keys(module, processes, written)
             prompts = self._prompts(module, processes, edits, staying[0])
-            state = _WriteState(
-                module, second_moments, processes, len(edits), draft, *staying, past_keys, prompts, rows
-            )
+            state = WriteState(module, second_moments, processes, len(edits), draft, *staying, past_keys, prompts, rows)
             for together in self._groups(written):
                 if layers:  # those below are written
                     targets = module.successive_targets(edits, targets, together[-1][1], edit_batch)
@@ -240,7 +195,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         return [[p for p in written if p[1] == layer] for layer in dict.fromkeys(layer for _, layer in written)]
 
     def _write_towards(
-        self, trainer: L.Trainer, state: _WriteState, targets: Sequence[Target], written: Sequence[ProjectionId]
+        self, trainer: L.Trainer, state: WriteState, targets: Sequence[Target], written: Sequence[ProjectionId]
     ) -> tuple[tuple[LayerReport, ...], Tensor]:
         """Write some projections, and measure how far the values of the last layer have come.
 
@@ -249,7 +204,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         """
         module, goals = state.module, self._goals(state.module, targets, written)
         last = {site: goals[site, layer] for site, layer in written}
-        aims = _Aims(goals, last, ("hidden", written[-1][1]))
+        aims = Aims(goals, last, ("hidden", written[-1][1]))
         value_sites = [*(target.projection_id for target in last.values()), aims.stream]
         *values, stream_nF = measure_values(module.model, module.sites, value_sites, state.rows)
         tracker = ResidualTracker(
@@ -278,7 +233,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         return [whole_row(edit, BARE, module.encoder) for edit in processes.shard([*past, *edits])]
 
     def _measure_and_write(
-        self, state: _WriteState, aims: _Aims, projection_id: ProjectionId, tracker: ResidualTracker
+        self, state: WriteState, aims: Aims, projection_id: ProjectionId, tracker: ResidualTracker
     ) -> LayerReport:
         """Measure keys and residuals of one projection, on the model as edited so far, and write its weight."""
         module, (site, layer) = state.module, projection_id
@@ -305,7 +260,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
 
     def _write(
         self,
-        state: _WriteState,
+        state: WriteState,
         projection_id: ProjectionId,
         projection: nn.Module,
         solve_with: Callable[[float], Solution],
@@ -335,7 +290,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
         )
 
     def _bounded(
-        self, solve: Callable[[float], Solution], state: _WriteState, projection_id: ProjectionId, projection: nn.Module
+        self, solve: Callable[[float], Solution], state: WriteState, projection_id: ProjectionId, projection: nn.Module
     ) -> Callable[[], tuple[Solution, float]]:
         """A function that solves with λ, or with one that keeps the change of preserved values within its bound."""
         if self.max_change is None:
@@ -354,7 +309,7 @@ class WeightSpread(HyperparametersMixin, L.Callback):
 
     def _build_solve(
         self,
-        state: _WriteState,
+        state: WriteState,
         projection_id: ProjectionId,
         keys_nI: Tensor,
         share_nO: Tensor,
