@@ -24,7 +24,7 @@ from pmet_lightning.evaluation.sampled_corpus import general_texts
 from pmet_lightning.evaluation.verdict import DAMAGED_FROM, WARN_FROM, Damage, damage_line, damage_of
 from pmet_lightning.model.forward import label_logits, most_logit_rows
 from pmet_lightning.model.scoring import kl_divergence, target_scores
-from pmet_lightning.utils.callbacks import find_callback
+from pmet_lightning.utils.callbacks import find_callback, is_stream
 from pmet_lightning.utils.distributed import ProcessGroup
 from pmet_lightning.utils.errors import PmetError
 from pmet_lightning.utils.metric_names import EDIT_BATCHES
@@ -121,10 +121,12 @@ class Drift(HyperparametersMixin, L.Callback):
         """Measure the perplexity before the first edit; prepare for a rollback if one may be needed."""
         assert isinstance(pl_module, EditableModel)
         spread = find_callback(trainer, WeightSpread)
-        if not self.limited or spread is None:
+        if spread is None:
             return
-        spread.edited.keep_previous = self.on_limit == "rollback"
-        if self.max_perplexity is not None and self._first_perplexity is None:  # no evaluation before the fit
+        if self.limited:
+            spread.edited.keep_previous = self.on_limit == "rollback"
+        needed = self.max_perplexity is not None or (is_stream(trainer) and self.text is not None)
+        if needed and self._first_perplexity is None:  # no evaluation before the fit
             self._first_perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
 
     def on_train_batch_end(
@@ -158,6 +160,13 @@ class Drift(HyperparametersMixin, L.Callback):
         self.advice = _advice(batch.edits, taken_back)
         log.warning("%s; the run ends here: %s", self.ended, self.advice)
         trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the model at the end of a stream, which is not evaluated there, unless its last edit batch was."""
+        assert isinstance(pl_module, EditableModel)
+        if is_stream(trainer) and self._first_perplexity is not None and self._last_factor is None:
+            perplexity, _ = self._measure(pl_module, self._own_rows(trainer, pl_module))
+            self._last_factor = perplexity / self._first_perplexity
 
     def damage(self, scores: Mapping[str, Mapping[str, float]]) -> Damage:
         """What all edits so far did to the text, those of earlier calls of an ``Editor`` included.

@@ -201,9 +201,16 @@ def test_going_on_with_other_targets_or_moments_is_refused(inputs, whole, tmp_pa
         fit(inputs, whole, *arguments, "--moments.corpus", str(corpus), "--moments.folder", str(tmp_path / "moments"))
 
 
-@pytest.mark.parametrize("stream", [(), ("--data.stream", "true")], ids=["file", "stream"])
+STREAM = ("--data.stream", "true")
+LIMITED = (*STREAM, "--drift.max_perplexity", "1e9")
+
+
+@pytest.mark.parametrize("stream", [(), STREAM, LIMITED], ids=["file", "stream", "stream with a limit"])
 def test_going_on_with_nothing_new_loses_nothing(inputs, tmp_path, stream):
+    stream = (*stream, "--drift.text", str(inputs[1] / "corpus.txt"))
     folder = fit(inputs, tmp_path / "run", *stream)
+    damage = [state(folder)["verdict"][name] for name in ("damage", "perplexity_factor")]
+    assert damage[0] != "not measured"
     before = {name: (folder / name).read_bytes() for name in ("patch.safetensors", "ledger.jsonl", "scores.json")}
     report = json.loads((folder / "report.json").read_text())
     fit(inputs, folder, *stream, "--trainer.resume", "true")
@@ -219,6 +226,8 @@ def test_going_on_with_nothing_new_loses_nothing(inputs, tmp_path, stream):
     assert [line["case_id"] for line in again["edits"]] == [line["case_id"] for line in report["edits"]]
     assert (state(folder)["status"], state(folder)["edit_batches_written"]) == ("finished", 3)
     assert state(folder)["edits_written"] == state(folder)["verdict"]["facts"] == len(RECORDS)
+    again = [state(folder)["verdict"][name] for name in ("damage", "perplexity_factor")]
+    assert again == [damage[0], pytest.approx(damage[1], rel=1e-6)]
 
 
 def test_edit_batches_may_become_larger_when_a_run_goes_on(inputs, tmp_path):
