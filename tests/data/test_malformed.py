@@ -51,7 +51,11 @@ def test_a_malformed_input_is_refused_with_its_place(number, tmp_path):
     check_told(caught.value, bad.file, bad.where)
 
 
-@pytest.mark.parametrize("kind", CORPORA)
+# `datasets` waits for five seconds after each table.
+ALL_CORPORA = [pytest.param(k, marks=pytest.mark.slow if CORPORA[k][0].endswith(".parquet") else ()) for k in CORPORA]
+
+
+@pytest.mark.parametrize("kind", ALL_CORPORA)
 def test_a_malformed_corpus_is_refused_with_its_place(kind, tmp_path):
     file, content, where = CORPORA[kind]
     (tmp_path / file).write_bytes(content)
