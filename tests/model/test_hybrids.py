@@ -22,7 +22,11 @@ from tests.tiny import CONTEXTS, HYBRIDS, RECORDS, WITH_IMAGES, save_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # kernels that are not installed
 FFN_ONLY = {"qwen3_5", "qwen3_5_text"}  # no attention in layer 2
-FAMILIES = sorted({**HYBRIDS, **WITH_IMAGES})
+# Falcon H1's state space model, without its own kernels, takes as long as all others.
+FAMILIES = [
+    pytest.param(family, marks=pytest.mark.slow if family == "falcon_h1" else ())
+    for family in sorted({**HYBRIDS, **WITH_IMAGES})
+]
 
 
 @pytest.fixture(scope="module")
