@@ -164,7 +164,8 @@ def _gain(tuned: Tuned) -> str:
 
 def _equal(tuned: Tuned) -> str:
     if tuned.equal == 1:
-        return f"the best of {len(tuned.finalists)} finalists."
+        count = len(tuned.finalists)
+        return f"the best of {count} finalists." if count > 1 else "the only finalist."
     return f"the gentlest of {tuned.equal} (of {len(tuned.finalists)}) finalists that chance does not tell apart."
 
 
