@@ -205,7 +205,11 @@ STREAM = ("--data.stream", "true")
 LIMITED = (*STREAM, "--drift.max_perplexity", "1e9")
 
 
-@pytest.mark.parametrize("stream", [(), STREAM, LIMITED], ids=["file", "stream", "stream with a limit"])
+ALL_SOURCES = {"file": (), "stream": STREAM, "stream with a limit": LIMITED}
+SOURCES = [pytest.param(a, id=n, marks=pytest.mark.slow if a == LIMITED else ()) for n, a in ALL_SOURCES.items()]
+
+
+@pytest.mark.parametrize("stream", SOURCES)
 def test_going_on_with_nothing_new_loses_nothing(inputs, tmp_path, stream):
     stream = (*stream, "--drift.text", str(inputs[1] / "corpus.txt"))
     folder = fit(inputs, tmp_path / "run", *stream)

@@ -237,9 +237,8 @@ def test_dead_dimensions_with_a_factor(reached, caplog):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc")
-@pytest.mark.parametrize(
-    ("path", "most"), [("update", 1.8), ("sums", 1.8), pytest.param("factor", 2.2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # a process for each
+@pytest.mark.parametrize(("path", "most"), [("update", 1.8), ("sums", 1.8), ("factor", 2.2)])
 def test_memory(path, most):
     """1 + O/I times I² float64 numbers for the direct solves, less than 2 with a factor, and small blocks."""
     script = (
