@@ -64,7 +64,12 @@ def save_patch(
     described: dict[str, Any] = {**manifest, "format": FORMAT, "weights": weights}
     described["digest"] = digest_of(sorted(tensors.items()), described)
     save_tensors(path, tensors, {"manifest": json.dumps(described)})
-    write_json(path.with_suffix(".json"), described)
+    save_manifest(path, described)
+
+
+def save_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a patch beside it, to be read without this program."""
+    write_json(path.with_suffix(".json"), manifest)
 
 
 def load_patch(path: str | Path) -> tuple[dict[str, WeightDelta], dict[str, Any]]:

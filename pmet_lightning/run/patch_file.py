@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pmet_lightning.model.architectures import ProjectionId
-from pmet_lightning.model.patch import Patch, PatchError, save_patch
-from pmet_lightning.utils.files import write_json
+from pmet_lightning.model.patch import Patch, PatchError, save_manifest, save_patch
 from pmet_lightning.write.edited_weights import EditedWeights
 from pmet_lightning.write.facts import stacked_values
 from pmet_lightning.write.past_keys import load_past_keys, past_keys_digest, save_past_keys
@@ -109,7 +108,7 @@ def finish_replacing(path: Path, patch: Patch) -> None:
         path: The patch.
         patch: What it holds.
     """
-    write_json(path.with_suffix(".json"), patch.manifest)
+    save_manifest(path, patch.manifest)
     _remove_other_keys(path, patch.manifest.get(_PAST))
 
 

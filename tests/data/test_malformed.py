@@ -16,6 +16,7 @@ from pmet_lightning.data.corpus import CorpusError, corpus_texts
 from pmet_lightning.data.readers import as_edits, read_edits
 from pmet_lightning.run.options import UsageError
 from pmet_lightning.utils.errors import PmetError
+from tests.conftest import mostly_slow
 from tests.malformed import CONFIGURATIONS, CORPORA, KINDS, malformed
 from tests.odd_inputs import odd_inputs
 
@@ -52,10 +53,10 @@ def test_a_malformed_input_is_refused_with_its_place(number, tmp_path):
 
 
 # `datasets` waits for five seconds after each table.
-ALL_CORPORA = [pytest.param(k, marks=pytest.mark.slow if CORPORA[k][0].endswith(".parquet") else ()) for k in CORPORA]
+QUICK_CORPORA = [kind for kind, (file, *_) in CORPORA.items() if not file.endswith(".parquet")]
 
 
-@pytest.mark.parametrize("kind", ALL_CORPORA)
+@pytest.mark.parametrize("kind", mostly_slow(CORPORA, QUICK_CORPORA))
 def test_a_malformed_corpus_is_refused_with_its_place(kind, tmp_path):
     file, content, where = CORPORA[kind]
     (tmp_path / file).write_bytes(content)

@@ -15,6 +15,7 @@ from pmet_lightning.model.architectures import architecture_of
 from pmet_lightning.model.loading import load_config, load_model
 from pmet_lightning.model.prefix_passes import has_plain_cache
 from pmet_lightning.model.projections import Sites
+from tests.conftest import mostly_slow
 from tests.harness import edit
 from tests.plain import plain_spread
 from tests.targets.test_target_optimizer import tiny_module
@@ -23,10 +24,8 @@ from tests.tiny import CONTEXTS, HYBRIDS, RECORDS, WITH_IMAGES, save_tiny
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # kernels that are not installed
 FFN_ONLY = {"qwen3_5", "qwen3_5_text"}  # no attention in layer 2
 # Falcon H1's state space model, without its own kernels, takes as long as all others.
-FAMILIES = [
-    pytest.param(family, marks=pytest.mark.slow if family == "falcon_h1" else ())
-    for family in sorted({**HYBRIDS, **WITH_IMAGES})
-]
+ALL = sorted({**HYBRIDS, **WITH_IMAGES})
+FAMILIES = mostly_slow(ALL, [family for family in ALL if family != "falcon_h1"])
 
 
 @pytest.fixture(scope="module")

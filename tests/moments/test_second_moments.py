@@ -108,10 +108,10 @@ def test_packing_loses_no_token(loaded):
 
 
 # `datasets` waits for five seconds after a table.
-TEXT_FILES = ["a.txt", "a.raw", "a.jsonl", "a.csv", pytest.param("a.parquet", marks=pytest.mark.slow)]
+TEXT_FILES = ["a.txt", "a.raw", "a.jsonl", "a.csv", "a.parquet"]
 
 
-@pytest.mark.parametrize("name", TEXT_FILES)
+@pytest.mark.parametrize("name", mostly_slow(TEXT_FILES, TEXT_FILES[:-1]))
 def test_corpora_of_every_kind(name, tmp_path):
     import pandas as pd
 

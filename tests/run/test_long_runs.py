@@ -28,6 +28,7 @@ from pmet_lightning.write import drift
 from pmet_lightning.write import weight_spread as spread_module
 from pmet_lightning.write.keys import measure_keys
 from pmet_lightning.write.weight_spread import WeightSpread
+from tests.conftest import mostly_slow
 from tests.tiny import RECORDS, save_tiny
 
 
@@ -201,17 +202,16 @@ def test_going_on_with_other_targets_or_moments_is_refused(inputs, whole, tmp_pa
         fit(inputs, whole, *arguments, "--moments.corpus", str(corpus), "--moments.folder", str(tmp_path / "moments"))
 
 
-STREAM = ("--data.stream", "true")
-LIMITED = (*STREAM, "--drift.max_perplexity", "1e9")
+SOURCES = {
+    "file": (),
+    "stream": ("--data.stream", "true"),
+    "stream with a limit": ("--data.stream", "true", "--drift.max_perplexity", "1e9"),
+}
 
 
-ALL_SOURCES = {"file": (), "stream": STREAM, "stream with a limit": LIMITED}
-SOURCES = [pytest.param(a, id=n, marks=pytest.mark.slow if a == LIMITED else ()) for n, a in ALL_SOURCES.items()]
-
-
-@pytest.mark.parametrize("stream", SOURCES)
-def test_going_on_with_nothing_new_loses_nothing(inputs, tmp_path, stream):
-    stream = (*stream, "--drift.text", str(inputs[1] / "corpus.txt"))
+@pytest.mark.parametrize("source", mostly_slow(SOURCES, ["file", "stream"]))
+def test_going_on_with_nothing_new_loses_nothing(inputs, tmp_path, source):
+    stream = (*SOURCES[source], "--drift.text", str(inputs[1] / "corpus.txt"))
     folder = fit(inputs, tmp_path / "run", *stream)
     damage = [state(folder)["verdict"][name] for name in ("damage", "perplexity_factor")]
     assert damage[0] != "not measured"
