@@ -217,7 +217,7 @@ def verdict_lines(verdict: Verdict) -> list[str]:
 def damage_line(damage: Damage) -> str:
     """The damage in one line."""
     if damage.level == "not measured":
-        return "damage to the model: not measured; set --drift.text to a file of plain text"
+        return "damage to the model: not measured; that takes --drift.text (a file of plain text) and an evaluation"
     remedies = "a larger --spread.lam (or a smaller --spread.max_change), a smaller --model.clamp, or fewer edits"
     return {
         "none": f"the model is not damaged ({damage})",

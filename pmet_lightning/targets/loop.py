@@ -453,7 +453,8 @@ def choose_micro_batch(
     if wanted == "auto":
         longest = max(requests, key=lambda request: size.edit_bytes(request.rows))
         wanted = size.most_edits(longest.rows, device, free_memory(device))
-        log.info("up to %d edits are optimized together", wanted)
+        if wanted < len(requests):
+            log.info("%d edits, of which up to %d are optimized together", len(requests), wanted)
     # Rounds of equal size, no more than are needed: a last one of a few edits takes nearly as long as a full one.
     return -(-len(requests) // -(-len(requests) // wanted))
 

@@ -120,6 +120,8 @@ def test_every_cause_has_a_remedy_but_the_unknown_one():
 
 def test_damage_that_was_not_measured_is_said():
     found = judge((), Damage("not measured"))
-    assert verdict_lines(found) == ["damage to the model: not measured; set --drift.text to a file of plain text"]
+    assert verdict_lines(found) == [
+        "damage to the model: not measured; that takes --drift.text (a file of plain text) and an evaluation"
+    ]
     assert found.plain()["perplexity_factor"] is None
     assert judge((), Damage("damaged", math.inf)).plain()["perplexity_factor"] is None, "JSON has no infinity"
