@@ -1,4 +1,4 @@
-"""Free memory and its end: a GPU is played, since its numbers come from torch."""
+"""Free memory, its end, and how many edits go together. A GPU is played, since its numbers come from torch."""
 
 from __future__ import annotations
 
